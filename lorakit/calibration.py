@@ -1,0 +1,394 @@
+"""One pass of a loader through a model that collects statistics per example at chosen modules.
+
+The pass is forward and backward in eval mode with every parameter frozen: only what the probes ask for gets a gradient.
+However the examples are batched and padded, what is collected belongs to one example's own mean loss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from lorakit.errors import CalibrationError
+
+LossFn = Callable[[Any, Any], Tensor]
+IGNORED_LABEL = -100
+
+# Where PEFT keeps which adapters are active.
+_ACTIVE_ADAPTER: dict[type, str] = {
+    BaseTunerLayer: "_active_adapter",
+    AuxiliaryTrainingWrapper: "_active_adapter",
+    BaseTuner: "active_adapter",
+    PeftModel: "active_adapter",
+}
+
+
+class Probe(Protocol):
+    """Something in a model's forward pass that learns a statistic of each example from forward and backward."""
+
+    def begin(self, *, one_example: bool) -> None:
+        """Forget the last batch; `one_example` says that all of the next forward pass belongs to one example."""
+
+    def collect(self, num_examples: int) -> Tensor | None:
+        """The statistic (num_examples, ...) after backward; None where the examples could not be told apart."""
+
+
+@dataclass
+class Collected:
+    """What a pass has found: per probe one row for each example used, in the loader's order."""
+
+    statistics: list[Tensor]
+    num_examples: int
+    num_without_labels: int
+
+
+@dataclass
+class _Losses:
+    """A batch's loss to differentiate, and what turns an example's part of its gradient into its own gradient."""
+
+    loss: Tensor
+    weights: Tensor  # (n,)
+    used: list[bool]
+
+
+@dataclass
+class _Tally:
+    parts: list[list[Tensor]] = field(default_factory=list)
+    used: int = 0
+    without_labels: int = 0
+
+
+def collect(
+    model: nn.Module,
+    loader: Iterable[Any],
+    probes: Sequence[Probe],
+    *,
+    num_examples: int,
+    loss_fn: LossFn | None = None,
+    progress: bool = True,
+    description: str = "calibration",
+) -> Collected:
+    """Run up to `num_examples` examples of `loader` through `model` and collect each probe's statistic of each.
+
+    `loader` yields mappings for ``model(**batch)`` with labels, or with `loss_fn` anything for which
+    ``loss_fn(model, batch)`` returns the examples' losses (n,). Examples without a label are left out and counted.
+
+    Raises: CalibrationError for an empty loader, no labels at all, a loss that is not finite, or a loss that is not
+    the mean of the examples' own losses as far as logits and labels show. What `loader`, `model` and `loss_fn` raise
+    passes through. Either way the model, its flags and the random number generators are as they were.
+    """
+    if isinstance(num_examples, bool) or not isinstance(num_examples, int) or num_examples < 1:
+        raise ValueError(f"`num_examples` must be a positive integer; got {num_examples!r}.")
+    tally = _Tally(parts=[[] for _ in probes])
+    scheme = _LossScheme(model)
+    split = False
+    with (
+        preserved_state(model),
+        preserved_rng(model),
+        tqdm(total=num_examples, desc=description, unit="example", disable=not progress, delay=1.0) as bar,
+    ):
+        model.eval()
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        batches = 0
+        device = _input_device(model)
+        for batch in loader:
+            batches += 1
+            if device is not None:
+                batch = send_to_device(batch, device)
+            before = tally.used
+            if not split:
+                split = not _run(model, batch, probes, tally, scheme, loss_fn, one_example=False)
+            if split:
+                for example in _examples_of(batch):
+                    _run(model, example, probes, tally, scheme, loss_fn, one_example=True)
+            bar.update(min(tally.used, num_examples) - before)
+            if tally.used >= num_examples:
+                break
+    if not batches:
+        raise CalibrationError("`calib_loader` yielded no batch; pass one with at least one example.")
+    if not tally.used:
+        raise CalibrationError(
+            f"No example has a label: all labels of the {tally.without_labels} examples are {IGNORED_LABEL}, or "
+            f"nothing remains of them after the shift to the next token. Check how the labels are made."
+        )
+    statistics = [torch.cat(parts)[:num_examples] for parts in tally.parts]
+    return Collected(statistics, min(tally.used, num_examples), tally.without_labels)
+
+
+def _run(
+    model: nn.Module,
+    batch: Any,
+    probes: Sequence[Probe],
+    tally: _Tally,
+    scheme: _LossScheme,
+    loss_fn: LossFn | None,
+    *,
+    one_example: bool,
+) -> bool:
+    """Forward, backward and collect one batch; False, and nothing tallied, where its examples cannot be told apart."""
+    for probe in probes:
+        probe.begin(one_example=one_example)
+    with torch.enable_grad():
+        losses = scheme(batch) if loss_fn is None else _given_losses(loss_fn(model, batch))
+        if any(losses.used) and losses.loss.requires_grad:
+            torch.autograd.backward(losses.loss)
+    n = len(losses.used)
+    if one_example and n != 1:
+        raise CalibrationError(
+            f"This model mixes the examples of a batch, so they are run one at a time, but for one example the loss "
+            f"came for {n}. Pass batches of one example."
+        )
+    collected = []
+    for probe in probes:
+        statistic = probe.collect(n)
+        if statistic is None:
+            return False
+        collected.append(statistic)
+    keep = torch.tensor(losses.used)
+    for parts, statistic in zip(tally.parts, collected, strict=True):
+        weights = losses.weights.to(statistic).reshape(-1, *[1] * (statistic.ndim - 1))
+        parts.append((statistic * weights)[keep.to(statistic.device)])
+    tally.used += sum(losses.used)
+    tally.without_labels += n - sum(losses.used)
+    return True
+
+
+def _given_losses(losses: Any) -> _Losses:
+    if not isinstance(losses, Tensor) or losses.ndim != 1 or losses.shape[0] == 0:
+        got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+        raise CalibrationError(f"`loss_fn` must return one loss per example, a tensor of shape (n,); got {got}.")
+    if not torch.isfinite(losses).all():
+        raise CalibrationError(f"`loss_fn` returned losses that are not finite: {losses.detach().tolist()}.")
+    return _Losses(losses.sum(), torch.ones(losses.shape[0]), [True] * losses.shape[0])
+
+
+class _LossScheme:
+    """Finds out, from logits and labels, how a model's loss is made of its examples' losses; never guesses."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.shifts = "CausalLM" in str(getattr(inner, "loss_type", None) or type(inner).__name__)
+
+    def __call__(self, batch: Any) -> _Losses:
+        if not isinstance(batch, Mapping) or batch.get("labels") is None:
+            got = f"keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
+            raise CalibrationError(
+                f"`calib_loader` must yield mappings with labels for model(**batch), or `loss_fn` be given; got {got}."
+            )
+        if self.shifts:
+            batch = _without_boundary_labels(batch)
+        labels = batch["labels"]
+        if not labels.is_floating_point() and not (labels != IGNORED_LABEL).any():
+            return _nothing_used(labels)
+        loss, logits = _loss_and_logits(self.model(**batch))
+        if loss is None or logits is None:
+            raise CalibrationError("The model returned no loss and logits for this batch; pass `loss_fn`.")
+        with torch.no_grad():
+            total = loss.detach().float()
+            candidates = list(self._candidates(logits.detach(), labels))
+            if candidates and candidates[0].counts.sum() == 0 and (torch.isnan(total) or total == 0):
+                return _nothing_used(labels)
+            matching = [c for c in candidates if torch.isclose(total, c.mean(), rtol=_tolerance(logits), atol=1e-6)]
+            if not matching:
+                self._refuse(total)
+            # The one that the model's name suggests comes first; another must match better by far.
+            best, *others = matching
+            for other in others:
+                error = (total - best.mean()).abs()
+                if error > 1e-6 and (total - other.mean()).abs() < 0.01 * error:
+                    best = other
+        if best.shifted and not self.shifts:
+            self.shifts = True
+            return self(batch)
+        weights = best.counts.sum() / best.counts.clamp(min=1)
+        return _Losses(loss, weights, (best.counts > 0).tolist())
+
+    def _refuse(self, total: Tensor) -> None:
+        if not torch.isfinite(total):
+            raise CalibrationError(
+                f"The model's loss on a calibration batch is {float(total)}, although the batch has labels. Check the "
+                f"weights, the data and the dtype."
+            )
+        raise CalibrationError(
+            f"The model's loss ({float(total):.6g}) is not the mean of its examples' losses as its logits and labels "
+            f"give them (an auxiliary loss, label smoothing or another reduction?), so that per-example gradients "
+            f"cannot be read off it. Pass `loss_fn(model, batch)` that returns the loss of each example."
+        )
+
+    def _candidates(self, logits: Tensor, labels: Tensor) -> Iterator[_Candidate]:
+        """The ways in which this loss may be made of the examples' own, the likelier first."""
+        n = labels.shape[0] if labels.ndim else 0
+        if labels.is_floating_point() or (logits.ndim == 2 and logits.shape[1] == 1 and labels.numel() == n):
+            if n and logits.numel() == labels.numel():
+                given, wanted = logits.float().reshape(n, -1), labels.float().reshape(n, -1)
+                ones = torch.ones(n, device=logits.device)
+                yield _Candidate(F.mse_loss(given, wanted, reduction="none").mean(1), ones)
+                if labels.is_floating_point():
+                    entropy = F.binary_cross_entropy_with_logits(given, wanted, reduction="none")
+                    yield _Candidate(entropy.mean(1), ones)
+        elif labels.ndim == 2 and logits.ndim == 3 and logits.shape[:2] == labels.shape:
+            shifted = _token_losses(logits[:, :-1], labels[:, 1:], shifted=True)
+            plain = _token_losses(logits, labels)
+            yield from (shifted, plain) if self.shifts else (plain, shifted)
+        elif labels.numel() == n and logits.ndim == 2 and logits.shape[0] == n:
+            yield _token_losses(logits[:, None], labels.reshape(n, 1))
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """Per-example mean losses (n,), and how many terms of each enter the batch's mean (n,)."""
+
+    losses: Tensor
+    counts: Tensor
+    shifted: bool = False
+
+    def mean(self) -> Tensor:
+        return ((self.losses * self.counts).sum() / self.counts.sum()).float()
+
+
+def _token_losses(logits: Tensor, labels: Tensor, *, shifted: bool = False) -> _Candidate:
+    """Cross-entropy over each example's labelled tokens; 0 where it has none."""
+    counts = (labels != IGNORED_LABEL).sum(1).float()
+    sums = [
+        F.cross_entropy(logits[i].float(), labels[i], ignore_index=IGNORED_LABEL, reduction="sum")
+        for i in range(labels.shape[0])
+    ]
+    return _Candidate(torch.stack(sums) / counts.clamp(min=1), counts, shifted)
+
+
+def _without_boundary_labels(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Without the labels that a causal model would predict from padding: those of first tokens, padded on the left.
+
+    Padded on the right a first token's label enters no loss, since nothing precedes it; so it must not here.
+    """
+    mask, labels = batch.get("attention_mask"), batch["labels"]
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or labels.ndim != 2 or mask.shape != labels.shape:
+        return batch
+    boundary = torch.zeros_like(labels, dtype=torch.bool)
+    boundary[:, 1:] = (mask[:, 1:] != 0) & (mask[:, :-1] == 0)
+    return {**batch, "labels": labels.masked_fill(boundary, IGNORED_LABEL)}
+
+
+def _tolerance(logits: Tensor) -> float:
+    return 1e-4 if logits.dtype in (torch.float32, torch.float64) else 1e-2
+
+
+def _nothing_used(labels: Tensor) -> _Losses:
+    n = labels.shape[0]
+    return _Losses(torch.zeros(()), torch.ones(n), [False] * n)
+
+
+def _loss_and_logits(outputs: Any) -> tuple[Tensor | None, Tensor | None]:
+    if isinstance(outputs, Mapping):
+        loss, logits = outputs.get("loss"), outputs.get("logits")
+    elif isinstance(outputs, tuple):
+        loss, logits = (*outputs, None, None)[:2]
+    else:
+        loss, logits = getattr(outputs, "loss", None), getattr(outputs, "logits", None)
+    loss = loss if isinstance(loss, Tensor) and loss.ndim == 0 else None
+    return loss, logits if isinstance(logits, Tensor) else None
+
+
+def _examples_of(batch: Any) -> list[Any]:
+    """The batch, one example at a time: everything in it whose first dimension is the batch's is sliced."""
+    n = _batch_size(batch)
+
+    def pick(value: Any, i: int) -> Any:
+        if isinstance(value, Tensor):
+            return value[i : i + 1] if value.ndim and value.shape[0] == n else value
+        if isinstance(value, Mapping):
+            return {key: pick(item, i) for key, item in value.items()}
+        if isinstance(value, tuple):
+            return tuple(pick(item, i) for item in value)
+        if isinstance(value, list):
+            return value[i : i + 1] if len(value) == n and not _has_tensors(value) else [pick(v, i) for v in value]
+        return value
+
+    return [pick(batch, i) for i in range(n)]
+
+
+def _batch_size(batch: Any) -> int:
+    values = list(batch.values()) if isinstance(batch, Mapping) else batch
+    if isinstance(values, Tensor):
+        return values.shape[0]
+    if isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor):
+        return int(batch["labels"].shape[0])
+    sizes = {v.shape[0] for v in values if isinstance(v, Tensor) and v.ndim} if isinstance(values, list | tuple) else ()
+    if len(sizes) != 1:
+        raise CalibrationError(
+            "This model mixes the examples of a batch before an adapted module, so they must be run one at a time, and "
+            "how to split this batch is not clear. Pass batches of one example."
+        )
+    return next(iter(sizes))
+
+
+def _has_tensors(values: list[Any]) -> bool:
+    return any(isinstance(value, Tensor) for value in values)
+
+
+def _input_device(model: Any) -> torch.device | None:
+    """Where the model wants its inputs; None where its weights are offloaded and accelerate's hooks move them."""
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    parameter = next((embeddings or model).parameters(), None)
+    return None if parameter is None or parameter.is_meta else parameter.device
+
+
+@contextlib.contextmanager
+def preserved_state(model: nn.Module) -> Iterator[None]:
+    """Give a model back as it was: gradient flags, train or eval mode of each module, active adapters, `use_cache`.
+
+    A key-value cache is of no use to a pass with gradients, so it is switched off inside.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    adapters = [
+        (module, name, copy.copy(getattr(module, name)))
+        for module in model.modules()
+        for kind, name in _ACTIVE_ADAPTER.items()
+        if isinstance(module, kind)
+    ]
+    config: Any = getattr(model, "config", None)
+    use_cache = getattr(config, "use_cache", None)
+    try:
+        if use_cache:
+            config.use_cache = False
+        yield
+    finally:
+        if use_cache:
+            config.use_cache = use_cache
+        for module, name, active in adapters:
+            setattr(module, name, active)
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
+
+
+@contextlib.contextmanager
+def preserved_rng(model: nn.Module) -> Iterator[None]:
+    """Give torch's (on the CPU and the model's devices), numpy's and Python's generators back as they were."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    used = {parameter.device for parameter in model.parameters()} - {torch.device("cpu"), torch.device("meta")}
+    device_type = next(iter(used)).type if used else "cuda"
+    try:
+        with torch.random.fork_rng(devices=[device.index for device in used], device_type=device_type):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

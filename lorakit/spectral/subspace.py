@@ -1,0 +1,200 @@
+"""How the subspaces and directions of two updates lie to each other, with what chance alone gives.
+
+Bases are orthonormal columns (*batch, d, k), as `LowRank.svd` gives them: U, or Vh.mT; this is not checked, so that
+nothing waits for the device. Half precision is computed in float32; batches broadcast.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lorakit.spectral._product import by_peak, widened
+from lorakit.spectral.lowrank import LowRank
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+__all__ = [
+    "gradient_overlap",
+    "leading_similarity",
+    "principal_angles",
+    "principal_cosines",
+    "random_subspace_overlap",
+    "random_update_cosine",
+    "residual_ratio",
+    "subspace_overlap",
+    "topk_overlap",
+    "update_cosine",
+]
+
+
+def _bases(first: Tensor, second: Tensor, names: tuple[str, str]) -> tuple[Tensor, Tensor]:
+    for name, basis in zip(names, (first, second), strict=True):
+        if not isinstance(basis, Tensor) or not basis.is_floating_point():
+            came = basis.dtype if isinstance(basis, Tensor) else type(basis).__name__
+            raise TypeError(f"`{name}` must be a real floating-point tensor; got {came}.")
+        if basis.ndim < 2 or basis.shape[-1] == 0:
+            raise ValueError(f"`{name}` must have shape (*batch, d, k) with k >= 1; got {tuple(basis.shape)}.")
+    if first.shape[-2] != second.shape[-2]:
+        raise ValueError(
+            f"`{names[0]}` and `{names[1]}` must lie in one space, of the same d; "
+            f"got {first.shape[-2]} and {second.shape[-2]}. Is one of them transposed?"
+        )
+    dtype = widened(torch.promote_types(first.dtype, second.dtype))
+    return first.to(dtype), second.to(dtype)
+
+
+def principal_cosines(
+    Q_a: Float[Tensor, "*batch d k_a"], Q_b: Float[Tensor, "*batch d k_b"]
+) -> Float[Tensor, "*batch k"]:
+    """Cosines of the k = min(k_a, k_b) principal angles between two subspaces, descending, in [0, 1].
+
+    Raises: ValueError if a basis is empty or the dimensions d differ.
+    References: Björck & Golub, "Numerical methods for computing angles between linear subspaces", 1973.
+    """
+    a, b = _bases(Q_a, Q_b, ("Q_a", "Q_b"))
+    cosines: Tensor = torch.linalg.svdvals(a.mT @ b)
+    return cosines.clamp(0.0, 1.0)
+
+
+def principal_angles(
+    Q_a: Float[Tensor, "*batch d k_a"], Q_b: Float[Tensor, "*batch d k_b"]
+) -> Float[Tensor, "*batch k"]:
+    """The k = min(k_a, k_b) principal angles between two subspaces, in radians, ascending, in [0, π/2].
+
+    Angles below π/4 come from their sines, since a cosine near 1 cannot tell them from 0.
+    Raises: ValueError as `principal_cosines`. References: Björck & Golub 1973; Knyazev & Argentati 2002.
+    """
+    a, b = _bases(Q_a, Q_b, ("Q_a", "Q_b"))
+    if a.shape[-1] < b.shape[-1]:
+        a, b = b, a
+    cosines = torch.linalg.svdvals(a.mT @ b).clamp(0.0, 1.0)
+    outside = b - a @ (a.mT @ b)  # (d, k): its singular values are the sines, of which d may hide some that are 0
+    sines = torch.linalg.svdvals(outside)
+    sines = torch.nn.functional.pad(sines, (0, b.shape[-1] - sines.shape[-1])).flip(-1).clamp(0.0, 1.0)
+    return torch.where(cosines.square() > 0.5, sines.asin(), cosines.acos())
+
+
+def subspace_overlap(Q_a: Float[Tensor, "*batch d k_a"], Q_b: Float[Tensor, "*batch d k_b"]) -> Float[Tensor, "*batch"]:
+    """Mean squared cosine of the min(k_a, k_b) principal angles: 1 if one subspace holds the other, 0 if orthogonal.
+
+    By chance: `random_subspace_overlap`. Raises: ValueError as `principal_cosines`.
+    """
+    a, b = _bases(Q_a, Q_b, ("Q_a", "Q_b"))
+    least = min(a.shape[-1], b.shape[-1])
+    return ((a.mT @ b).square().sum((-2, -1)) / least).clamp(0.0, 1.0)
+
+
+def random_subspace_overlap(d: int, k_a: int, k_b: int) -> float:
+    """Expected `subspace_overlap` of independent uniformly random subspaces: max(k_a, k_b) / d.
+
+    Raises: ValueError unless 1 <= k_a, k_b <= d.
+    """
+    if not (1 <= k_a <= d and 1 <= k_b <= d):
+        raise ValueError(f"`k_a` and `k_b` must be between 1 and `d`; got {k_a}, {k_b} and d = {d}.")
+    return max(k_a, k_b) / d
+
+
+def topk_overlap(
+    U_a: Float[Tensor, "*batch d r_a"], U_b: Float[Tensor, "*batch d r_b"], k: int
+) -> Float[Tensor, "*batch"]:
+    """‖U_a[:, :k]ᵀ U_b[:, :k]‖_F² / k, in [0, 1]; k / d by chance.
+
+    Raises: ValueError unless 1 <= k <= min(r_a, r_b). References: Spectral Surgery, Eq. 3 (k = 4).
+    """
+    a, b = _bases(U_a, U_b, ("U_a", "U_b"))
+    most = min(a.shape[-1], b.shape[-1])
+    if not 1 <= k <= most:
+        raise ValueError(f"`k` must be between 1 and {most}, the columns that both bases have; got {k}.")
+    return subspace_overlap(a[..., :k], b[..., :k])
+
+
+def leading_similarity(
+    U_a: Float[Tensor, "*batch d r_a"], U_b: Float[Tensor, "*batch d r_b"]
+) -> Float[Tensor, "*batch"]:
+    """|cos| of the angle between the leading directions, the first columns: in [0, 1].
+
+    Raises: ValueError as `principal_cosines`.
+    """
+    a, b = _bases(U_a, U_b, ("U_a", "U_b"))
+    return (a[..., 0] * b[..., 0]).sum(-1).abs().clamp(0.0, 1.0)
+
+
+def update_cosine(a: LowRank, b: LowRank) -> Float[Tensor, "*batch"]:
+    """⟨ΔW_a, ΔW_b⟩ / (‖ΔW_a‖ ‖ΔW_b‖), in [−1, 1]; 0 where one of them is 0. Negative: merging makes them cancel.
+
+    By chance: `random_update_cosine`. Raises: ValueError if shapes or devices do not match.
+    """
+    return a.cosine(b)
+
+
+def random_update_cosine(d_out: int, d_in: int) -> float:
+    """Root mean square of the cosine of two updates rotated independently at random, of any spectra: 1/√(d_out d_in).
+
+    Raises: ValueError unless both are at least 1.
+    """
+    if d_out < 1 or d_in < 1:
+        raise ValueError(f"`d_out` and `d_in` must be at least 1; got {d_out} and {d_in}.")
+    return 1 / math.sqrt(d_out * d_in)
+
+
+def gradient_overlap(
+    gradient: Float[Tensor, "*batch d_out d_in"],
+    U: Float[Tensor, "*batch d_out r_u"],
+    Vh: Float[Tensor, "*batch r_v d_in"],
+) -> Float[Tensor, "*batch"]:
+    """κ = ‖Uᵀ G V‖_F / ‖G‖_F: the part of a gradient that a low-rank subspace sees, in [0, 1]; 0 for G = 0.
+
+    Raises: ValueError if the shapes do not belong together.
+    """
+    if U.ndim < 2 or Vh.ndim < 2 or gradient.ndim < 2 or gradient.shape[-2:] != (U.shape[-2], Vh.shape[-1]):
+        raise ValueError(
+            "`gradient`, `U` and `Vh` must have shapes (*batch, d_out, d_in), (*batch, d_out, r) and (*batch, r, d_in);"
+            f" got {tuple(gradient.shape)}, {tuple(U.shape)} and {tuple(Vh.shape)}. Is `Vh` transposed?"
+        )
+    dtype = widened(torch.promote_types(gradient.dtype, torch.promote_types(U.dtype, Vh.dtype)))
+    G, _ = by_peak(gradient.to(dtype))
+    seen = U.to(dtype).mT @ G @ Vh.to(dtype).mT
+    total = torch.linalg.vector_norm(G, dim=(-2, -1), dtype=torch.float64)
+    part = torch.linalg.vector_norm(seen, dim=(-2, -1), dtype=torch.float64)
+    overlap: Tensor = part / torch.where(total == 0, 1.0, total)
+    return overlap.clamp(0.0, 1.0).to(dtype)
+
+
+def residual_ratio(full: Float[Tensor, "*batch d_out d_in"], low_rank: LowRank) -> Float[Tensor, "*batch"]:
+    """ε = ‖ΔW_FT − ΔW‖_F / ‖ΔW_FT‖_F, the share of a full update that a low-rank one misses.
+
+    0 where both are 0, inf where only the full one is. The residual itself is formed, in float64, a block of rows at a
+    time: the difference of squared norms would cancel.
+    Raises: ValueError if the shapes or devices differ.
+    """
+    if full.shape != low_rank.shape or full.device != low_rank.device:
+        raise ValueError(
+            f"`full` must have the shape {tuple(low_rank.shape)} of `low_rank`, on {low_rank.device}; "
+            f"got {tuple(full.shape)} on {full.device}."
+        )
+    dtype = widened(torch.promote_types(full.dtype, low_rank.dtype))
+    scaling, A = low_rank.scaling, low_rank.A.double()
+    A = A * (scaling.double()[..., None, None] if isinstance(scaling, Tensor) else scaling)
+    unit = by_peak(full.to(dtype))[1].double()
+    misses, totals = [], []
+    for start in range(0, full.shape[-2], _ROWS):
+        rows = full[..., start : start + _ROWS, :].double()
+        misses.append(_norm((rows - low_rank.B[..., start : start + _ROWS, :].double() @ A) / unit))
+        totals.append(_norm(rows / unit))
+    missed, total = torch.stack(misses), torch.stack(totals)
+    missed, total = missed.square().sum(0).sqrt(), total.square().sum(0).sqrt()
+    empty = torch.where(missed == 0, 0.0, math.inf)
+    return torch.where(total == 0, empty, missed / torch.where(total == 0, 1.0, total)).to(dtype)
+
+
+_ROWS = 1024  # of a block: 32 MiB in float64 at d_in = 4096
+
+
+def _norm(X: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(X, dim=(-2, -1))
+    return norm

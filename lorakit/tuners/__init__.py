@@ -1,0 +1,1 @@
+"""The two tuners. Importing one of their modules registers its type with PEFT; this package itself is light."""

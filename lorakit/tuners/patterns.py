@@ -1,0 +1,68 @@
+"""The modules that a config targets, and patterns (`rank_pattern` and the like) that give each of them its value."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, TypeVar
+
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils.other import get_pattern_key
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import BaseTuner
+    from torch import nn
+
+V = TypeVar("V")
+
+
+def targeted_modules(tuner: BaseTuner, config: LoraConfig, model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of `model` that PEFT will adapt under `config`, by name; PEFT's own rules decide.
+
+    `config.target_modules` must be set; its "all-linear" is expanded in place, as PEFT does a moment later.
+    """
+    _maybe_include_all_linear_layers(config, model)
+    adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name and not name.startswith(adapted) and tuner._check_target_module_exists(config, name)
+    }
+
+
+def lookup(pattern: Mapping[str, V], module_name: str, default: V) -> V:
+    """The value of the first entry of `pattern` that matches, by PEFT's rules."""
+    return pattern.get(get_pattern_key(pattern.keys(), module_name), default)
+
+
+def unmatched_keys(pattern: Mapping[str, V], module_names: Iterable[str]) -> list[str]:
+    """The entries of `pattern` that match none of the modules."""
+    names = list(module_names)
+    return [key for key in pattern if not any(re.match(rf"(.*\.)?({key})$", name) for name in names)]
+
+
+def compact_pattern(values: Mapping[str, V], default: V) -> dict[str, V]:
+    """The shortest pattern that gives every module of `values` its value, in whatever order its entries are read.
+
+    PEFT writes patterns to JSON with sorted keys and takes the first that matches, so no two entries may match one
+    module. One entry per last name component where all modules of that name agree, full names elsewhere.
+    """
+    by_leaf: dict[str, dict[str, V]] = {}
+    for name, value in values.items():
+        by_leaf.setdefault(name.rpartition(".")[2], {})[name] = value
+    shared: dict[str, V] = {}
+    single: dict[str, V] = {}
+    for leaf, modules in by_leaf.items():
+        first, *rest = modules.values()
+        if all(value == first for value in rest):
+            shared[re.escape(leaf)] = first
+        else:
+            single |= modules
+    for dot in (".", r"\."):  # a plain dot reads better, but matches any character
+        full = {"^" + dot.join(map(re.escape, name.split("."))): value for name, value in single.items()}
+        pattern = {key: value for key, value in (shared | full).items() if value != default}
+        read = dict(sorted(pattern.items()))
+        if all(lookup(read, name, default) == value for name, value in values.items()):
+            break
+    return pattern

@@ -1,0 +1,104 @@
+"""Tiny models, and examples for them."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import subprocess
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+
+@pytest.fixture(autouse=True)
+def _quiet_and_seeded() -> Iterator[None]:
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Unable to fetch remote file")
+        warnings.filterwarnings("ignore", message=".*Could not find a config file.*")
+        yield
+
+
+@pytest.fixture
+def tiny_llama() -> Callable[..., nn.Module]:
+    """Makes a two-layer Llama with grouped-query attention, always with the same weights."""
+
+    def make(dtype: torch.dtype = torch.float32, **changes: object) -> nn.Module:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        settings = {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 64,
+            "max_position_embeddings": 64,
+        }
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            return LlamaForCausalLM(LlamaConfig(**settings | changes)).to(dtype).eval()
+
+    return make
+
+
+@pytest.fixture
+def tiny_gpt2() -> Callable[..., nn.Module]:
+    """Makes a two-layer GPT-2: Conv1D layers, fused query, key and value."""
+
+    def make(dtype: torch.dtype = torch.float32) -> nn.Module:
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=64)
+            return GPT2LMHeadModel(config).to(dtype).eval()
+
+    return make
+
+
+@pytest.fixture
+def randomize() -> Callable[[nn.Module], nn.Module]:
+    """Gives every trainable parameter random values, as training would."""
+
+    def fill(model: nn.Module, std: float = 0.1, seed: int = 2) -> nn.Module:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * std
+                    parameter.copy_(values)
+        return model
+
+    return fill
+
+
+@pytest.fixture
+def token_ids() -> Tensor:
+    return torch.randint(1, 64, (2, 7), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs code in a fresh interpreter and returns what it did; fails the test where that fails, unless told not to."""
+
+    def run(code: str, *, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | environment,
+            timeout=300,
+        )
+        if check and done.returncode != 0:
+            pytest.fail(f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
+        return done
+
+    return run
