@@ -104,24 +104,29 @@ def _triangles(X: Float[Tensor, "*batch m r"], Y: Float[Tensor, "*batch n r"]) -
     roots, info = torch.linalg.cholesky_ex(grams)
     squares = roots.diagonal(dim1=-2, dim2=-1).square()
     determinants = (squares / (grams.diagonal(dim1=-2, dim2=-1) + _TINY)).prod(-1)
+    of_X, of_Y = determinants.view(2, math.prod(X.shape[:-2])).tolist()
     failed = any(info.flatten().tolist())
     L, M = roots.unbind()
-    if failed or not _all_at_least(determinants[0], _DETERMINANT):
-        L = L if _all_at_least(_smallest_eigenvalue(grams[0]), _SMALLEST) else _careful_triangle(X, "B")
-    if failed or not _all_at_least(determinants[1], _DETERMINANT):
-        M = M if _all_at_least(_smallest_eigenvalue(grams[1]), _SMALLEST) else _careful_triangle(Y, "A")
+    if failed or not _all_at_least(of_X, _DETERMINANT):
+        L = L if _conditioned(grams[0], _SMALLEST) else _careful_triangle(X, "B")
+    if failed or not _all_at_least(of_Y, _DETERMINANT):
+        M = M if _conditioned(grams[1], _SMALLEST) else _careful_triangle(Y, "A")
     return L, M
 
 
-def _all_at_least(values: Tensor, least: float) -> bool:
+def _all_at_least(values: list[float], least: float) -> bool:
     """NaN is not."""
-    return all(value >= least for value in values.flatten().tolist())
+    return all(value >= least for value in values)
+
+
+def _conditioned(gram: Tensor, least: float) -> bool:
+    return _all_at_least(_smallest_eigenvalue(gram).flatten().tolist(), least)
 
 
 def _careful_triangle(X: Tensor, name: str) -> Tensor:
     if X.dtype == torch.float32 and X.shape[-1] <= X.shape[-2]:
         gram = _gram(X.double())
-        if _all_at_least(_smallest_eigenvalue(gram), _SMALLEST_WIDE):
+        if _conditioned(gram, _SMALLEST_WIDE):
             root: Tensor = torch.linalg.cholesky_ex(gram).L
             return root
     triangle = _qr_triangle(X)

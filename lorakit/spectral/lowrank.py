@@ -179,7 +179,9 @@ class LowRank:
         Raises: ValueError for non-finite factors on the CPU.
         """
         sigma = _product.singular_values(self.B, self.A)
-        return (sigma * self._magnitude()).to(widened(self.dtype))
+        if isinstance(self.scaling, Tensor) or self.scaling != 1:
+            sigma = sigma * self._magnitude()
+        return sigma.to(widened(self.dtype))
 
     def svd(self) -> SVD:
         """Thin SVD of ΔW, scaling included; U and Vh have orthonormal columns and rows, whatever the rank.

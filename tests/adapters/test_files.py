@@ -28,10 +28,13 @@ def test_a_new_directory_appears_in_one_step(tmp_path):
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_failure_leaves_nothing(tmp_path, error):
-    out = tmp_path / "out"
-    with pytest.raises(error), replaced_directory(out) as staging:
-        (staging / "a").write_text("1")
-        raise error
+    def write():
+        with replaced_directory(tmp_path / "out") as staging:
+            (staging / "a").write_text("1")
+            raise error
+
+    with pytest.raises(error):
+        write()
     assert list(tmp_path.iterdir()) == []
 
 
