@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTED_ROLES = ("query", "value", "output", "down")
+LORA = "LoRA"
+OTHER_SEED = "LoRA, seed+1"
 
 
 class DemoError(LorakitError, RuntimeError):
@@ -66,11 +69,10 @@ class DemoRow:
 
     method: str
     parameters: int
-    held_out_loss: float
-    held_out_se: float
-    change: float | None = None  # against the model without an adapter; negative is better
-    change_se: float | None = None
-    against_lora: float | None = None  # against the trained uniform LoRA, sequence by sequence
+    loss_before: float | None
+    loss_after: float
+    loss_after_se: float
+    against_lora: float | None = None  # loss_after less that of the trained uniform LoRA, sequence by sequence
     against_lora_se: float | None = None
     utilization_q: float | None = None
     utilization_v: float | None = None
@@ -173,45 +175,51 @@ def _chunks(ids: list[int], settings: DemoSettings) -> Iterator[list[int]]:
 
 def _run_methods(model: PreTrainedModel, data: dict[str, Tensor], settings: DemoSettings, out: Path) -> list[DemoRow]:
     device = model.device
-    batches = {part: _batches(ids.to(device), settings.batch_size) for part, ids in data.items()}
+    batches = {part: list(torch.split(ids.to(device), settings.batch_size)) for part, ids in data.items()}
     names = [name for name, _ in model.named_modules()]
     targets = sorted({name.rpartition(".")[2] for name in names if role_of(name) in ADAPTED_ROLES})
     shared: dict[str, Any] = {"r": settings.r, "lora_alpha": 2 * settings.r, "target_modules": targets}
     shared |= {"task_type": "CAUSAL_LM"}
-    configs: dict[str, LoraConfig] = {
-        "LoRA": LoraConfig(**shared),
-        "FisherLoRA": FisherLoRAConfig(**shared),
-        "SpecLoRA": SpecLoRAConfig(**shared, k=settings.k),
-    }
-    base_losses = held_out_losses(model, batches["held_out"])
-    rows = [_row("no adapter", 0, base_losses)]
-    lora_losses = base_losses
-    for name, config in configs.items():
-        torch.manual_seed(settings.seed)
+    configs: list[tuple[str, int, LoraConfig]] = [
+        (LORA, 0, LoraConfig(**shared)),
+        (OTHER_SEED, 1, LoraConfig(**shared)),
+        ("FisherLoRA", 0, FisherLoRAConfig(**shared)),
+        ("SpecLoRA", 0, SpecLoRAConfig(**shared, k=settings.k)),
+    ]
+    base = held_out_losses(model, batches["held_out"])
+    lora = base
+    rows = [_row("no adapter", 0, None, base)]
+    for name, seed, config in configs:
+        torch.manual_seed(settings.seed + seed)
         adapted = get_peft_model(model, config)
         losses, seconds = train(adapted, batches["train"], settings, name)
         measured = held_out_losses(adapted, batches["held_out"])
-        if name == "LoRA":
-            lora_losses = measured
-        row = _row(name, adapted.get_nb_trainable_parameters()[0], measured, base_losses, lora_losses)
+        lora = measured if name == LORA else lora
+        row = _row(name, adapted.get_nb_trainable_parameters()[0], base, measured, None if name == LORA else lora)
         row.training_loss, row.seconds_per_step = losses, seconds
         row.utilization_q, row.utilization_v = _utilization(adapted, "query"), _utilization(adapted, "value")
         rows.append(row)
-        if name == "LoRA":
-            rows += _operate(adapted, batches, base_losses, lora_losses, settings)
+        if name == LORA:
+            rows += _operate(adapted, batches, lora, settings)
             adapted.save_pretrained(str(out / "lora"))
             model = adapted.unload()
-            continue
-        directory = out / f"{name.lower()}-as-lora"
-        exported = to_lora(adapted, directory)
-        before = _logits(adapted, batches["held_out"][0])
-        model = adapted.unload()
-        reloaded = PeftModel.from_pretrained(model, str(directory))
-        after = _logits(reloaded, batches["held_out"][0])
-        model = reloaded.unload()
-        row.export_rank = exported.r
-        row.export_error = float((after - before).abs().max() / before.abs().max())
+        elif name == OTHER_SEED:
+            model = adapted.unload()
+        else:
+            model = _export_and_reload(adapted, out / f"{name.lower()}-as-lora", batches["held_out"][0], row)
     return rows
+
+
+def _export_and_reload(model: PeftModel, directory: Path, ids: Tensor, row: DemoRow) -> PreTrainedModel:
+    """Write the adapter as a plain LoRA, load that with PEFT on the same base, and compare the logits."""
+    before = _logits(model, ids)
+    exported = to_lora(model, directory)
+    reloaded = PeftModel.from_pretrained(model.unload(), str(directory))
+    after = _logits(reloaded, ids)
+    row.export_rank = exported.r
+    row.export_error = float((after - before).abs().max() / before.abs().max())
+    base: PreTrainedModel = reloaded.unload()
+    return base
 
 
 def train(model: PeftModel, batches: list[Tensor], settings: DemoSettings, name: str) -> tuple[list[float], float]:
@@ -233,22 +241,16 @@ def train(model: PeftModel, batches: list[Tensor], settings: DemoSettings, name:
     return losses, statistics.median(seconds[len(seconds) // 8 :])
 
 
-def _operate(
-    model: PeftModel,
-    batches: dict[str, list[Tensor]],
-    base_losses: Tensor,
-    lora_losses: Tensor,
-    settings: DemoSettings,
-) -> list[DemoRow]:
+def _operate(model: PeftModel, batches: dict[str, list[Tensor]], lora: Tensor, settings: DemoSettings) -> list[DemoRow]:
     """The trained LoRA after surgery and after its random control, each undone again."""
     rows = []
     calibration = [{"input_ids": ids, "labels": ids} for ids in batches["calibration"]]
-    for policy, name in (("smooth_abs", "LoRA + surgery"), ("random_index", "LoRA + random control")):
+    for policy, name in (("smooth_abs", "LoRA+surgery"), ("random_index", "LoRA+random")):
         edit = surgery.reweight(
             model, calibration, policy=policy, num_examples=settings.calibration_examples, seed=settings.seed
         )
-        rows.append(_row(name, 0, held_out_losses(model, batches["held_out"]), base_losses, lora_losses))
-        rows[-1].parameters = model.get_nb_trainable_parameters()[0]
+        measured = held_out_losses(model, batches["held_out"])
+        rows.append(_row(name, model.get_nb_trainable_parameters()[0], lora, measured, lora))
         rows[-1].utilization_q, rows[-1].utilization_v = _utilization(model, "query"), _utilization(model, "value")
         edit.undo()
     return rows
@@ -287,19 +289,10 @@ def _utilization(model: PeftModel, role: str) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def _batches(ids: Tensor, size: int) -> list[Tensor]:
-    return list(torch.split(ids, size))
-
-
-def _row(
-    method: str, parameters: int, losses: Tensor, base: Tensor | None = None, lora: Tensor | None = None
-) -> DemoRow:
-    mean, se = _mean_and_se(losses)
-    row = DemoRow(method, parameters, mean, se)
-    if base is not None:
-        row.change, row.change_se = _mean_and_se(losses - base)
-    if lora is not None and not torch.equal(losses, lora):
-        row.against_lora, row.against_lora_se = _mean_and_se(losses - lora)
+def _row(method: str, parameters: int, before: Tensor | None, after: Tensor, lora: Tensor | None = None) -> DemoRow:
+    row = DemoRow(method, parameters, None if before is None else float(before.mean()), *_mean_and_se(after))
+    if lora is not None:
+        row.against_lora, row.against_lora_se = _mean_and_se(after - lora)
     return row
 
 
@@ -308,58 +301,86 @@ def _mean_and_se(values: Tensor) -> tuple[float, float]:
 
 
 def report(results: dict[str, Any], console: Console) -> None:
-    """Print the table, and what of it is noise."""
-    table = Table(title=f"{results['model']}, {results['settings']['steps']} steps, {results['threads']} threads")
-    table.add_column("method")
-    headings = ("parameters", "held-out loss", "change", "against LoRA", "CU of q", "CU of v", "s / step", "export")
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    """Print the table, and what of it is noise. It fits 80 columns."""
+    settings = results["settings"]
+    steps, size = f"{settings['steps']} steps", settings["batch_size"]
+    table = Table(
+        title=f"{results['model']}: {steps} of {size} × {settings['length']} tokens",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0),
+        show_edge=False,
+    )
+    table.add_column("method", no_wrap=True)
+    for heading in (
+        "params",
+        "before",
+        "held-out loss\nafter",
+        "against LoRA",
+        "CU\nq",
+        "CU\nv",
+        " s /\nstep",
+        "export",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in results["rows"]:
-        export = "" if row["export_error"] is None else f"r {row['export_rank']}, logits to {row['export_error']:.0e}"
         table.add_row(
             row["method"],
-            f"{row['parameters']:,}",
-            f"{row['held_out_loss']:.4f} ± {row['held_out_se']:.4f}",
-            _signed(row["change"], row["change_se"]),
-            _signed(row["against_lora"], row["against_lora_se"]),
-            *("" if row[f"utilization_{role}"] is None else f"{row[f'utilization_{role}']:.3f}" for role in "qv"),
-            "" if row["seconds_per_step"] is None else f"{row['seconds_per_step']:.2f}",
-            export,
+            f"{row['parameters'] / 1e6:.2f}M" if row["parameters"] >= 1e5 else str(row["parameters"]),
+            _number(row["loss_before"], ".3f"),
+            f"{row['loss_after']:.4f} ±{_small(row['loss_after_se'])}",
+            "" if row["against_lora"] is None else f"{row['against_lora']:+.4f} ±{_small(row['against_lora_se'])}",
+            _number(row["utilization_q"], ".2f"),
+            _number(row["utilization_v"], ".2f"),
+            _number(row["seconds_per_step"], ".2f"),
+            "" if row["export_error"] is None else f"r{row['export_rank']}\n{row['export_error']:.0e}",
         )
     console.print(table)
     console.print(
-        "Losses in nats a token, ± one standard error over held-out sequences; 'change' (against no adapter) and "
-        "'against LoRA' are paired, sequence by sequence. CU: capacity utilization, effective rank over rank."
+        "Losses in nats a token ± one standard error over held-out sequences; 'against LoRA' is paired, sequence by "
+        "sequence. CU: capacity utilization, effective rank over rank, of the query and value projections. export: "
+        "largest rank of the plain LoRA written, and the largest difference of its logits, relative.",
+        style="dim",
     )
     for line in verdicts(results["rows"]):
         console.print(f"• {line}")
     console.print(
-        "One seed, one text, few steps: standard errors cover the choice of held-out sequences only, not that of the "
-        "seed. Differences between methods here show that they work, not which is better."
+        "One text and few steps: what is within noise here says nothing, and what is not says little. The demo shows "
+        "that the methods work, not which is better.",
+        style="dim",
     )
 
 
 def verdicts(rows: list[dict[str, Any]]) -> list[str]:
-    """What each row's difference from LoRA amounts to: nothing, within two standard errors."""
-    lines = []
+    """What each row's difference from LoRA amounts to.
+
+    Noise is whatever is within two standard errors, or within the difference that another seed makes to LoRA itself.
+    """
+    seeds = next((abs(row["against_lora"]) for row in rows if row["method"] == OTHER_SEED), 0.0)
+    lines = [f"Another seed changes LoRA's own held-out loss by {seeds:.4f}."] if seeds else []
     for row in rows:
-        if row["against_lora"] is None or row["change"] is None:
-            continue
         difference, se = row["against_lora"], row["against_lora_se"]
-        if abs(difference) <= 2 * se:
+        if difference is None or row["method"] == OTHER_SEED:
+            continue
+        # Surgery edits one and the same trained adapter, so that seeds do not come between.
+        noise = 2 * se if row["method"].startswith(f"{LORA}+") else max(2 * se, seeds)
+        if abs(difference) <= noise:
             lines.append(f"{row['method']}: no difference from LoRA beyond noise ({difference:+.4f} ± {se:.4f}).")
         else:
-            better = "lower" if difference < 0 else "higher"
-            lines.append(f"{row['method']}: {better} held-out loss than LoRA by {abs(difference):.4f} ± {se:.4f}.")
+            side = "lower" if difference < 0 else "higher"
+            lines.append(f"{row['method']}: {side} than LoRA by {abs(difference):.4f} ± {se:.4f}, on this text.")
     return lines
 
 
-def _signed(value: float | None, se: float | None) -> str:
-    return "" if value is None or se is None else f"{value:+.4f} ± {se:.4f}"
+def _number(value: float | None, spec: str) -> str:
+    return "" if value is None else format(value, spec)
+
+
+def _small(value: float) -> str:
+    return f"{value:.4f}".lstrip("0")
 
 
 def _plot(rows: list[DemoRow], path: Path) -> Path | None:
-    """Training curves, and held-out losses with their standard errors."""
+    """Training curves, and differences from LoRA with their standard errors."""
     if importlib.util.find_spec("matplotlib") is None:
         return None
     from matplotlib.figure import Figure
@@ -369,13 +390,22 @@ def _plot(rows: list[DemoRow], path: Path) -> Path | None:
     for row in rows:
         if row.training_loss:
             left.plot(range(1, len(row.training_loss) + 1), row.training_loss, label=row.method)
-    left.set(xlabel="step", ylabel="training loss (nats a token)", title="Training, same data and order")
+    left.set(xlabel="step", ylabel="training loss (nats a token)", title="Training: same data, same order")
     left.legend()
-    adapted = [row for row in rows if row.change is not None]
-    places = range(len(adapted))
-    right.errorbar([row.change for row in adapted], places, xerr=[row.change_se for row in adapted], fmt="o", capsize=4)
-    right.set_yticks(list(places), [row.method for row in adapted])
+    compared = [row for row in rows if row.against_lora is not None]
+    places = range(len(compared))
+    right.errorbar(
+        [row.against_lora for row in compared],
+        places,
+        xerr=[row.against_lora_se for row in compared],
+        fmt="o",
+        capsize=4,
+    )
+    right.axvline(0, color="gray", linewidth=1)
+    right.set_yticks(list(places), [row.method for row in compared])
     right.invert_yaxis()
-    right.set(xlabel="change of held-out loss (nats a token), ± 1 standard error", title="Against no adapter, paired")
+    right.set(
+        xlabel="held-out loss less LoRA's (nats a token), ± 1 standard error", title="Against LoRA, paired by sequence"
+    )
     figure.savefig(path, dpi=120)
     return path

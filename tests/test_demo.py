@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pydoc_data.topics import topics
 
 import pytest
 import torch
 from peft import PeftModel
+from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lorakit.cli import app
-from lorakit.demo import DemoError, DemoSettings, load_model, split_data, verdicts
+from lorakit.demo import DemoError, DemoSettings, load_model, report, split_data, verdicts
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def test_the_whole_demo_on_a_tiny_model(model_directory, tmp_path, capfd):
     results = json.loads(printed.out)
     assert results == json.loads((out / "results.json").read_text())
     rows = {row["method"]: row for row in results["rows"]}
-    assert list(rows) == ["no adapter", "LoRA", "LoRA + surgery", "LoRA + random control", "FisherLoRA", "SpecLoRA"]
+    assert list(rows) == ["no adapter", "LoRA", "LoRA+surgery", "LoRA+random", "LoRA, seed+1", "FisherLoRA", "SpecLoRA"]
     widths = {"q": 32 + 32, "v": 32 + 16, "o": 32 + 32, "down": 48 + 32}
     ranks = {"LoRA": (16, 0), "FisherLoRA": (4, 0), "SpecLoRA": (16, 1)}
     for method, (q, masked) in ranks.items():
@@ -60,11 +62,12 @@ def test_the_whole_demo_on_a_tiny_model(model_directory, tmp_path, capfd):
             q * widths["q"] + 16 * (widths["v"] + widths["o"] + widths["down"]) + mask
         )
         assert len(rows[method]["training_loss"]) == 4
-        assert rows[method]["change"] < 0
+        assert rows[method]["loss_after"] < rows[method]["loss_before"]
         assert 0 < rows[method]["utilization_q"] <= 1
     for method in ("FisherLoRA", "SpecLoRA"):
         assert rows[method]["export_error"] <= 1e-5
-    assert rows["LoRA + surgery"]["against_lora_se"] > 0
+    assert rows["LoRA+surgery"]["against_lora_se"] > 0
+    assert rows["LoRA+surgery"]["loss_before"] == rows["LoRA"]["loss_after"]
     assert (out / "demo.png").read_bytes()[:4] == b"\x89PNG"
     assert "noise" in printed.err
     for name in ("lora", "fisherlora-as-lora", "speclora-as-lora"):
@@ -107,14 +110,45 @@ def test_without_the_model_s_packages_the_way_out_is_said(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("difference", "se", "says"),
+    ("method", "difference", "se", "says"),
     [
-        (-0.01, 0.02, "no difference from LoRA beyond noise"),
-        (-0.05, 0.02, "lower held-out loss than LoRA by 0.0500"),
-        (0.05, 0.02, "higher"),
+        ("FisherLoRA", -0.01, 0.02, "no difference from LoRA beyond noise"),
+        ("FisherLoRA", -0.03, 0.01, "no difference from LoRA beyond noise"),  # beyond 2 s.e., but within another seed
+        ("FisherLoRA", -0.05, 0.02, "lower than LoRA by 0.0500"),
+        ("FisherLoRA", 0.05, 0.02, "higher than LoRA by 0.0500"),
+        ("LoRA+surgery", -0.03, 0.01, "lower than LoRA by 0.0300"),
     ],
 )
-def test_verdicts_claim_nothing_within_noise(difference, se, says):
-    row = {"method": "X", "against_lora": difference, "against_lora_se": se, "change": -1.0}
-    assert says in verdicts([row])[0]
-    assert verdicts([row | {"against_lora": None}]) == []
+def test_verdicts_claim_nothing_within_noise(method, difference, se, says):
+    first = {"method": "LoRA", "against_lora": None, "against_lora_se": None}
+    seed = {"method": "LoRA, seed+1", "against_lora": 0.04, "against_lora_se": 0.01}
+    lines = verdicts([first, seed, {"method": method, "against_lora": difference, "against_lora_se": se}])
+    assert lines[0] == "Another seed changes LoRA's own held-out loss by 0.0400."
+    assert says in lines[1]
+    assert len(lines) == 2
+
+
+def test_the_table_fits_80_columns():
+    row = {
+        "method": "LoRA, seed+1",
+        "parameters": 2488320,
+        "loss_before": 3.2391,
+        "loss_after": 2.8602,
+        "loss_after_se": 0.0611,
+        "against_lora": -0.0007,
+        "against_lora_se": 0.0005,
+        "utilization_q": 0.715,
+        "utilization_v": 0.494,
+        "seconds_per_step": 1.09,
+        "export_rank": 216,
+        "export_error": 2e-6,
+    }
+    settings = {"steps": 24, "batch_size": 4, "length": 96}
+    console = Console(width=80, file=io.StringIO())
+    report({"model": "SmolLM2-135M-Instruct", "settings": settings, "rows": [row]}, console)
+    printed = console.file.getvalue()
+    line = next(line for line in printed.splitlines() if "seed+1" in line)
+    for piece in ("2.49M", "3.239", "2.8602 ±.0611", "-0.0007 ±.0005", "0.71", "0.49", "1.09", "r216"):
+        assert piece in line
+    assert "2e-06" in printed
+    assert "…" not in printed
