@@ -80,6 +80,7 @@ def timed(run: Callable[[], object]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--layers", type=int, default=10)
+    parser.add_argument("--batches", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")
@@ -88,8 +89,8 @@ def main() -> None:
     model = make_model(options.layers)
     results = []
     for size, length in ((4, 96), (8, 32), (2, 256)):
-        batches = make_batches(size, length, 2)
-        worst = check(model, batches)
+        batches = make_batches(size, length, options.batches)
+        worst = check(model, batches[:2])
         runs: dict[str, Callable[[], object]] = {
             "LoRA forward + backward": lambda batches=batches: lora_step(model, batches),
             "default (o_proj, down_proj)": lambda batches=batches: sensitivity(model, batches, progress=False),
@@ -120,7 +121,8 @@ def main() -> None:
     if options.json:
         print(json.dumps(results))
         return
-    print(f"torch {torch.__version__}, torch.set_num_threads({options.threads}), {options.layers} layers, 2 batches")
+    setting = f"{options.layers} layers, {options.batches} batches"
+    print(f"torch {torch.__version__}, torch.set_num_threads({options.threads}), {setting}")
     print(f"{'batch':>9}  {'run':<28} {'median':>8}  {'(min–max)':<15} {'ratio':>6}  (min–max)")
     for row in results:
         low, high = row["range_seconds"]

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -177,13 +178,20 @@ def _given_losses(losses: Any) -> _Losses:
     return _Losses(losses.sum(), torch.ones(losses.shape[0]), [True] * losses.shape[0])
 
 
+Kind = Literal["shifted", "tokens", "values"]
+
+
 class _LossScheme:
-    """Finds out, from logits and labels, how a model's loss is made of its examples' losses; never guesses."""
+    """Finds out, from logits and labels, how a model's loss is made of its examples' losses; never guesses.
+
+    That is a property of the model and of the kind of batch, so it is checked on the first batch of each kind.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model = model
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.shifts = "CausalLM" in str(getattr(inner, "loss_type", None) or type(inner).__name__)
+        self.known: dict[Any, Kind] = {}
 
     def __call__(self, batch: Any) -> _Losses:
         if not isinstance(batch, Mapping) or batch.get("labels") is None:
@@ -196,30 +204,46 @@ class _LossScheme:
         labels = batch["labels"]
         if not labels.is_floating_point() and not (labels != IGNORED_LABEL).any():
             return _nothing_used(labels)
+        structure = (frozenset(batch), labels.ndim, labels.dtype)
+        kind = self.known.get(structure)
+        if kind is not None and not _counts(labels, kind).any():
+            return _nothing_used(labels)
         loss, logits = _loss_and_logits(self.model(**batch))
         if loss is None or logits is None:
             raise CalibrationError("The model returned no loss and logits for this batch; pass `loss_fn`.")
-        with torch.no_grad():
-            total = loss.detach().float()
-            candidates = list(self._candidates(logits.detach(), labels))
-            if candidates and candidates[0].counts.sum() == 0 and (torch.isnan(total) or total == 0):
+        total = loss.detach().float()
+        if kind is None:
+            kind = self._find_kind(total, logits.detach(), labels)
+            if kind is None:
                 return _nothing_used(labels)
-            matching = [c for c in candidates if torch.isclose(total, c.mean(), rtol=_tolerance(logits), atol=1e-6)]
-            if not matching:
-                self._refuse(total)
-            # The one that the model's name suggests comes first; another must match better by far.
-            best, *others = matching
-            for other in others:
-                error = (total - best.mean()).abs()
-                if error > 1e-6 and (total - other.mean()).abs() < 0.01 * error:
-                    best = other
-        if best.shifted and not self.shifts:
-            self.shifts = True
-            return self(batch)
-        weights = best.counts.sum() / best.counts.clamp(min=1)
-        return _Losses(loss, weights, (best.counts > 0).tolist())
+            if kind == "shifted" and not self.shifts:
+                self.shifts = True
+                return self(batch)
+            self.known[structure] = kind
+        if not torch.isfinite(total):
+            self._refuse(total)
+        counts = _counts(labels, kind)
+        return _Losses(loss, counts.sum() / counts.clamp(min=1), (counts > 0).tolist())
 
-    def _refuse(self, total: Tensor) -> None:
+    @torch.no_grad()
+    def _find_kind(self, total: Tensor, logits: Tensor, labels: Tensor) -> Kind | None:
+        """The kind of loss that gives `total`; None for one that no label of the batch enters."""
+        best, best_error = None, math.inf
+        for n, (kind, losses) in enumerate(self._candidates(logits, labels)):
+            counts = _counts(labels, kind)
+            if n == 0 and counts.sum() == 0 and (torch.isnan(total) or total == 0):
+                return None
+            mean = ((losses * counts).sum() / counts.sum()).float()
+            error = float((total - mean).abs())
+            if error < best_error and error <= 1e-6 + _tolerance(logits) * float(total.abs()):
+                best, best_error = kind, error
+            if best_error <= 1e-6 + 1e-5 * float(total.abs()):
+                break
+        if best is None:
+            self._refuse(total)
+        return best
+
+    def _refuse(self, total: Tensor) -> NoReturn:
         if not torch.isfinite(total):
             raise CalibrationError(
                 f"The model's loss on a calibration batch is {float(total)}, although the batch has labels. Check the "
@@ -231,45 +255,42 @@ class _LossScheme:
             f"cannot be read off it. Pass `loss_fn(model, batch)` that returns the loss of each example."
         )
 
-    def _candidates(self, logits: Tensor, labels: Tensor) -> Iterator[_Candidate]:
-        """The ways in which this loss may be made of the examples' own, the likelier first."""
+    def _candidates(self, logits: Tensor, labels: Tensor) -> Iterator[tuple[Kind, Tensor]]:
+        """The ways in which the loss may be made, the likelier first, with the losses (n,) that the examples have."""
         n = labels.shape[0] if labels.ndim else 0
         if labels.is_floating_point() or (logits.ndim == 2 and logits.shape[1] == 1 and labels.numel() == n):
             if n and logits.numel() == labels.numel():
                 given, wanted = logits.float().reshape(n, -1), labels.float().reshape(n, -1)
-                ones = torch.ones(n, device=logits.device)
-                yield _Candidate(F.mse_loss(given, wanted, reduction="none").mean(1), ones)
+                yield "values", F.mse_loss(given, wanted, reduction="none").mean(1)
                 if labels.is_floating_point():
-                    entropy = F.binary_cross_entropy_with_logits(given, wanted, reduction="none")
-                    yield _Candidate(entropy.mean(1), ones)
+                    yield "values", F.binary_cross_entropy_with_logits(given, wanted, reduction="none").mean(1)
         elif labels.ndim == 2 and logits.ndim == 3 and logits.shape[:2] == labels.shape:
-            shifted = _token_losses(logits[:, :-1], labels[:, 1:], shifted=True)
-            plain = _token_losses(logits, labels)
-            yield from (shifted, plain) if self.shifts else (plain, shifted)
+            kinds: tuple[Kind, Kind] = ("shifted", "tokens") if self.shifts else ("tokens", "shifted")
+            for kind in kinds:
+                yield kind, _token_losses(logits, labels, kind)
         elif labels.numel() == n and logits.ndim == 2 and logits.shape[0] == n:
-            yield _token_losses(logits[:, None], labels.reshape(n, 1))
+            yield "tokens", _token_losses(logits[:, None], labels.reshape(n, 1), "tokens")
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    """Per-example mean losses (n,), and how many terms of each enter the batch's mean (n,)."""
-
-    losses: Tensor
-    counts: Tensor
-    shifted: bool = False
-
-    def mean(self) -> Tensor:
-        return ((self.losses * self.counts).sum() / self.counts.sum()).float()
+def _counts(labels: Tensor, kind: Kind) -> Tensor:
+    """How many terms of each example enter the mean that is the batch's loss, (n,)."""
+    if kind == "values":
+        return torch.ones(labels.shape[0], device=labels.device)
+    if kind == "shifted":
+        labels = labels[:, 1:]
+    return (labels.reshape(labels.shape[0], -1) != IGNORED_LABEL).sum(1).float()
 
 
-def _token_losses(logits: Tensor, labels: Tensor, *, shifted: bool = False) -> _Candidate:
-    """Cross-entropy over each example's labelled tokens; 0 where it has none."""
-    counts = (labels != IGNORED_LABEL).sum(1).float()
+def _token_losses(logits: Tensor, labels: Tensor, kind: Kind) -> Tensor:
+    """Mean cross-entropy over each example's labelled tokens (n,); 0 where it has none."""
+    counts = _counts(labels, kind)
+    if kind == "shifted":
+        logits, labels = logits[:, :-1], labels[:, 1:]
     sums = [
         F.cross_entropy(logits[i].float(), labels[i], ignore_index=IGNORED_LABEL, reduction="sum")
         for i in range(labels.shape[0])
     ]
-    return _Candidate(torch.stack(sums) / counts.clamp(min=1), counts, shifted)
+    return torch.stack(sums) / counts.clamp(min=1)
 
 
 def _without_boundary_labels(batch: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -387,10 +387,11 @@ def _plot(rows: list[DemoRow], path: Path) -> Path | None:
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for row in rows:
-        if row.training_loss:
-            left.plot(range(1, len(row.training_loss) + 1), row.training_loss, label=row.method)
-    left.set(xlabel="step", ylabel="training loss (nats a token)", title="Training: same data, same order")
+    trained = {row.method: row.training_loss for row in rows if row.training_loss}
+    for method, losses in trained.items():
+        differences = [loss - reference for loss, reference in zip(losses, trained[LORA], strict=True)]
+        left.plot(range(1, len(losses) + 1), differences, label=method)
+    left.set(xlabel="step", ylabel="training loss less LoRA's (nats a token)", title="Training: same data, same order")
     left.legend()
     compared = [row for row in rows if row.against_lora is not None]
     places = range(len(compared))
