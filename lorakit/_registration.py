@@ -68,6 +68,8 @@ def register_tuner(name: str, config_cls: type, model_cls: type, *, hotswap_keys
                 _remove_member(PeftType, member)
             raise
         hotswap.CONFIG_KEYS_TO_CHECK[member] = list(hotswap_keys)
+        exported = vars(sys.modules["lorakit"])
+        exported |= {cls.__name__: cls for cls in (config_cls, model_cls) if cls.__name__ in exported}
         return member
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn, Protocol
 
@@ -96,7 +95,7 @@ def collect(
         raise ValueError(f"`num_examples` must be a positive integer; got {num_examples!r}.")
     tally = _Tally(parts=[[] for _ in probes])
     scheme = _LossScheme(model)
-    split = False
+    mixing = 0  # batches in a row whose examples could not be told apart
     with (
         preserved_state(model),
         preserved_rng(model),
@@ -112,9 +111,9 @@ def collect(
             if device is not None:
                 batch = send_to_device(batch, device)
             before = tally.used
-            if not split:
-                split = not _run(model, batch, probes, tally, scheme, loss_fn, one_example=False)
-            if split:
+            whole = mixing < 2 and _run(model, batch, probes, tally, scheme, loss_fn, one_example=False)
+            mixing = 0 if whole else mixing + 1
+            if not whole:
                 for example in _examples_of(batch):
                     _run(model, example, probes, tally, scheme, loss_fn, one_example=True)
             bar.update(min(tally.used, num_examples) - before)
@@ -145,7 +144,7 @@ def _run(
     for probe in probes:
         probe.begin(one_example=one_example)
     with torch.enable_grad():
-        losses = scheme(batch) if loss_fn is None else _given_losses(loss_fn(model, batch))
+        losses = scheme(batch) if loss_fn is None else _given_losses(loss_fn(model, batch), needs_grad=bool(probes))
         if any(losses.used) and losses.loss.requires_grad:
             torch.autograd.backward(losses.loss)
     n = len(losses.used)
@@ -169,12 +168,14 @@ def _run(
     return True
 
 
-def _given_losses(losses: Any) -> _Losses:
+def _given_losses(losses: Any, *, needs_grad: bool) -> _Losses:
     if not isinstance(losses, Tensor) or losses.ndim != 1 or losses.shape[0] == 0:
         got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
         raise CalibrationError(f"`loss_fn` must return one loss per example, a tensor of shape (n,); got {got}.")
     if not torch.isfinite(losses).all():
         raise CalibrationError(f"`loss_fn` returned losses that are not finite: {losses.detach().tolist()}.")
+    if needs_grad and not losses.requires_grad:
+        raise CalibrationError("`loss_fn` returned losses without gradients; do not detach them, nor use no_grad.")
     return _Losses(losses.sum(), torch.ones(losses.shape[0]), [True] * losses.shape[0])
 
 
@@ -190,7 +191,8 @@ class _LossScheme:
     def __init__(self, model: Any) -> None:
         self.model = model
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.shifts = "CausalLM" in str(getattr(inner, "loss_type", None) or type(inner).__name__)
+        name = str(getattr(inner, "loss_type", None) or type(inner).__name__)
+        self.shifts = "CausalLM" in name or "LMHead" in name
         self.known: dict[Any, Kind] = {}
 
     def __call__(self, batch: Any) -> _Losses:
@@ -200,8 +202,10 @@ class _LossScheme:
                 f"`calib_loader` must yield mappings with labels for model(**batch), or `loss_fn` be given; got {got}."
             )
         if self.shifts:
-            batch = _without_boundary_labels(batch)
+            batch = _without_first_labels(batch)
         labels = batch["labels"]
+        if not isinstance(labels, Tensor):
+            raise CalibrationError(f"A batch's `labels` must be a tensor; got {type(labels).__name__}. Collate them.")
         if not labels.is_floating_point() and not (labels != IGNORED_LABEL).any():
             return _nothing_used(labels)
         structure = (frozenset(batch), labels.ndim, labels.dtype)
@@ -211,7 +215,7 @@ class _LossScheme:
         loss, logits = _loss_and_logits(self.model(**batch))
         if loss is None or logits is None:
             raise CalibrationError("The model returned no loss and logits for this batch; pass `loss_fn`.")
-        total = loss.detach().float()
+        total = loss.detach()
         if kind is None:
             kind = self._find_kind(total, logits.detach(), labels)
             if kind is None:
@@ -228,20 +232,17 @@ class _LossScheme:
     @torch.no_grad()
     def _find_kind(self, total: Tensor, logits: Tensor, labels: Tensor) -> Kind | None:
         """The kind of loss that gives `total`; None for one that no label of the batch enters."""
-        best, best_error = None, math.inf
-        for n, (kind, losses) in enumerate(self._candidates(logits, labels)):
-            counts = _counts(labels, kind)
-            if n == 0 and counts.sum() == 0 and (torch.isnan(total) or total == 0):
+        # Where the model computes its loss in half precision, so is what it is compared with, to the last bit but one.
+        dtype = total.dtype
+        half = torch.finfo(dtype).bits < 32
+        tolerance = torch.finfo(dtype).eps if half else 2e-5
+        for kind, value in self._candidates(logits if half else logits.float(), labels):
+            nothing = not _counts(labels, kind).any()
+            if nothing and (torch.isnan(total) or total == 0):
                 return None
-            mean = ((losses * counts).sum() / counts.sum()).float()
-            error = float((total - mean).abs())
-            if error < best_error and error <= 1e-6 + _tolerance(logits) * float(total.abs()):
-                best, best_error = kind, error
-            if best_error <= 1e-6 + 1e-5 * float(total.abs()):
-                break
-        if best is None:
-            self._refuse(total)
-        return best
+            if torch.isclose(value.to(dtype), total, rtol=1.01 * tolerance, atol=0 if half else 1e-6):
+                return kind
+        self._refuse(total)
 
     def _refuse(self, total: Tensor) -> NoReturn:
         if not torch.isfinite(total):
@@ -256,20 +257,21 @@ class _LossScheme:
         )
 
     def _candidates(self, logits: Tensor, labels: Tensor) -> Iterator[tuple[Kind, Tensor]]:
-        """The ways in which the loss may be made, the likelier first, with the losses (n,) that the examples have."""
+        """The losses that the batch may have, the likelier first, in the dtype of `logits`."""
         n = labels.shape[0] if labels.ndim else 0
         if labels.is_floating_point() or (logits.ndim == 2 and logits.shape[1] == 1 and labels.numel() == n):
             if n and logits.numel() == labels.numel():
-                given, wanted = logits.float().reshape(n, -1), labels.float().reshape(n, -1)
-                yield "values", F.mse_loss(given, wanted, reduction="none").mean(1)
+                given, wanted = logits.reshape(-1), labels.reshape(-1).to(logits.dtype)
+                yield "values", F.mse_loss(given, wanted)
                 if labels.is_floating_point():
-                    yield "values", F.binary_cross_entropy_with_logits(given, wanted, reduction="none").mean(1)
+                    yield "values", F.binary_cross_entropy_with_logits(given, wanted)
         elif labels.ndim == 2 and logits.ndim == 3 and logits.shape[:2] == labels.shape:
-            kinds: tuple[Kind, Kind] = ("shifted", "tokens") if self.shifts else ("tokens", "shifted")
-            for kind in kinds:
-                yield kind, _token_losses(logits, labels, kind)
+            after = (logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+            plain = (logits.flatten(0, 1), labels.flatten())
+            for shifted in (self.shifts, not self.shifts):
+                yield "shifted" if shifted else "tokens", F.cross_entropy(*(after if shifted else plain))
         elif labels.numel() == n and logits.ndim == 2 and logits.shape[0] == n:
-            yield "tokens", _token_losses(logits[:, None], labels.reshape(n, 1), "tokens")
+            yield "tokens", F.cross_entropy(logits, labels.reshape(n))
 
 
 def _counts(labels: Tensor, kind: Kind) -> Tensor:
@@ -281,33 +283,16 @@ def _counts(labels: Tensor, kind: Kind) -> Tensor:
     return (labels.reshape(labels.shape[0], -1) != IGNORED_LABEL).sum(1).float()
 
 
-def _token_losses(logits: Tensor, labels: Tensor, kind: Kind) -> Tensor:
-    """Mean cross-entropy over each example's labelled tokens (n,); 0 where it has none."""
-    counts = _counts(labels, kind)
-    if kind == "shifted":
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    sums = [
-        F.cross_entropy(logits[i].float(), labels[i], ignore_index=IGNORED_LABEL, reduction="sum")
-        for i in range(labels.shape[0])
-    ]
-    return torch.stack(sums) / counts.clamp(min=1)
-
-
-def _without_boundary_labels(batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Without the labels that a causal model would predict from padding: those of first tokens, padded on the left.
+def _without_first_labels(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Without the labels of first tokens, which a causal model would predict from the padding on their left.
 
     Padded on the right a first token's label enters no loss, since nothing precedes it; so it must not here.
     """
     mask, labels = batch.get("attention_mask"), batch["labels"]
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or labels.ndim != 2 or mask.shape != labels.shape:
+    if not isinstance(mask, Tensor) or not isinstance(labels, Tensor) or mask.ndim != 2 or mask.shape != labels.shape:
         return batch
-    boundary = torch.zeros_like(labels, dtype=torch.bool)
-    boundary[:, 1:] = (mask[:, 1:] != 0) & (mask[:, :-1] == 0)
-    return {**batch, "labels": labels.masked_fill(boundary, IGNORED_LABEL)}
-
-
-def _tolerance(logits: Tensor) -> float:
-    return 1e-4 if logits.dtype in (torch.float32, torch.float64) else 1e-2
+    first = (mask != 0) & ((mask != 0).cumsum(1) == 1)
+    return {**batch, "labels": labels.masked_fill(first, IGNORED_LABEL)}
 
 
 def _nothing_used(labels: Tensor) -> _Losses:
@@ -333,10 +318,14 @@ def _examples_of(batch: Any) -> list[Any]:
     def pick(value: Any, i: int) -> Any:
         if isinstance(value, Tensor):
             return value[i : i + 1] if value.ndim and value.shape[0] == n else value
-        if isinstance(value, Mapping):
-            return {key: pick(item, i) for key, item in value.items()}
+        if isinstance(value, MutableMapping):
+            picked = copy.copy(value)  # of its own kind: a loss function may use more of it than its items
+            for key, item in value.items():
+                picked[key] = pick(item, i)
+            return picked
         if isinstance(value, tuple):
-            return tuple(pick(item, i) for item in value)
+            items = [pick(item, i) for item in value]
+            return type(value)._make(items) if hasattr(value, "_make") else tuple(items)
         if isinstance(value, list):
             return value[i : i + 1] if len(value) == n and not _has_tensors(value) else [pick(v, i) for v in value]
         return value
@@ -365,7 +354,9 @@ def _has_tensors(values: list[Any]) -> bool:
 
 def _input_device(model: Any) -> torch.device | None:
     """Where the model wants its inputs; None where its weights are offloaded and accelerate's hooks move them."""
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embeddings = None
+    with contextlib.suppress(AttributeError, NotImplementedError):  # not every model has them, or says so
+        embeddings = model.get_input_embeddings()
     parameter = next((embeddings or model).parameters(), None)
     return None if parameter is None or parameter.is_meta else parameter.device
 

@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
 from lorakit.adapters.files import replaced_directory, write_adapter
 from lorakit.adapters.live import LiveModule, live_modules, resolve_adapter_name
+from lorakit.adapters.record import edits_of, write_record
 from lorakit.errors import ExportError
 from lorakit.spectral import LowRank
 from lorakit.tuners.patterns import compact_pattern
-from lorakit.tuners.speclora import SpecLoRALayer
 
 # Inits that change the base weight: the factors are an update of the changed weight, not of the original.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -75,7 +76,7 @@ def to_lora(
     for key in [key for key in tensors if ".lora_spec." in key]:
         del tensors[key]
 
-    common = _common_scaling(config, modules)
+    common = _common_scaling(modules)
     exported, discarded, energy = [], 0.0, 0.0
     for module in modules:
         if not module.is_linear():
@@ -91,12 +92,15 @@ def to_lora(
         tensors[f"{key}.lora_A.weight"] = factors.A.to(dtype)
         tensors[f"{key}.lora_B.weight"] = (factors.B if ratio == 1 else factors.B * ratio).to(dtype)
         bias = f"{key}.lora_B.bias"
-        if bias in tensors and ratio != 1:
-            tensors[bias] = (tensors[bias] * ratio).to(tensors[bias].dtype)
+        if bias in tensors and module.scaling != common:
+            tensors[bias] = (tensors[bias] * (module.scaling / common)).to(tensors[bias].dtype)
 
     plain = _plain_config(config, exported, common)
     with replaced_directory(out) as directory:
         write_adapter(directory, tensors, plain)
+        write_record(directory, config)
+    if not edits_of(config):
+        write_record(out, config)  # an old one is not of this adapter
     return ExportReport(
         path=os.fspath(out),
         r=plain.r,
@@ -115,6 +119,11 @@ def _check(config: LoraConfig, modules: list[LiveModule], rank: int | None) -> N
             f"nothing to the original ones. Use save_pretrained with `path_initial_model_for_weight_conversion`."
         )
     for module in modules:
+        if isinstance(module.layer, ParamWrapper):
+            raise ExportError(
+                f"{module.name!r} adapts parameters (`target_parameters`), which to_lora does not write yet; a LORA "
+                f"adapter can be written with save_pretrained."
+            )
         special = module.layer.use_dora.get(module.adapter_name) or module.adapter_name in module.layer.lora_variant
         if rank is not None and (special or not module.is_linear()):
             kind = "a LoRA variant" if special else f"a {type(module.layer).__name__} layer"
@@ -125,8 +134,8 @@ def _check(config: LoraConfig, modules: list[LiveModule], rank: int | None) -> N
 def _as_low_rank(module: LiveModule, rank: int | None) -> tuple[LowRank, float, float]:
     """The module's whole update, cut to `rank`; the energy ‖ΔW‖_F² left out, and all of it (0 where nothing is cut)."""
     factors = module.factors()
-    layer = module.layer
-    if isinstance(layer, SpecLoRALayer) and module.adapter_name in layer.lora_spec:
+    layer: Any = module.layer
+    if module.adapter_name in getattr(layer, "lora_spec", {}):
         factors = LowRank.sum(
             [factors.to(dtype=torch.promote_types(factors.dtype, torch.float32)), _mask_update(module)]
         )
@@ -152,10 +161,10 @@ def _mask_update(module: LiveModule) -> LowRank:
     return LowRank(B, A)
 
 
-def _common_scaling(config: LoraConfig, modules: list[LiveModule]) -> float:
+def _common_scaling(modules: list[LiveModule]) -> float:
     """The scaling of most modules, to which the others' factors are rescaled."""
     scalings = [module.scaling for module in modules if module.is_linear() and module.scaling != 0]
-    return max(set(scalings), key=scalings.count) if scalings else float(config.lora_alpha) / config.r
+    return max(set(scalings), key=scalings.count) if scalings else 1.0
 
 
 def _plain_config(config: LoraConfig, modules: list[ExportedModule], scaling: float) -> LoraConfig:
@@ -168,8 +177,8 @@ def _plain_config(config: LoraConfig, modules: list[ExportedModule], scaling: fl
         "r": r,
         "lora_alpha": _integral(scaling * r),
         "use_rslora": False,
-        "rank_pattern": compact_pattern(ranks, r),
-        "alpha_pattern": compact_pattern(alphas, _integral(scaling * r)),
+        "rank_pattern": compact_pattern(ranks, {name for name in ranks if ranks[name] == r}),
+        "alpha_pattern": compact_pattern(alphas, {name for name in alphas if ranks[name] == r}),
         "init_lora_weights": True,
         "inference_mode": True,
     }

@@ -226,11 +226,44 @@ def test_lora_bias_survives(randomize, token_ids, tmp_path):
             )
         ).eval()
 
-    config = FisherLoRAConfig(r=4, lora_bias=True, alpha_pattern={"v_proj": 3}, **TASK)
-    model = randomize(get_peft_model(base(), config)).eval()
+    for config in (
+        FisherLoRAConfig(r=4, lora_bias=True, alpha_pattern={"v_proj": 3}, **TASK),
+        SpecLoRAConfig(r=4, k=8, lora_bias=True, target_modules=["q_proj", "v_proj"], **TASK),
+    ):
+        model = randomize(get_peft_model(base(), config)).eval()
+        to_lora(model, tmp_path / "plain")
+        plain = PeftModel.from_pretrained(base(), tmp_path / "plain").eval()
+        assert relative(plain(input_ids=token_ids).logits, model(input_ids=token_ids).logits) <= 1e-5
+
+
+@pytest.mark.parametrize("alpha", [0, -3, 2.5])
+@pytest.mark.parametrize("config", [FisherLoRAConfig, SpecLoRAConfig, LoraConfig])
+def test_any_alpha(tiny_llama, randomize, token_ids, tmp_path, config, alpha):
+    more = {"k": 4} if config is SpecLoRAConfig else {}
+    model = randomize(
+        get_peft_model(tiny_llama(), config(r=3, lora_alpha=alpha, target_modules=["q_proj"], **more, **TASK))
+    )
+    expected = model.eval()(input_ids=token_ids).logits
     to_lora(model, tmp_path / "plain")
-    plain = PeftModel.from_pretrained(base(), tmp_path / "plain").eval()
-    assert relative(plain(input_ids=token_ids).logits, model(input_ids=token_ids).logits) <= 1e-5
+    plain = PeftModel.from_pretrained(tiny_llama(), tmp_path / "plain").eval()
+    assert relative(plain(input_ids=token_ids).logits, expected) <= 1e-5
+
+
+def test_adapted_parameters_are_refused(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    small = MixtralConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=64,
+        num_local_experts=2,
+    )
+    config = FisherLoRAConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
+    with pytest.raises(ValueError, match="adapts parameters"):
+        to_lora(get_peft_model(MixtralForCausalLM(small), config), tmp_path / "x")
 
 
 def test_an_existing_directory_keeps_other_files_and_a_failure_keeps_the_old_ones(

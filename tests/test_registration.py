@@ -185,3 +185,24 @@ def test_configs_survive_pickle_copy_and_files(config, tmp_path):
         assert type(loaded) is type(config)
         assert loaded.to_dict() == config.to_dict()
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == config.peft_type.value
+
+
+def test_configs_made_before_a_reload_are_still_of_their_type(run_python):
+    code = """
+        import importlib, lorakit, torch
+        from peft import get_peft_model
+        old_spec, old_fisher = lorakit.SpecLoRAConfig, lorakit.FisherLoRAConfig
+        importlib.reload(lorakit.tuners.speclora)
+        importlib.reload(lorakit.tuners.fisherlora)
+        assert lorakit.SpecLoRAConfig is not old_spec
+        assert lorakit.FisherLoRAConfig is not old_fisher
+        for config in (old_spec, lorakit.SpecLoRAConfig):
+            model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), config(r=2, k=2, target_modules=["0"]))
+            assert any("lora_spec" in name for name, _ in model.named_parameters())
+        for config in (old_fisher, lorakit.FisherLoRAConfig):
+            layers = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(8, 8), "v_proj": torch.nn.Linear(8, 8)})
+            model = get_peft_model(layers, config(r=6, r_q=2))
+            assert model.base_model.model["q_proj"].r["default"] == 2
+        print("kept")
+    """
+    assert run_python(code).stdout.strip() == "kept"

@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import align_module_device
 from peft import PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from torch import Tensor, nn
 
 from lorakit.errors import UnsupportedModelError
@@ -54,9 +55,10 @@ class LiveModule:
         return LowRank(read_weight(self.up), read_weight(self.down), self.scaling)
 
     def is_linear(self) -> bool:
-        """Whether the factors are those of a linear module, not of an embedding or a convolution."""
-        linear = nn.Linear
-        return self.adapter_name in self.layer.lora_A and isinstance(self.down, linear) and isinstance(self.up, linear)
+        """Whether the factors are a linear module's, not those of an embedding, convolution, attention or experts."""
+        if isinstance(self.layer, ParamWrapper | MultiheadAttention) or self.adapter_name not in self.layer.lora_A:
+            return False
+        return isinstance(self.down, nn.Linear) and isinstance(self.up, nn.Linear)
 
 
 def resolve_adapter_name(model: PeftModel, adapter_name: str | None) -> str:
@@ -66,7 +68,8 @@ def resolve_adapter_name(model: PeftModel, adapter_name: str | None) -> str:
     active; UnsupportedModelError for a PEFT method that is not LORA, FISHERLORA or SPECLORA.
     """
     if not isinstance(model, PeftModel):
-        hint = " Pass its `.module`." if isinstance(getattr(model, "module", None), PeftModel) else ""
+        wrapped = [name for name in ("module", "_orig_mod") if isinstance(getattr(model, name, None), PeftModel)]
+        hint = f" Pass its `.{wrapped[0]}`." if wrapped else ""
         raise TypeError(f"`adapter` must be a peft.PeftModel; got {type(model).__name__}.{hint}")
     if adapter_name is None:
         active = list(model.active_adapters)

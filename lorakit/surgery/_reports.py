@@ -38,7 +38,8 @@ class SensitivityReport:
     """Sensitivities of an adapter's singular components.
 
     `num_examples` were used; `num_without_labels` had no label that enters the loss and were left out; `zero_modules`
-    have ΔW = 0 and no components.
+    have ΔW = 0 and no components, and `idle_modules` none that matters to any of the examples (they did not run, or
+    nothing of them reached the loss): both are left alone.
     """
 
     adapter_name: str
@@ -46,6 +47,7 @@ class SensitivityReport:
     num_examples: int
     num_without_labels: int
     zero_modules: list[str]
+    idle_modules: list[str]
     modules: list[SensitivityRow]
 
     def to_dict(self) -> dict[str, Any]:

@@ -52,14 +52,27 @@ class SurgeryReport(SensitivityReport):
         trained on, edited again, loaded anew, or this edit is undone already.
         """
         for backup in self._backups:
+            layer = backup.module.layer
+            if self.adapter_name not in layer.lora_A:
+                raise SurgeryError(f"Adapter {self.adapter_name!r} is no longer in {backup.module.name!r}.")
+            if layer.merged:
+                raise SurgeryError(
+                    f"{layer.merged_adapters} are merged into {backup.module.name!r}; call unmerge_adapter() first, or "
+                    f"unmerging would take another update out of the weight than was merged into it."
+                )
             if not all(map(_same, _factors(backup.module), backup.after)):
                 raise SurgeryError(
                     f"The factors of {backup.module.name!r} are no longer those that this edit wrote, so it cannot be "
                     f"undone: undo later edits first; what was trained or loaded since would be lost."
                 )
-        for backup in self._backups:
-            _write(backup.module, backup.before)
-        remove_record(self._adapter, self.adapter_name, self)
+        try:
+            for backup in self._backups:
+                _write(backup.module, backup.before)
+            remove_record(self._adapter, self.adapter_name, self)
+        except BaseException:
+            for backup in self._backups:
+                _write(backup.module, backup.after)
+            raise
 
 
 def reweight(
@@ -101,6 +114,7 @@ def reweight(
     energy = "none" if preserve_energy is None else preserve_energy
     if energy not in ENERGIES:
         raise ValueError(f"`preserve_energy` must be one of {', '.join(ENERGIES)}; got {preserve_energy!r}.")
+    generator = torch.Generator().manual_seed(int(seed))
     measured = measure(
         adapter,
         calib_loader,
@@ -114,7 +128,6 @@ def reweight(
         (item, per_example, aggregate_examples(per_example, aggregate))
         for item, per_example in zip(measured.modules, measured.per_example, strict=True)
     ]
-    generator = torch.Generator().manual_seed(seed)
     with preserved_rng(adapter):  # a policy may draw elsewhere than from its generator
         rows, backups = [], []
         for item, per_example, g in plan:
@@ -130,12 +143,13 @@ def reweight(
             num_examples=measured.collected.num_examples,
             num_without_labels=measured.collected.num_without_labels,
             zero_modules=measured.zero_modules,
+            idle_modules=measured.idle_modules,
             modules=rows,
             edit_id=uuid.uuid4().hex,
             policy=policy if isinstance(policy, str) else type(chosen).__name__,
             policy_parameters=_parameters(chosen),
             preserve_energy=energy,
-            seed=seed,
+            seed=int(seed),
             lorakit_version=__version__,
             _backups=backups,
             _adapter=adapter,
@@ -197,6 +211,11 @@ def _new_factors(
     B, A = torch.zeros_like(before[0]), torch.zeros_like(before[1])
     B[:, : factors.B.shape[1]] = factors.B
     A[: factors.A.shape[0]] = factors.A
+    if not (torch.isfinite(B).all() and torch.isfinite(A).all()):
+        raise SurgeryError(
+            f"The edited singular values of {item.module.name!r}, up to {float(edited.max()):.3g}, are too large for "
+            f"{B.dtype}."
+        )
     return B, A
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,7 @@ class Measured:
     modules: list[Decomposed]
     per_example: list[Tensor]
     zero_modules: list[str]
+    idle_modules: list[str]
     collected: Collected
     adapter_name: str
 
@@ -131,9 +133,10 @@ def measure(
         else:
             decomposed.append(Decomposed(module, factors, U, S, Vh))
     if not decomposed:
-        raise SurgeryError(
-            f"The update of each of the {len(zero)} selected modules is zero (an untrained adapter has B = 0), so it "
-            f"has no singular components to weigh. Train the adapter first."
+        warnings.warn(
+            f"The update of each of the {len(zero)} selected modules is zero (an untrained adapter has B = 0): there "
+            f"are no singular components to weigh.",
+            stacklevel=3,
         )
     with contextlib.ExitStack() as stack:
         stack.enter_context(_activated(adapter, adapter_name))
@@ -147,7 +150,15 @@ def measure(
             progress=progress,
             description="sensitivity",
         )
-    return Measured(decomposed, collected.statistics, zero, collected, adapter_name)
+    alive = [bool(statistic.any()) for statistic in collected.statistics]
+    return Measured(
+        modules=[item for item, lives in zip(decomposed, alive, strict=True) if lives],
+        per_example=[g for g, lives in zip(collected.statistics, alive, strict=True) if lives],
+        zero_modules=zero,
+        idle_modules=[item.module.name for item, lives in zip(decomposed, alive, strict=True) if not lives],
+        collected=collected,
+        adapter_name=adapter_name,
+    )
 
 
 def sensitivity(
@@ -207,6 +218,7 @@ def sensitivity(
         num_examples=measured.collected.num_examples,
         num_without_labels=measured.collected.num_without_labels,
         zero_modules=measured.zero_modules,
+        idle_modules=measured.idle_modules,
         modules=rows,
     )
 

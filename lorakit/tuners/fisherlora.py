@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit._registration import register_tuner
 from lorakit.errors import UnsupportedModelError
-from lorakit.tuners.patterns import compact_pattern, lookup, targeted_modules, unmatched_keys
+from lorakit.tuners.patterns import compact_pattern, lookup, targeted_modules, warn_of_unmatched
 from lorakit.tuners.roles import role_of
 
 
@@ -83,8 +83,8 @@ class FisherLoRAModel(LoraModel):
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
         original = self.peft_config[adapter_name]
-        config = copy.deepcopy(original)
-        if isinstance(config, FisherLoRAConfig):
+        config: Any = copy.deepcopy(original)
+        if config.peft_type == PeftType.FISHERLORA:
             if self._merging_adapters:  # the ranks of a combination of adapters are PEFT's to choose
                 config.r_q = config.r_v = config.r
             self._resolve(config, model)
@@ -104,24 +104,31 @@ class FisherLoRAModel(LoraModel):
     def _resolve(self, config: FisherLoRAConfig, model: nn.Module) -> None:
         if config.lora_alpha is None:
             config.lora_alpha = 2 * config.r
-        if config.target_modules is None and not config.target_parameters:
-            config.target_modules = default_targets(model)
+        if config.target_modules is None:
+            try:
+                config.target_modules = default_targets(model)
+            except UnsupportedModelError:
+                if not config.target_parameters:
+                    raise
         given_ranks, given_alphas = dict(config.rank_pattern or {}), dict(config.alpha_pattern or {})
         config.rank_pattern, config.alpha_pattern = given_ranks, given_alphas
         if config.target_modules is None:
             return
         modules = targeted_modules(self, config, model)
         by_role = {"query": config.r_q, "value": config.r if config.r_v is None else config.r_v}
-        ranks = {name: lookup(given_ranks, name, by_role.get(role_of(name) or "", config.r)) for name in modules}
-        alphas = {
-            name: lookup(given_alphas, name, _alpha(config.lora_alpha, rank, config.r, config.use_rslora))
-            for name, rank in ranks.items()
+        role_ranks = {name: by_role.get(role_of(name) or "", config.r) for name in modules}
+        ranks = {name: lookup(given_ranks, name, role_ranks[name]) for name in modules}
+        same_scaling = {
+            name: _alpha(config.lora_alpha, rank, config.r, config.use_rslora) for name, rank in ranks.items()
         }
-        # What matches nothing stays, for PEFT to warn of.
-        stray_ranks = {key: given_ranks[key] for key in unmatched_keys(given_ranks, modules)}
-        stray_alphas = {key: given_alphas[key] for key in unmatched_keys(given_alphas, modules)}
-        config.rank_pattern = stray_ranks | compact_pattern(ranks, config.r)
-        config.alpha_pattern = stray_alphas | compact_pattern(alphas, config.lora_alpha)
+        alphas = {name: lookup(given_alphas, name, same_scaling[name]) for name in modules}
+        warn_of_unmatched("FisherLoRA", "rank_pattern", given_ranks, modules)
+        warn_of_unmatched("FisherLoRA", "alpha_pattern", given_alphas, modules)
+        # An entry is left out only where both PEFT's default and, once it is loaded again, the rules above imply it.
+        config.rank_pattern = compact_pattern(ranks, {n for n in modules if ranks[n] == role_ranks[n] == config.r})
+        config.alpha_pattern = compact_pattern(
+            alphas, {n for n in modules if alphas[n] == same_scaling[n] == config.lora_alpha}
+        )
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
@@ -140,8 +147,8 @@ class FisherLoRAModel(LoraModel):
                 layer.r[adapter_name] = ranks[name] = rank
                 layer.lora_alpha[adapter_name] = _alpha(config.lora_alpha, rank, config.r, config.use_rslora)
         alphas = {name: _alpha(config.lora_alpha, rank, config.r, config.use_rslora) for name, rank in ranks.items()}
-        config.rank_pattern = compact_pattern(ranks, config.r)
-        config.alpha_pattern = compact_pattern(alphas, config.lora_alpha)
+        config.rank_pattern = compact_pattern(ranks, {name for name in ranks if ranks[name] == config.r})
+        config.alpha_pattern = compact_pattern(alphas, {name for name in alphas if alphas[name] == config.lora_alpha})
 
 
 def default_targets(model: nn.Module) -> set[str]:

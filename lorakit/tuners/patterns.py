@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Container, Iterable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
@@ -36,17 +37,24 @@ def lookup(pattern: Mapping[str, V], module_name: str, default: V) -> V:
     return pattern.get(get_pattern_key(pattern.keys(), module_name), default)
 
 
-def unmatched_keys(pattern: Mapping[str, V], module_names: Iterable[str]) -> list[str]:
-    """The entries of `pattern` that match none of the modules."""
+def warn_of_unmatched(tuner: str, name: str, pattern: Mapping[str, V], module_names: Iterable[str]) -> None:
+    """Warn of the entries of `pattern` that match none of the modules."""
     names = list(module_names)
-    return [key for key in pattern if not any(re.match(rf"(.*\.)?({key})$", name) for name in names)]
+    stray = [key for key in pattern if not any(re.match(rf"(.*\.)?({key})$", name) for name in names)]
+    if stray:
+        warnings.warn(
+            f"{tuner}: the following {name} keys did not match any targeted module and were ignored: {stray}.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
-def compact_pattern(values: Mapping[str, V], default: V) -> dict[str, V]:
+def compact_pattern(values: Mapping[str, V], implied: Container[str]) -> dict[str, V]:
     """The shortest pattern that gives every module of `values` its value, in whatever order its entries are read.
 
-    PEFT writes patterns to JSON with sorted keys and takes the first that matches, so no two entries may match one
-    module. One entry per last name component where all modules of that name agree, full names elsewhere.
+    The modules in `implied` have their values without an entry. PEFT writes patterns to JSON with sorted keys and takes
+    the first that matches, so no two entries may disagree on a module: there is one for a last name component where all
+    modules of that name agree, and full names elsewhere.
     """
     by_leaf: dict[str, dict[str, V]] = {}
     for name, value in values.items():
@@ -54,15 +62,16 @@ def compact_pattern(values: Mapping[str, V], default: V) -> dict[str, V]:
     shared: dict[str, V] = {}
     single: dict[str, V] = {}
     for leaf, modules in by_leaf.items():
+        needed = {name: value for name, value in modules.items() if name not in implied}
         first, *rest = modules.values()
-        if all(value == first for value in rest):
+        if needed and all(value == first for value in rest):
             shared[re.escape(leaf)] = first
         else:
-            single |= modules
+            single |= needed
     for dot in (".", r"\."):  # a plain dot reads better, but matches any character
         full = {"^" + dot.join(map(re.escape, name.split("."))): value for name, value in single.items()}
-        pattern = {key: value for key, value in (shared | full).items() if value != default}
+        pattern = shared | full
         read = dict(sorted(pattern.items()))
-        if all(lookup(read, name, default) == value for name, value in values.items()):
+        if all(lookup(read, name, value) == value for name, value in values.items()):
             break
     return pattern

@@ -19,10 +19,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
+from accelerate.utils import align_module_device
 from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import transpose
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit._registration import register_tuner
 from lorakit.errors import UnsupportedModelError
-from lorakit.tuners.patterns import lookup, targeted_modules, unmatched_keys
+from lorakit.tuners.patterns import lookup, targeted_modules, warn_of_unmatched
 
 Mode = Literal["hadamard", "hadamard_bottom", "svd", "svd_bottom"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -124,6 +125,10 @@ class SpectralMask(nn.Module):
         self.weight = nn.Parameter(torch.zeros(k))
         self.register_buffer("block", None, persistent=False)
 
+    def forward(self, projected: Tensor, factor: float) -> Tensor:
+        """(d − 1) ⊙ `projected`, times `factor`; a call, so that accelerate's hooks bring an offloaded d in."""
+        return projected * (self.weight if factor == 1.0 else self.weight * factor)
+
     @property
     def k(self) -> int:
         return self.weight.shape[0]
@@ -172,10 +177,10 @@ class SpecLoRALayer:
             return mask.block
         weight = self.base_weight()
         if weight.is_meta:  # offloaded: bring it in once and keep what is needed
-            with onload_layer(self):
+            with align_module_device(self.get_base_layer()):
                 weight = self.base_weight()
                 if not weight.is_meta:
-                    mask.block = _block(weight, mask).clone()
+                    mask.block = _block(weight, mask).detach().clone()
                     return mask.block
         if not mask.reads_base_weight:
             mask.block = _block(weight, mask)
@@ -193,7 +198,9 @@ class SpecLoRALayer:
         mask = self.lora_spec[adapter_name]
         block = self.block_of(adapter_name).detach()
         dtype = dtype or torch.promote_types(block.dtype, mask.weight.dtype)
-        return (mask.weight.to(dtype) * self.mask_factor(adapter_name))[:, None] * block.to(dtype)
+        with align_module_device(mask):
+            d_minus_1 = mask.weight.to(dtype)
+        return (d_minus_1 * self.mask_factor(adapter_name))[:, None] * block.to(dtype)
 
     def get_delta_weight(self: Any, adapter: str) -> Tensor:
         delta = super().get_delta_weight(adapter)  # type: ignore[misc]
@@ -251,9 +258,7 @@ class SpecLoRALayer:
         block = self.block_of(adapter_name)
         row, column, width = mask.region(result.shape[-1], x.shape[-1])
         projected = F.linear(x.narrow(-1, column, width).to(block.dtype), block)
-        factor = self.mask_factor(adapter_name)
-        d_minus_1 = mask.weight if factor == 1.0 else mask.weight * factor
-        result.narrow(-1, row, mask.k).add_(projected * d_minus_1)
+        result.narrow(-1, row, mask.k).add_(mask(projected, self.mask_factor(adapter_name)))
         return result
 
 
@@ -273,8 +278,8 @@ class SpecLoRAModel(LoraModel):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         original = self.peft_config[adapter_name]
-        config = copy.deepcopy(original)
-        if isinstance(config, SpecLoRAConfig):
+        config: Any = copy.deepcopy(original)
+        if config.peft_type == PeftType.SPECLORA:
             self._prepare_adapter_config(config, self.get_model_config(model))
             _check_targets(targeted_modules(self, config, model), config)
         self.peft_config[adapter_name] = config
@@ -293,7 +298,7 @@ class SpecLoRAModel(LoraModel):
 
     def _create_and_replace(
         self,
-        lora_config: LoraConfig,
+        lora_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -304,7 +309,7 @@ class SpecLoRAModel(LoraModel):
         super()._create_and_replace(
             lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
         )
-        if not isinstance(lora_config, SpecLoRAConfig):
+        if lora_config.peft_type != PeftType.SPECLORA:
             return
         layer = getattr(parent, target_name)
         if type(layer) is LoraLinear:
@@ -389,13 +394,7 @@ def _check_targets(modules: dict[str, nn.Module], config: SpecLoRAConfig) -> Non
             f"the first of them {clipped[0]}.",
             stacklevel=2,
         )
-    stray = unmatched_keys(config.k_pattern, modules)
-    if stray:
-        warnings.warn(
-            f"SpecLoRA: the following k_pattern keys did not match any targeted module and were ignored: {stray}.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    warn_of_unmatched("SpecLoRA", "k_pattern", config.k_pattern, modules)
 
 
 def _unsupported(name: str, module: nn.Module) -> str:
@@ -409,5 +408,16 @@ register_tuner(
     "speclora",
     SpecLoRAConfig,
     SpecLoRAModel,
-    hotswap_keys=["use_rslora", "lora_dropout", "alpha_pattern", "use_dora", "k", "k_pattern", "mode"],
+    # PEFT's hotswap sets a layer's scaling but not its alpha, by which the mask would be scaled.
+    hotswap_keys=[
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "lora_dropout",
+        "rank_pattern",
+        "alpha_pattern",
+        "k",
+        "k_pattern",
+        "mode",
+    ],
 )

@@ -467,9 +467,6 @@ def test_models_and_adapters_of_other_kinds_are_refused(tiny_llama, adapted, bat
     merged.merge_adapter()
     with pytest.raises(ValueError, match=r"Adapters \['default'\] are merged into .* Call unmerge_adapter\(\) first"):
         reweight(merged, batches())
-    untrained = get_peft_model(tiny_llama(), LoraConfig(target_modules=["o_proj"]))
-    with pytest.raises(ValueError, match="The update of each of the 2 selected modules is zero"):
-        reweight(untrained, batches())
     disabled = adapted()
     with disabled.disable_adapter(), pytest.raises(ValueError, match="are disabled; enable them first"):
         reweight(disabled, batches())
@@ -492,3 +489,159 @@ def test_surgery_on_an_offloaded_adapter_edits_what_is_offloaded(adapted, batche
 def test_progress_goes_to_stderr_alone(adapted, batches, capfd):
     reweight(adapted(), batches(), progress=True)
     assert capfd.readouterr().out == ""
+
+
+def test_an_untrained_adapter_is_left_alone_and_listed(tiny_llama, batches):
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["o_proj"]))
+    before = state_of(model)
+    with pytest.warns(UserWarning, match="The update of each of the 2 selected modules is zero"):
+        report = reweight(model, batches(), progress=False)
+    assert report.zero_modules == [f"model.layers.{i}.self_attn.o_proj" for i in (0, 1)]
+    assert (report.modules, report.num_examples) == ([], 7)
+    assert same_state(model, before)
+
+
+class TwoBranches(nn.Module):
+    """One branch reaches the loss, the other runs for nothing, and a third does not run."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.ignored, self.asleep = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.config = {"model_type": "custom"}
+
+    def forward(self, x, labels):
+        self.ignored(x)
+        return {"loss": nn.functional.mse_loss(self.used(x), labels), "logits": self.used(x)}
+
+
+def test_modules_that_do_not_matter_are_left_alone_and_listed(randomize):
+    model = randomize(get_peft_model(TwoBranches(), LoraConfig(r=2, target_modules=["used", "ignored", "asleep"])))
+    batch = {"x": torch.randn(3, 8), "labels": torch.randn(3, 8)}
+    before = state_of(model)
+    report = reweight(model, [batch], target_modules="all-linear", policy="abs_select", progress=False)
+    assert [row.module_name for row in report.modules] == ["used"]
+    assert report.idle_modules == ["ignored", "asleep"]
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed
+    assert all(".used." in key for key in changed)
+
+
+class WithAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.config = {"model_type": "custom"}
+
+    def forward(self, x):
+        return self.attn(x, x, x)[0]
+
+
+def test_layers_that_do_not_apply_two_linear_maps_are_refused(randomize, batches):
+    attention = randomize(get_peft_model(WithAttention(), LoraConfig(r=2, target_modules=["attn"])))
+    with pytest.raises(ValueError, match="'attn' is a MultiheadAttention layer"):
+        reweight(attention, batches(), target_modules=["attn"])
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    small = MixtralConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=64,
+        num_local_experts=2,
+    )
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.down_proj"])
+    experts = randomize(get_peft_model(MixtralForCausalLM(small), config))
+    with pytest.raises(ValueError, match="is a ParamWrapper layer"):
+        reweight(experts, batches(), target_modules=".*experts.*")
+
+
+def test_losses_without_gradients_are_refused(adapted, batches):
+    model = adapted()
+    before = state_of(model)
+    with pytest.raises(ValueError, match="losses without gradients; do not detach them"):
+        reweight(model, batches(2), loss_fn=lambda m, b: m(**b).loss.repeat(2).detach(), progress=False)
+    assert same_state(model, before)
+
+
+def test_undo_is_refused_while_merged_and_after_deletion(adapted, batches):
+    model = adapted()
+    edit = reweight(model, batches(), progress=False)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"\['default'\] are merged into .* call unmerge_adapter\(\) first"):
+        edit.undo()
+    model.unmerge_adapter()
+    model.add_adapter("b", LoraConfig(target_modules=["o_proj"]))
+    model.delete_adapter("default")
+    with pytest.raises(ValueError, match="Adapter 'default' is no longer in"):
+        edit.undo()
+
+
+def test_undo_is_whole_or_not_at_all(adapted, batches, monkeypatch):
+    model = adapted()
+    original = state_of(model)
+    edit = reweight(model, batches(), progress=False)
+    edited = state_of(model)
+    write, calls = implementation.write_weight, []
+
+    def interrupted(module, value):
+        calls.append(module)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        write(module, value)
+
+    monkeypatch.setattr(implementation, "write_weight", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        edit.undo()
+    assert same_state(model, edited)
+    monkeypatch.undo()
+    edit.undo()
+    assert same_state(model, original)
+
+
+def test_a_record_of_anything_can_be_saved_and_says_of_which_weights_it_is(adapted, batches, tmp_path):
+    import dataclasses
+    import hashlib
+
+    from lorakit.export import to_lora
+
+    @dataclasses.dataclass(frozen=True)
+    class Weighted:
+        weights: torch.Tensor = dataclasses.field(
+            default_factory=lambda: torch.tensor([2.0, 1, 1, 1], dtype=torch.float64)
+        )
+        aggregate = "mean"
+
+        def __call__(self, singular_values, sensitivity, *, generator):
+            return singular_values * self.weights
+
+    model = adapted()
+    reweight(model, batches(), policy=Weighted(), progress=False)
+    model.save_pretrained(tmp_path / "own")
+    to_lora(model, tmp_path / "plain")
+    for name in ("own", "plain"):
+        record = json.loads((tmp_path / name / "lorakit_surgery.json").read_text())
+        assert record["edits"][0]["policy"] == "Weighted"
+        weights = (tmp_path / name / "adapter_model.safetensors").read_bytes()
+        assert record["weights_sha256"] == hashlib.sha256(weights).hexdigest()
+    to_lora(adapted(), tmp_path / "plain")  # an adapter without an edit takes the old record away
+    assert not (tmp_path / "plain" / "lorakit_surgery.json").exists()
+
+
+def test_results_too_large_for_the_stored_dtype_are_refused(adapted, batches):
+    class Huge:
+        aggregate = "mean"
+
+        def __call__(self, singular_values, sensitivity, *, generator):
+            return singular_values * 1e300
+
+    model = adapted()
+    before = state_of(model)
+    with pytest.raises(ValueError, match="are too large for torch.float32"):
+        reweight(model, batches(), policy=Huge(), preserve_energy="none", progress=False)
+    assert same_state(model, before)
+
+
+def test_seeds_of_any_integer_type(adapted, batches):
+    assert reweight(adapted(), batches(), policy="random_index", seed=np.int64(3), progress=False).seed == 3

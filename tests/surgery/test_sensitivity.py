@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from lorakit import FisherLoRAConfig, SpecLoRAConfig
 from lorakit.adapters.live import live_modules
+from lorakit.calibration import _LossScheme
 from lorakit.surgery import sensitivity
 
 TOLERANCE = 1e-5
@@ -351,3 +352,143 @@ def test_cpu_offloaded_bases(adapted, examples, batches):
     cpu_offload(model, execution_device=torch.device("cpu"))
     assert model.get_base_model().model.layers[0].mlp.down_proj.base_layer.weight.is_meta
     assert_same(sensitivity(model, batches(3), progress=False), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["bert", "t5", "llama"])
+def test_half_precision_losses_are_not_mistaken(kind, dtype, randomize, tiny_llama):
+    """A loss computed in half precision is known to three digits, in which another kind of loss may agree by chance."""
+    torch.manual_seed(0)
+    if kind == "bert":
+        small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+        base = transformers.BertForMaskedLM(transformers.BertConfig(**small, vocab_size=64))
+    elif kind == "t5":
+        t5 = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 1, "num_heads": 4, "decoder_start_token_id": 0}
+        base = transformers.T5ForConditionalGeneration(transformers.T5Config(**t5, vocab_size=64))
+    else:
+        base = tiny_llama()
+    model = get_peft_model(base.to(dtype), LoraConfig(r=2, target_modules="all-linear")).eval()
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(60):
+        ids = torch.randint(1, 64, (8, 12), generator=generator)
+        labels = torch.where(torch.rand(8, 12, generator=generator) < 0.7, -100, ids)
+        labels[:, 1] = ids[:, 1]
+        scheme = _LossScheme(model)
+        with torch.no_grad():
+            losses = scheme({"input_ids": ids, "labels": labels})
+        assert list(scheme.known.values()) == ["shifted" if kind == "llama" else "tokens"]
+        assert losses.used == [True] * 8
+
+
+def test_half_precision_does_not_hide_an_auxiliary_loss():
+    config = transformers.MixtralConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        num_local_experts=2,
+        output_router_logits=True,
+        router_aux_loss_coef=0.01,
+    )
+    torch.manual_seed(0)
+    model = get_peft_model(
+        transformers.MixtralForCausalLM(config).bfloat16(), LoraConfig(r=2, target_modules=["o_proj"])
+    )
+    ids = torch.randint(1, 64, (2, 9))
+    with pytest.raises(ValueError, match="is not the mean of its examples' losses"):
+        _LossScheme(model)({"input_ids": ids, "labels": ids})
+
+
+def test_a_causal_model_of_any_name_whose_first_example_has_only_a_first_label(randomize):
+    torch.manual_seed(0)
+    base = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=50, n_positions=32)
+    )
+    model = randomize(get_peft_model(base, LoraConfig(r=3, target_modules=["c_proj"], fan_in_fan_out=True)), std=0.2)
+    ids = torch.randint(1, 50, (1, 6))
+    only_first = torch.full_like(ids, -100)
+    only_first[0, 0] = ids[0, 0]
+    report = sensitivity(
+        model, [{"input_ids": ids, "labels": only_first}, {"input_ids": ids, "labels": ids}], progress=False
+    )
+    assert (report.num_examples, report.num_without_labels) == (1, 1)
+
+
+def test_a_hole_in_the_attention_mask_is_no_padding(adapted):
+    model = adapted()
+    ids = torch.randint(1, 64, (2, 8), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(ids)
+    mask[0, 3] = 0
+    report = sensitivity(model, [{"input_ids": ids, "attention_mask": mask, "labels": ids}], progress=False)
+    alone = sensitivity(model, [{"input_ids": ids[:1], "attention_mask": mask[:1], "labels": ids[:1]}], progress=False)
+    module = live_modules(model, "default")[3]
+    U, _, Vh = module.factors().svd()
+    delta = torch.zeros(U.shape[0], Vh.shape[1], requires_grad=True)
+    module.layer.register_forward_hook(lambda _, args, out: out + F.linear(args[0], delta))
+    model.eval()
+    (gradient,) = torch.autograd.grad(model(input_ids=ids[:1], attention_mask=mask[:1], labels=ids[:1]).loss, delta)
+    expected = torch.einsum("ok,oi,ki->k", U, gradient, Vh)
+    for found in (report, alone):
+        row = next(row for row in found.modules if row.module_name == module.name)
+        assert torch.allclose(row.per_example[0], expected, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_one_odd_batch_does_not_slow_the_rest(adapted, batches):
+    model = adapted()
+    forwards = []
+    model.get_base_model().register_forward_pre_hook(lambda *_: forwards.append(1))
+    square = batches(8, pad_to=8)[0]
+    square = {key: value[:8, :8] for key, value in square.items()}
+    sensitivity(model, [square, *batches(4)], progress=False)
+    assert len(forwards) == 1 + 7 + 2  # the square batch once whole, then its seven labelled examples; two more batches
+
+
+def test_batches_keep_their_kind_when_they_are_split(adapted, batches):
+    from transformers import BatchEncoding
+
+    model = adapted()
+    seen = []
+
+    def loss_fn(model, batch):
+        seen.append(type(batch))
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        return torch.stack(
+            [F.cross_entropy(row[:-1], ids[1:]) for row, ids in zip(logits, batch.input_ids, strict=True)]
+        )
+
+    square = {key: value[:6, :6] for key, value in batches(8)[0].items()}
+    report = sensitivity(model, [BatchEncoding(square)], loss_fn=loss_fn, progress=False)
+    assert report.num_examples == 6
+    assert set(seen) == {BatchEncoding}
+    assert len(seen) == 7
+
+
+def test_labels_that_are_no_tensor(adapted):
+    with pytest.raises(ValueError, match="`labels` must be a tensor; got list"):
+        sensitivity(
+            adapted(), [{"input_ids": torch.ones(1, 3, dtype=torch.long), "labels": [[1, 2, 3]]}], progress=False
+        )
+
+
+def test_a_model_without_input_embeddings(randomize):
+    config = transformers.Wav2Vec2Config(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=48,
+        conv_dim=(16,),
+        conv_stride=(5,),
+        conv_kernel=(10,),
+        num_feat_extract_layers=1,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+        num_labels=3,
+        classifier_proj_size=16,
+    )
+    torch.manual_seed(0)
+    model = transformers.Wav2Vec2ForSequenceClassification(config)
+    model = randomize(get_peft_model(model, LoraConfig(r=2, target_modules=["out_proj"])), std=0.2)
+    batch = {"input_values": torch.randn(3, 200), "labels": torch.tensor([0, 1, 2])}
+    assert sensitivity(model, [batch], progress=False).num_examples == 3

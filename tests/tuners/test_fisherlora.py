@@ -175,6 +175,24 @@ def test_saving_and_loading_give_the_same_bits(tiny_llama, randomize, token_ids,
         assert first.scaling == second.scaling
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank_pattern": {"q_proj": 16}},
+        {"alpha_pattern": {"q_proj": 32}},
+        {"rank_pattern": {r"layers\.1\..*q_proj": 16}, "r_v": 3},
+        {"rank_pattern": {"q_proj": 16, "v_proj": 4}, "alpha_pattern": {"v_proj": 32}, "use_rslora": True},
+    ],
+)
+def test_entries_that_equal_a_default_survive_the_disk(tiny_llama, randomize, token_ids, tmp_path, options):
+    model = randomize(get_peft_model(tiny_llama(), FisherLoRAConfig(task_type="CAUSAL_LM", **options))).eval()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    assert torch.equal(loaded(input_ids=token_ids).logits, model(input_ids=token_ids).logits)
+    for first, second in zip(lora_layers(model).values(), lora_layers(loaded).values(), strict=True):
+        assert (first.r, first.scaling) == (second.r, second.scaling)
+
+
 def test_a_second_adapter_has_its_own_ranks(tiny_llama):
     model = get_peft_model(tiny_llama(), FisherLoRAConfig())
     model.add_adapter("small", FisherLoRAConfig(r=4, r_q=1))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
-from lorakit.tuners.patterns import compact_pattern, lookup, unmatched_keys
+from lorakit.tuners.patterns import compact_pattern, lookup, warn_of_unmatched
 
 NAMES = st.lists(
     st.lists(st.sampled_from(["q", "v", "layers", "1", "11", "a+b", "q_proj", "x"]), min_size=1, max_size=4).map(
@@ -25,7 +25,7 @@ NAMES = st.lists(
 @settings(max_examples=300, deadline=None)
 def test_every_module_gets_its_value_in_any_order(data, names, order):
     values = {name: data.draw(st.sampled_from([2, 4, 16])) for name in names}
-    pattern = compact_pattern(values, 16)
+    pattern = compact_pattern(values, {name for name in names if values[name] == 16})
     entries = list(pattern.items())
     for shuffled in (entries, sorted(entries), order.sample(entries, len(entries))):
         shuffled = dict(shuffled)
@@ -38,17 +38,24 @@ def test_modules_that_agree_share_one_entry():
         for i in range(30)
         for name in ("q_proj", "v_proj")
     }
-    assert compact_pattern(values, 16) == {"q_proj": 4}
+    agreeing = {name for name, value in values.items() if value == 16}
+    assert compact_pattern(values, agreeing) == {"q_proj": 4}
+    assert compact_pattern(values, set()) == {"q_proj": 4, "v_proj": 16}
 
 
 def test_a_dot_in_a_name_takes_in_no_neighbour():
     values = {"a.b.q": 2, "aXb.q": 8, "c.q": 16}
     for seed in range(6):
-        entries = list(compact_pattern(values, 16).items())
+        entries = list(compact_pattern(values, {"c.q"}).items())
         random.Random(seed).shuffle(entries)
         assert {name: lookup(dict(entries), name, 16) for name in values} == values
 
 
-@pytest.mark.parametrize(("pattern", "unmatched"), [({"q": 1, r"layers\.0\..*": 2}, []), ({"k": 1}, ["k"]), ({}, [])])
-def test_unmatched_keys(pattern, unmatched):
-    assert unmatched_keys(pattern, ["layers.0.q", "layers.1.q"]) == unmatched
+@pytest.mark.parametrize(
+    ("pattern", "unmatched"), [({"q": 1, r"layers\.0\..*": 2}, None), ({"k": 1}, "'k'"), ({}, None)]
+)
+def test_entries_that_match_nothing_are_warned_of(pattern, unmatched, recwarn):
+    warn_of_unmatched("X", "k_pattern", pattern, ["layers.0.q", "layers.1.q"])
+    messages = [str(warning.message) for warning in recwarn]
+    expected = f"X: the following k_pattern keys did not match any targeted module and were ignored: [{unmatched}]."
+    assert messages == ([] if unmatched is None else [expected])

@@ -399,6 +399,39 @@ def test_cuda_agrees_with_the_cpu():
     assert torch.allclose(model.cuda()(x.cuda()).cpu(), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_an_offloaded_model_computes_merges_and_unmerges(tiny_llama, randomize, token_ids, mode):
+    from accelerate import cpu_offload
+
+    config = SpecLoRAConfig(r=2, k=8, mode=mode, target_modules=["q_proj", "down_proj"])
+    model = randomize(get_peft_model(tiny_llama(), config)).eval()
+    expected = model(input_ids=token_ids).logits
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert next(m for m in model.modules() if isinstance(m, SpecLoRALinear)).lora_spec["default"].weight.is_meta
+    assert torch.equal(model(input_ids=token_ids).logits, expected)
+    model.merge_adapter()
+    assert torch.allclose(model(input_ids=token_ids).logits, expected, atol=1e-5)
+    model.unmerge_adapter()
+    assert torch.allclose(model(input_ids=token_ids).logits, expected, atol=1e-5)
+
+
+def test_a_hotswap_that_would_scale_the_mask_wrongly_is_refused(tiny_llama, randomize, token_ids, tmp_path):
+    from peft.utils.hotswap import hotswap_adapter
+
+    logits = {}
+    for name, alpha, seed in (("a", 4, 1), ("b", 4, 2), ("c", 8, 3)):
+        config = SpecLoRAConfig(r=2, lora_alpha=alpha, k=8, target_modules=["q_proj"])
+        model = randomize(get_peft_model(tiny_llama(), config), seed=seed).eval()
+        logits[name] = model(input_ids=token_ids).logits
+        model.save_pretrained(tmp_path / name)
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "a").eval()
+    hotswap_adapter(model, tmp_path / "b", "default")
+    assert torch.equal(model(input_ids=token_ids).logits, logits["b"])
+    with pytest.raises(ValueError, match="lora_alpha"):
+        hotswap_adapter(model, tmp_path / "c", "default")
+    assert torch.equal(model(input_ids=token_ids).logits, logits["b"])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,0 +1,41 @@
+"""The record of edits that lies beside an edited adapter on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lorakit.adapters.files import WEIGHTS_NAME
+
+RECORD_NAME = "lorakit_surgery.json"
+_ATTRIBUTE = "_lorakit_edits"
+
+
+def edits_of(config: object) -> list[dict[str, Any]]:
+    """The edits that an adapter's config in memory carries, oldest first."""
+    return list(vars(config).get(_ATTRIBUTE, []))
+
+
+def set_edits(config: object, edits: list[dict[str, Any]]) -> None:
+    """Have `config`, an adapter's config in memory, carry `edits`: plain data only."""
+    vars(config)[_ATTRIBUTE] = edits
+
+
+def write_record(directory: str | os.PathLike[str], config: object) -> None:
+    """Write the edits that `config` carries beside the adapter in `directory`; take an old record away if none.
+
+    `weights_sha256` is that of the adapter's weights, where these are there: it says which weights the record is of.
+    """
+    path = Path(directory, RECORD_NAME)
+    edits = edits_of(config)
+    if not edits:
+        path.unlink(missing_ok=True)
+        return
+    weights = Path(directory, WEIGHTS_NAME)
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.exists() else None
+    partial = path.with_name(f".{RECORD_NAME}.{os.getpid()}")
+    partial.write_text(json.dumps({"weights_sha256": digest, "edits": edits}))
+    partial.replace(path)
