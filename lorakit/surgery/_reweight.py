@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, Literal
 
@@ -65,14 +65,7 @@ class SurgeryReport(SensitivityReport):
                     f"The factors of {backup.module.name!r} are no longer those that this edit wrote, so it cannot be "
                     f"undone: undo later edits first; what was trained or loaded since would be lost."
                 )
-        try:
-            for backup in self._backups:
-                _write(backup.module, backup.before)
-            remove_record(self._adapter, self.adapter_name, self)
-        except BaseException:
-            for backup in self._backups:
-                _write(backup.module, backup.after)
-            raise
+        _exchange(self._backups, undo=True, then=lambda: remove_record(self._adapter, self.adapter_name, self))
 
 
 def reweight(
@@ -154,7 +147,7 @@ def reweight(
             _backups=backups,
             _adapter=adapter,
         )
-        _write_all(report)
+        _exchange(backups, undo=False, then=lambda: add_record(adapter, measured.adapter_name, report))
     return report
 
 
@@ -162,15 +155,15 @@ def _parameters(policy: Any) -> dict[str, Any]:
     return asdict(policy) if is_dataclass(policy) and not isinstance(policy, type) else {}
 
 
-def _write_all(report: SurgeryReport) -> None:
-    """Write every module's new factors, or none."""
+def _exchange(backups: list[_Backup], *, undo: bool, then: Callable[[], None]) -> None:
+    """Give every module its factors after the edit (or, `undo`, before it) and do `then`; or leave all as it was."""
     try:
-        for backup in report._backups:
-            _write(backup.module, backup.after)
-        add_record(report._adapter, report.adapter_name, report)
+        for backup in backups:
+            _write(backup.module, backup.before if undo else backup.after)
+        then()
     except BaseException:
-        for backup in report._backups:
-            _write(backup.module, backup.before)
+        for backup in backups:
+            _write(backup.module, backup.after if undo else backup.before)
         raise
 
 

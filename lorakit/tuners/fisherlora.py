@@ -5,21 +5,20 @@ Reference: "LoRA-Lens", section 4 (keep V, reduce Q: value projections lie in st
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora import LoraLayer
 from peft.utils.peft_types import PeftType
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakit._registration import register_tuner
 from lorakit.errors import UnsupportedModelError
+from lorakit.tuners.base import ResolvingLoraModel
 from lorakit.tuners.patterns import compact_pattern, lookup, targeted_modules, warn_of_unmatched
 from lorakit.tuners.roles import role_of
 
@@ -69,39 +68,16 @@ class FisherLoRAConfig(LoraConfig):
             raise ValueError("FisherLoRA: " + " ".join(wrong))
 
 
-class FisherLoRAModel(LoraModel):
+class FisherLoRAModel(ResolvingLoraModel):
     """PEFT's LoRA model; before injecting an adapter it writes out its ranks as patterns, in a copy of its config."""
 
     _merging_adapters = False
 
-    def inject_adapter(
-        self,
-        model: nn.Module,
-        adapter_name: str,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-        state_dict: dict[str, torch.Tensor] | None = None,
-    ) -> None:
-        original = self.peft_config[adapter_name]
-        config: Any = copy.deepcopy(original)
-        if config.peft_type == PeftType.FISHERLORA:
-            if self._merging_adapters:  # the ranks of a combination of adapters are PEFT's to choose
-                config.r_q = config.r_v = config.r
-            self._resolve(config, model)
-        self.peft_config[adapter_name] = config
-        try:
-            super().inject_adapter(
-                model,
-                adapter_name,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-                state_dict=state_dict,
-            )
-        except BaseException:
-            self.peft_config[adapter_name] = original
-            raise
-
-    def _resolve(self, config: FisherLoRAConfig, model: nn.Module) -> None:
+    def resolve(self, config: Any, model: nn.Module) -> None:
+        if config.peft_type != PeftType.FISHERLORA:
+            return
+        if self._merging_adapters:  # the ranks of a combination of adapters are PEFT's to choose
+            config.r_q = config.r_v = config.r
         if config.lora_alpha is None:
             config.lora_alpha = 2 * config.r
         if config.target_modules is None:

@@ -12,7 +12,6 @@ Reference: Si et al., "Weight Spectra Induced Efficient Model Adaptation", 2025,
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ import torch
 from accelerate.utils import align_module_device
 from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import transpose
 from peft.utils.peft_types import PeftType
@@ -33,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit._registration import register_tuner
 from lorakit.errors import UnsupportedModelError
+from lorakit.tuners.base import ResolvingLoraModel
 from lorakit.tuners.patterns import lookup, targeted_modules, warn_of_unmatched
 
 Mode = Literal["hadamard", "hadamard_bottom", "svd", "svd_bottom"]
@@ -266,34 +266,16 @@ class SpecLoRALinear(SpecLoRALayer, LoraLinear):
     """SpecLoRA on `nn.Linear` and on transformers' `Conv1D`."""
 
 
-class SpecLoRAModel(LoraModel):
+class SpecLoRAModel(ResolvingLoraModel):
     """PEFT's LoRA model, whose layers get a mask each."""
 
-    def inject_adapter(
-        self,
-        model: nn.Module,
-        adapter_name: str,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-        state_dict: dict[str, Tensor] | None = None,
-    ) -> None:
-        original = self.peft_config[adapter_name]
-        config: Any = copy.deepcopy(original)
+    def resolve(self, config: Any, model: nn.Module) -> None:
         if config.peft_type == PeftType.SPECLORA:
             self._prepare_adapter_config(config, self.get_model_config(model))
             _check_targets(targeted_modules(self, config, model), config)
-        self.peft_config[adapter_name] = config
-        try:
-            super().inject_adapter(
-                model,
-                adapter_name,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-                state_dict=state_dict,
-            )
-        except BaseException:
-            self.peft_config[adapter_name] = original
-            raise
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
         compute_blocks(model, adapter_name)
 
     def _create_and_replace(

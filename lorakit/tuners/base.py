@@ -1,0 +1,44 @@
+"""What the two tuners share."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from peft.tuners.lora import LoraModel
+from torch import Tensor, nn
+
+
+class ResolvingLoraModel(LoraModel):
+    """PEFT's LoRA model, which completes an adapter's config for the model at hand in a copy of it.
+
+    PEFT keeps the very object that the user passed, and edits it while it builds; here that object stays as it is.
+    """
+
+    def resolve(self, config: Any, model: nn.Module) -> None:
+        """Complete `config`, a copy, for `model`; raise where they do not fit. Nothing has been changed yet."""
+        raise NotImplementedError
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        original = self.peft_config[adapter_name]
+        config = copy.deepcopy(original)
+        self.resolve(config, model)
+        self.peft_config[adapter_name] = config
+        try:
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict,
+            )
+        except BaseException:
+            self.peft_config[adapter_name] = original
+            raise
