@@ -438,7 +438,7 @@ def test_a_hole_in_the_attention_mask_is_no_padding(adapted):
 def test_one_odd_batch_does_not_slow_the_rest(adapted, batches):
     model = adapted()
     forwards = []
-    model.get_base_model().register_forward_pre_hook(lambda *_: forwards.append(1))
+    model.get_base_model().model.embed_tokens.register_forward_pre_hook(lambda *_: forwards.append(1))
     square = batches(8, pad_to=8)[0]
     square = {key: value[:8, :8] for key, value in square.items()}
     sensitivity(model, [square, *batches(4)], progress=False)
