@@ -87,9 +87,9 @@ def collect(
     `loader` yields mappings for ``model(**batch)`` with labels, or with `loss_fn` anything for which
     ``loss_fn(model, batch)`` returns the examples' losses (n,). Examples without a label are left out and counted.
 
-    Raises: CalibrationError for an empty loader, no labels at all, a loss that is not finite, or a loss that is not
-    the mean of the examples' own losses as far as logits and labels show. What `loader`, `model` and `loss_fn` raise
-    passes through. Either way the model, its flags and the random number generators are as they were.
+    Raises: CalibrationError for an empty loader, no labels at all, losses or gradients that are not finite, or a loss
+    that is not the mean of the examples' own losses as far as logits and labels show. What `loader`, `model` and
+    `loss_fn` raise passes through. Either way the model, its flags and the random number generators are as they were.
     """
     if isinstance(num_examples, bool) or not isinstance(num_examples, int) or num_examples < 1:
         raise ValueError(f"`num_examples` must be a positive integer; got {num_examples!r}.")
@@ -115,6 +115,8 @@ def collect(
             mixing = 0 if whole else mixing + 1
             if not whole:
                 for example in _examples_of(batch):
+                    if tally.used >= num_examples:
+                        break
                     _run(model, example, probes, tally, scheme, loss_fn, one_example=True)
             bar.update(min(tally.used, num_examples) - before)
             if tally.used >= num_examples:
@@ -127,6 +129,10 @@ def collect(
             f"nothing remains of them after the shift to the next token. Check how the labels are made."
         )
     statistics = [torch.cat(parts)[:num_examples] for parts in tally.parts]
+    if not all(bool(torch.isfinite(statistic).all()) for statistic in statistics):
+        raise CalibrationError(
+            "The losses are finite, but their gradients are not. A wider dtype than the model's may help."
+        )
     return Collected(statistics, min(tally.used, num_examples), tally.without_labels)
 
 

@@ -492,3 +492,20 @@ def test_a_model_without_input_embeddings(randomize):
     model = randomize(get_peft_model(model, LoraConfig(r=2, target_modules=["out_proj"])), std=0.2)
     batch = {"input_values": torch.randn(3, 200), "labels": torch.tensor([0, 1, 2])}
     assert sensitivity(model, [batch], progress=False).num_examples == 3
+
+
+def test_gradients_that_are_not_finite(adapted, batches):
+    model = adapted()
+    model.get_base_model().model.norm.register_full_backward_hook(lambda _, grads, outs: (grads[0] * float("inf"),))
+    with pytest.raises(ValueError, match="losses are finite, but their gradients are not"):
+        sensitivity(model, batches(), progress=False)
+
+
+def test_a_split_batch_stops_at_the_number_of_examples(adapted, batches):
+    model = adapted()
+    runs = []
+    model.get_base_model().model.embed_tokens.register_forward_pre_hook(lambda *_: runs.append(1))
+    square = {key: value[:8, :8] for key, value in batches(8, pad_to=8)[0].items()}
+    report = sensitivity(model, [square], num_examples=2, progress=False)
+    assert report.num_examples == 2
+    assert len(runs) == 1 + 2
