@@ -12,7 +12,7 @@ from torch import Tensor, nn
 class ResolvingLoraModel(LoraModel):
     """PEFT's LoRA model, which completes an adapter's config for the model at hand in a copy of it.
 
-    PEFT keeps the very object that the user passed, and edits it while it builds; here that object stays as it is.
+    A config that needs no completing is kept itself, as PEFT keeps it: code that passed it may expect to find it.
     """
 
     def resolve(self, config: Any, model: nn.Module) -> None:
@@ -30,6 +30,8 @@ class ResolvingLoraModel(LoraModel):
         original = self.peft_config[adapter_name]
         config = copy.deepcopy(original)
         self.resolve(config, model)
+        if vars(config) == vars(original):
+            config = original
         self.peft_config[adapter_name] = config
         try:
             super().inject_adapter(

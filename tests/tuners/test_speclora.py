@@ -462,8 +462,13 @@ def test_layers_that_are_not_supported_are_refused_before_anything_changes(tiny_
         )
 
 
-def test_the_config_passed_in_stays_as_it_was(tiny_llama):
+def test_a_config_is_completed_in_a_copy_and_kept_where_it_is_complete(tiny_llama, tmp_path):
     config = SpecLoRAConfig(k=4)
     before = copy.deepcopy(config.__dict__)
-    get_peft_model(tiny_llama(), config)
+    model = get_peft_model(tiny_llama(), config)
     assert config.__dict__ == before | {"base_model_name_or_path": config.base_model_name_or_path}
+    assert model.peft_config["default"].target_modules == {"q_proj", "v_proj"}
+    model.save_pretrained(tmp_path)
+    config = SpecLoRAConfig(k=4, target_modules=["q_proj", "v_proj"])
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path, config=config)
+    assert loaded.peft_config["default"] is config
