@@ -207,6 +207,7 @@ class _LossScheme:
             raise CalibrationError(
                 f"`calib_loader` must yield mappings with labels for model(**batch), or `loss_fn` be given; got {got}."
             )
+        given = batch
         if self.shifts:
             batch = _without_first_labels(batch)
         labels = batch["labels"]
@@ -226,9 +227,9 @@ class _LossScheme:
             kind = self._find_kind(total, logits.detach(), labels)
             if kind is None:
                 return _nothing_used(labels)
-            if kind == "shifted" and not self.shifts:
-                self.shifts = True
-                return self(batch)
+            if kind != "values" and (kind == "shifted") != self.shifts:  # the model's name misled: first labels count
+                self.shifts = not self.shifts
+                return self(given)
             self.known[structure] = kind
         if not torch.isfinite(total):
             self._refuse(total)

@@ -35,7 +35,10 @@ def write_record(directory: str | os.PathLike[str], config: object) -> None:
         path.unlink(missing_ok=True)
         return
     weights = Path(directory, WEIGHTS_NAME)
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.exists() else None
+    digest = None
+    if weights.exists():
+        with weights.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     partial = path.with_name(f".{RECORD_NAME}.{os.getpid()}")
     partial.write_text(json.dumps({"weights_sha256": digest, "edits": edits}))
     partial.replace(path)

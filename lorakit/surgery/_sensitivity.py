@@ -22,7 +22,6 @@ from torch.nn import functional as F
 from lorakit.adapters.live import LiveModule, live_modules, resolve_adapter_name
 from lorakit.calibration import Collected, LossFn, collect, preserved_state
 from lorakit.errors import CalibrationError, SurgeryError, UnsupportedModelError
-from lorakit.spectral import LowRank
 from lorakit.surgery._policies import AGGREGATES, Aggregate
 from lorakit.surgery._reports import SensitivityReport, SensitivityRow
 from lorakit.tuners.roles import RESIDUAL_WRITING
@@ -33,7 +32,6 @@ class Decomposed:
     """An adapted module with the thin SVD of its update, m = min(r, d_out, d_in) components."""
 
     module: LiveModule
-    factors: LowRank
     U: Tensor
     S: Tensor
     Vh: Tensor
@@ -126,12 +124,11 @@ def measure(
     _check_layers(adapter, adapter_name, selected)
     decomposed, zero = [], []
     for module in selected:
-        factors = module.factors()
-        U, S, Vh = factors.svd()
+        U, S, Vh = module.factors().svd()
         if module.scaling == 0 or not S.any():
             zero.append(module.name)
         else:
-            decomposed.append(Decomposed(module, factors, U, S, Vh))
+            decomposed.append(Decomposed(module, U, S, Vh))
     if not decomposed:
         warnings.warn(
             f"The update of each of the {len(zero)} selected modules is zero (an untrained adapter has B = 0): there "

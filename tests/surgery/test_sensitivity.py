@@ -509,3 +509,17 @@ def test_a_split_batch_stops_at_the_number_of_examples(adapted, batches):
     report = sensitivity(model, [square], num_examples=2, progress=False)
     assert report.num_examples == 2
     assert len(runs) == 1 + 2
+
+
+def test_a_masked_model_named_like_a_causal_one_keeps_its_first_labels():
+    torch.manual_seed(0)
+    config = transformers.XLMConfig(emb_dim=32, n_layers=1, n_heads=4, vocab_size=50, n_langs=1)
+    model = get_peft_model(transformers.XLMWithLMHeadModel(config), LoraConfig(r=2, target_modules=["q_lin"])).eval()
+    ids = torch.randint(3, 50, (3, 6))
+    scheme = _LossScheme(model)
+    assert scheme.shifts  # misled by the name
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    loss = scheme(batch).loss
+    assert list(scheme.known.values()) == ["tokens"]
+    assert not scheme.shifts
+    assert torch.equal(loss, model(**batch).loss)  # of all labels, the first ones too
