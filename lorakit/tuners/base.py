@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 
@@ -19,6 +20,9 @@ class ResolvingLoraModel(LoraModel):
         """Complete `config`, a copy, for `model`; raise where they do not fit. Nothing has been changed yet."""
         raise NotImplementedError
 
+    def complete(self, model: nn.Module, adapter_name: str) -> None:
+        """What is left to do for an adapter whose layers have been made; where it raises, they are taken out again."""
+
     def inject_adapter(
         self,
         model: nn.Module,
@@ -28,6 +32,7 @@ class ResolvingLoraModel(LoraModel):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         original = self.peft_config[adapter_name]
+        before = [(module, dict(module._modules)) for module in model.modules()]
         config = copy.deepcopy(original)
         self.resolve(config, model)
         if vars(config) == vars(original):
@@ -41,6 +46,21 @@ class ResolvingLoraModel(LoraModel):
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 state_dict=state_dict,
             )
+            self.complete(model, adapter_name)
         except BaseException:
             self.peft_config[adapter_name] = original
+            _restore(before, adapter_name)
             raise
+
+
+def _restore(before: list[tuple[nn.Module, dict[str, nn.Module | None]]], adapter_name: str) -> None:
+    """Take a half-injected adapter out again, given every module of the model with the children it had."""
+    for module, children in before:
+        if isinstance(module, BaseTunerLayer):
+            for container in (
+                getattr(module, name, None) for name in module.adapter_layer_names + module.other_param_names
+            ):
+                if isinstance(container, dict | nn.ModuleDict | nn.ParameterDict) and adapter_name in container:
+                    del container[adapter_name]
+        module._modules.clear()
+        module._modules.update(children)

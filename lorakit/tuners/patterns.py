@@ -32,6 +32,17 @@ def targeted_modules(tuner: BaseTuner, config: LoraConfig, model: nn.Module) -> 
     }
 
 
+def targeted_parameters(config: LoraConfig, model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of `model` that PEFT will adapt under `config.target_parameters`, by PEFT's names for them."""
+    targets = config.target_parameters or []
+    named = {name.replace(".base_layer", ""): parameter for name, parameter in model.named_parameters()}
+    return {
+        name: parameter
+        for name, parameter in named.items()
+        if any(name == target or name.endswith(f".{target}") for target in targets)
+    }
+
+
 def lookup(pattern: Mapping[str, V], module_name: str, default: V) -> V:
     """The value of the first entry of `pattern` that matches, by PEFT's rules."""
     return pattern.get(get_pattern_key(pattern.keys(), module_name), default)

@@ -14,45 +14,31 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
 from peft import LoraConfig
-from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import transpose
+from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.utils import merge_utils
 from peft.utils.peft_types import PeftType
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 from tqdm.auto import tqdm
-from transformers.pytorch_utils import Conv1D
 
 from lorakit._registration import register_tuner
 from lorakit.errors import UnsupportedModelError
 from lorakit.tuners.base import ResolvingLoraModel
-from lorakit.tuners.patterns import lookup, targeted_modules, warn_of_unmatched
+from lorakit.tuners.masked_layers import MODES, Mode, SpecLoRALayer, SpectralMask, masked_class, svd_blocks
+from lorakit.tuners.patterns import lookup, targeted_modules, targeted_parameters, warn_of_unmatched
 
-Mode = Literal["hadamard", "hadamard_bottom", "svd", "svd_bottom"]
-MODES: tuple[Mode, ...] = get_args(Mode)
-
-# What LoraConfig can switch on beside LoRA proper, and changes the update or the base weight in a way that the mask's
-# definition leaves open.
-_EXCLUDED_FLAGS = (
-    "use_dora",
-    "use_qalora",
-    "use_bdlora",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "velora_config",
-    "monteclora_config",
-    "kasa_config",
-    "target_parameters",
-    "megatron_config",
-)
-_EXCLUDED_INITS = ("pissa", "olora", "corda", "loftq", "mica", "lora_ga")
+# What LoraConfig can switch on that leaves no place for a mask.
+_EXCLUDED = {
+    "use_qalora": "its update is one value a quantization group, so that it merges into the zero points",
+    "arrow_config": "it routes between low-rank factors, and would leave the masks out",
+    "megatron_config": "the weight is sharded over processes",
+}
 
 # Elements of the weights that one batched SVD takes at a time.
 _SVD_CHUNK = 1 << 26
@@ -95,187 +81,28 @@ class SpecLoRAConfig(LoraConfig):
         if self.mode not in MODES:
             wrong.append(f"`mode` must be one of {', '.join(MODES)}; got {self.mode!r}.")
         wrong += [
-            f"SpecLoRA does not support `{flag}`; leave it out, or use LoraConfig."
-            for flag in _EXCLUDED_FLAGS
+            f"SpecLoRA does not support `{flag}`: {reason}. Leave it out, or use LoraConfig."
+            for flag, reason in _EXCLUDED.items()
             if getattr(self, flag, None)
         ]
-        if isinstance(self.init_lora_weights, str) and self.init_lora_weights.lower().startswith(_EXCLUDED_INITS):
-            wrong.append(
-                f"SpecLoRA does not support init_lora_weights={self.init_lora_weights!r}, which changes the weight "
-                f"that d rescales; use True, False, 'gaussian', 'orthogonal' or 'eva'."
-            )
         if wrong:
             prefix = "" if wrong[0].startswith("SpecLoRA") else "SpecLoRA: "
             raise ValueError(prefix + " ".join(wrong))
-
-
-class SpectralMask(nn.Module):
-    """The learnable part of one module's mask.
-
-    `weight` (k,) is d − 1, so that zero means no change: weight decay pulls towards the identity, and half precision
-    keeps its resolution there. `block` is the frozen P that d rescales, k × k or (svd modes) k × d_in, where it is not
-    read off the base weight; it is never saved.
-    """
-
-    block: Tensor | None
-
-    def __init__(self, k: int, mode: Mode) -> None:
-        super().__init__()
-        self.mode = mode
-        self.weight = nn.Parameter(torch.zeros(k))
-        self.register_buffer("block", None, persistent=False)
-
-    def forward(self, projected: Tensor, factor: float) -> Tensor:
-        """(d − 1) ⊙ `projected`, times `factor`; a call, so that accelerate's hooks bring an offloaded d in."""
-        return projected * (self.weight if factor == 1.0 else self.weight * factor)
-
-    @property
-    def k(self) -> int:
-        return self.weight.shape[0]
-
-    @property
-    def reads_base_weight(self) -> bool:
-        return self.mode.startswith("hadamard")
-
-    def region(self, d_out: int, d_in: int) -> tuple[int, int, int]:
-        """First row, first column and number of columns of what d rescales."""
-        if self.mode == "hadamard":
-            return 0, 0, self.k
-        if self.mode == "hadamard_bottom":
-            return d_out - self.k, d_in - self.k, self.k
-        return 0, 0, d_in
-
-    def extra_repr(self) -> str:
-        return f"k={self.k}, mode={self.mode}"
-
-
-class SpecLoRALayer:
-    """What SpecLoRA adds to a LoRA layer of PEFT's.
-
-    Not derived from LoraLayer: a layer that PEFT has made becomes a SpecLoRA layer by a change of its class, which
-    Python allows only where the memory layouts agree.
-    """
-
-    lora_spec: nn.ModuleDict
-
-    def add_mask(self: Any, adapter_name: str, k: int, mode: Mode) -> None:
-        """Give an adapter that the layer already has a mask, with d = 1."""
-        if "lora_spec" not in self._modules:
-            self.lora_spec = nn.ModuleDict()
-            self.adapter_layer_names = (*self.adapter_layer_names, "lora_spec")
-        self.lora_spec[adapter_name] = SpectralMask(k, mode)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-
-    def base_weight(self: Any) -> Tensor:
-        """The frozen weight as d_out × d_in: a view."""
-        return transpose(self.get_base_layer().weight, self.fan_in_fan_out)
-
-    def block_of(self: Any, adapter_name: str) -> Tensor:
-        """The P that the adapter's d rescales; where it is part of the base weight, a view of that."""
-        mask = self.lora_spec[adapter_name]
-        if mask.block is not None:
-            return mask.block
-        weight = self.base_weight()
-        if weight.is_meta:  # offloaded: bring it in once and keep what is needed
-            with align_module_device(self.get_base_layer()):
-                weight = self.base_weight()
-                if not weight.is_meta:
-                    mask.block = _block(weight, mask).detach().clone()
-                    return mask.block
-        if not mask.reads_base_weight:
-            mask.block = _block(weight, mask)
-            return mask.block
-        return _block(weight, mask)
-
-    def mask_factor(self: Any, adapter_name: str) -> float:
-        """What `set_scale` and the like have made of the adapter's scaling: the mask follows it."""
-        rank = self.r[adapter_name]
-        initial = self.lora_alpha[adapter_name] / (math.sqrt(rank) if self.use_rslora[adapter_name] else rank)
-        return 1.0 if initial == 0 else self.scaling[adapter_name] / initial
-
-    def mask_rows(self: Any, adapter_name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The rows of the mask's update, (d − 1)[:, None] ⊙ P, scaled as the adapter is."""
-        mask = self.lora_spec[adapter_name]
-        block = self.block_of(adapter_name).detach()
-        dtype = dtype or torch.promote_types(block.dtype, mask.weight.dtype)
-        with align_module_device(mask):
-            d_minus_1 = mask.weight.to(dtype)
-        return (d_minus_1 * self.mask_factor(adapter_name))[:, None] * block.to(dtype)
-
-    def get_delta_weight(self: Any, adapter: str) -> Tensor:
-        delta = super().get_delta_weight(adapter)  # type: ignore[misc]
-        if adapter in self.lora_spec:
-            mask = self.lora_spec[adapter]
-            oriented = transpose(delta, self.fan_in_fan_out)
-            row, column, width = mask.region(*oriented.shape)
-            target = oriented[row : row + mask.k, column : column + width]
-            target += self.mask_rows(adapter).to(delta.dtype)
-        return delta
-
-    def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        if not self.merged:
-            self._keep_blocks()
-        try:
-            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # type: ignore[misc]
-        finally:
-            self._release_blocks()
-
-    def unmerge(self: Any) -> None:
-        try:
-            super().unmerge()  # type: ignore[misc]
-        finally:
-            self._release_blocks()
-
-    def _keep_blocks(self: Any) -> None:
-        # Merging changes the weight that Γ multiplies, so the blocks are kept from before the first merge.
-        for name, mask in self.lora_spec.items():
-            if mask.reads_base_weight:
-                mask.block = self.block_of(name).detach().clone()
-
-    def _release_blocks(self: Any) -> None:
-        if not self.merged:
-            for mask in self.lora_spec.values():
-                if mask.reads_base_weight:
-                    mask.block = None
-
-    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapter_names = kwargs.get("adapter_names")
-        result: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        if self.disable_adapters or self.merged:
-            return result
-        if adapter_names is not None:
-            for name in set(adapter_names) & self.lora_spec.keys():
-                rows = [i for i, other in enumerate(adapter_names) if other == name]
-                result[rows] = self._add_mask_term(name, x[rows], result[rows])
-            return result
-        for name in self.active_adapters:
-            if name in self.lora_spec:
-                result = self._add_mask_term(name, x, result)
-        return result
-
-    def _add_mask_term(self: Any, adapter_name: str, x: Tensor, result: Tensor) -> Tensor:
-        mask = self.lora_spec[adapter_name]
-        block = self.block_of(adapter_name)
-        row, column, width = mask.region(result.shape[-1], x.shape[-1])
-        projected = F.linear(x.narrow(-1, column, width).to(block.dtype), block)
-        result.narrow(-1, row, mask.k).add_(mask(projected, self.mask_factor(adapter_name)))
-        return result
-
-
-class SpecLoRALinear(SpecLoRALayer, LoraLinear):
-    """SpecLoRA on `nn.Linear` and on transformers' `Conv1D`."""
 
 
 class SpecLoRAModel(ResolvingLoraModel):
     """PEFT's LoRA model, whose layers get a mask each."""
 
     def resolve(self, config: Any, model: nn.Module) -> None:
-        if config.peft_type == PeftType.SPECLORA:
-            self._prepare_adapter_config(config, self.get_model_config(model))
-            _check_targets(targeted_modules(self, config, model), config)
+        if config.peft_type != PeftType.SPECLORA:
+            return
+        self._prepare_adapter_config(config, self.get_model_config(model))
+        modules = targeted_modules(self, config, model) if config.target_modules is not None else {}
+        _check_targets(modules, config)
+        names = [*modules, *targeted_parameters(config, model)]
+        warn_of_unmatched("SpecLoRA", "k_pattern", config.k_pattern, names)
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+    def complete(self, model: nn.Module, adapter_name: str) -> None:
         compute_blocks(model, adapter_name)
 
     def _create_and_replace(
@@ -288,101 +115,173 @@ class SpecLoRAModel(ResolvingLoraModel):
         current_key: str,
         **kwargs: Any,
     ) -> None:
+        # A parameter wrapper that has the adapter already is of another parameter: it is wrapped once more.
+        wrapped_again = isinstance(target, ParamWrapper) and adapter_name in target.lora_A
+        extended = isinstance(target, LoraLayer) and not wrapped_again
         super()._create_and_replace(
             lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
         )
         if lora_config.peft_type != PeftType.SPECLORA:
             return
-        layer = getattr(parent, target_name)
-        if type(layer) is LoraLinear:
-            layer.__class__ = SpecLoRALinear
-        if not isinstance(layer, SpecLoRALayer):
+        if target_name in (getattr(lora_config, "target_modules_to_tie", None) or []):
+            raise UnsupportedModelError(
+                f"SpecLoRA does not support ensure_weight_tying=True for adapted embeddings: a mask on {current_key!r} "
+                f"would not be the transpose of the embedding's. Leave one of the two out of `target_modules`, or use "
+                f"LoraConfig."
+            )
+        layer: Any = target if extended else getattr(parent, target_name)
+        cls = masked_class(type(layer))
+        if cls is None:
             raise UnsupportedModelError(_unsupported(current_key, layer))
-        k = min(lookup(lora_config.k_pattern, current_key, lora_config.k), *layer.base_weight().shape)
-        layer.add_mask(adapter_name, k, lora_config.mode)
+        layer.__class__ = cls
+        layer.add_mask(adapter_name, lookup(lora_config.k_pattern, current_key, lora_config.k), lora_config.mode)
 
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: PEFT combines the low-rank factors alone, and would silently drop the masks."""
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """As `peft.LoraModel.add_weighted_adapter`, for adapters with the same k and mode in every module.
+
+        The low-rank factors are combined as PEFT combines them. The masks' d − 1 are combined exactly: weighted and
+        added for "linear", "cat" and "svd", by PEFT's own pruning and election of signs for the other types.
+
+        Raises: NotImplementedError where the masks differ in k or mode, so that no one mask is their combination.
+        """
+        if adapter_name in self.peft_config:
+            return
+        layers = [module for module in self.model.modules() if isinstance(module, SpecLoRALayer)]
+        for layer in layers:
+            kinds = {(m.k, m.mode) for name, m in layer.lora_spec.items() if name in adapters}
+            if len(kinds) > 1:
+                raise NotImplementedError(
+                    f"SpecLoRA does not support add_weighted_adapter between adapters of different k or mode "
+                    f"({sorted(kinds)}). Export each as a plain LoRA with lorakit.export.to_lora and combine those."
+                )
+        with ExitStack() as stack:
+            for layer in layers:
+                stack.enter_context(layer.mask_off())
+            super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, *args, **kwargs)
+        density = kwargs.get("density", args[4] if len(args) > 4 else None)
+        election = kwargs.get("majority_sign_method", args[5] if len(args) > 5 else "total")
+        for layer in layers:
+            if adapter_name in layer.lora_spec:
+                _combine_masks(layer, adapters, weights, adapter_name, combination_type, density, election)
+
+    def subtract_mutated_init(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(
-            "SpecLoRA does not support add_weighted_adapter yet. Export each adapter as a plain LoRA with "
-            "lorakit.export.to_lora and combine those."
+            "SpecLoRA does not support `path_initial_model_for_weight_conversion`: d rescales what the initialization "
+            "left of the base weight, which no adapter of the original weight expresses. Save without it: loading "
+            "makes the same base weight again."
         )
 
 
+@torch.no_grad()
+def _combine_masks(
+    layer: Any,
+    adapters: list[str],
+    weights: list[float],
+    adapter_name: str,
+    combination_type: str,
+    density: float | None,
+    majority_sign_method: Any,
+) -> None:
+    """Set an adapter's d − 1 to the combination of others'."""
+    present = [(name, weight) for name, weight in zip(adapters, weights, strict=True) if name in layer.lora_spec]
+    target = layer.lora_spec[adapter_name].weight
+    deltas = [layer.lora_spec[name].weight.to(target) * layer.mask_factor(name) for name, _ in present]
+    shares = torch.tensor([weight for _, weight in present], dtype=target.dtype, device=target.device)
+    kind = combination_type.removesuffix("_svd")
+    if kind in ("linear", "cat", "svd"):
+        combined = merge_utils.task_arithmetic(deltas, shares)
+    elif kind in ("ties", "dare_ties"):
+        combined = getattr(merge_utils, kind)(deltas, shares, density, majority_sign_method)
+    else:
+        combined = getattr(merge_utils, kind)(deltas, shares, density)
+    target.copy_(combined)
+
+
 def compute_blocks(model: nn.Module, adapter_name: str) -> None:
-    """Compute what the svd modes rescale, for all modules of an adapter: one full SVD each, batched by shape."""
-    waiting: dict[Any, list[tuple[Any, SpectralMask]]] = {}
+    """Compute what the masks of an adapter rescale, where it cannot be read off the base weights.
+
+    The svd modes take one full SVD a module, batched by shape; of a quantized weight the block alone is dequantized.
+    """
+    batched: dict[Any, list[tuple[Any, SpectralMask]]] = {}
+    single: list[tuple[Any, SpectralMask]] = []
     layers: list[Any] = list(model.modules())
     for layer in layers:
-        if isinstance(layer, SpecLoRALayer) and adapter_name in layer.lora_spec:
-            mask: Any = layer.lora_spec[adapter_name]
+        if not isinstance(layer, SpecLoRALayer) or adapter_name not in layer.lora_spec:
+            continue
+        mask: Any = layer.lora_spec[adapter_name]
+        if mask.reads_weight or mask.block is not None or not layer.base_is_ready(adapter_name):
+            continue
+        if layer.weight_is_readable():
             weight = layer.base_weight()
-            if mask.reads_base_weight or mask.block is not None or weight.is_meta:
-                continue
-            key = (weight.shape, weight.dtype, weight.device, mask.k, mask.mode)
-            waiting.setdefault(key, []).append((layer, mask))
-    if not waiting:
-        return
-    total = sum(map(len, waiting.values()))
-    with tqdm(total=total, desc="SpecLoRA: SVD of the base weights", delay=1.0, unit="module") as progress:
-        for (shape, *_), group in waiting.items():
+            key = (weight.shape, weight.dtype, weight.device, mask.weight.shape, mask.mode)
+            batched.setdefault(key, []).append((layer, mask))
+        else:
+            single.append((layer, mask))
+    total = sum(map(len, batched.values())) + len(single)
+    with tqdm(total=total, desc="SpecLoRA: blocks of the base weights", delay=1.0, unit="module") as progress:
+        for (shape, *_), group in batched.items():
             step = max(1, _SVD_CHUNK // math.prod(shape))
             for start in range(0, len(group), step):
                 chunk = group[start : start + step]
-                blocks = _svd_blocks(torch.stack([layer.base_weight().detach() for layer, _ in chunk]), chunk[0][1])
-                for (_, mask), block in zip(chunk, blocks, strict=True):
+                weights = torch.stack([layer.base_weight().detach() for layer, _ in chunk])
+                for (_, mask), block in zip(chunk, svd_blocks(weights, chunk[0][1], stacked=1), strict=True):
                     mask.block = block.clone()
                 progress.update(len(chunk))
-
-
-@torch.no_grad()
-def _svd_blocks(weights: Tensor, mask: SpectralMask) -> Tensor:
-    """U_{1:k, K} Σ_K V_Kᵀ for K the k largest (svd) or smallest (svd_bottom) singular values: (n, k, d_in)."""
-    dtype = torch.promote_types(weights.dtype, torch.float32)
-    U, S, Vh = torch.linalg.svd(weights.to(dtype), full_matrices=False)
-    chosen = slice(0, mask.k) if mask.mode == "svd" else slice(S.shape[-1] - mask.k, None)
-    block: Tensor = (U[..., : mask.k, chosen] * S[..., None, chosen]) @ Vh[..., chosen, :]
-    return block.to(weights.dtype)
-
-
-def _block(weight: Tensor, mask: SpectralMask) -> Tensor:
-    if not mask.reads_base_weight:
-        return _svd_blocks(weight.detach()[None], mask)[0]
-    row, column, width = mask.region(*weight.shape)
-    return weight[row : row + mask.k, column : column + width]
+        for layer, mask in single:
+            mask.block = layer.compute_block(mask)
+            progress.update(1)
 
 
 def _check_targets(modules: dict[str, nn.Module], config: SpecLoRAConfig) -> None:
-    """Refuse what cannot be adapted before anything is changed; say once what is clipped or matches nothing."""
+    """Refuse what cannot be adapted before anything is changed; say once what is clipped."""
     clipped = []
     for name, module in modules.items():
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        weight = getattr(base, "weight", None)
-        if not isinstance(base, nn.Linear | Conv1D) or type(weight) is not nn.Parameter:
-            raise UnsupportedModelError(_unsupported(name, base))
-        if not weight.is_floating_point():
-            raise UnsupportedModelError(_unsupported(name, base))
+        if getattr(base, "groups", 1) != 1:
+            raise UnsupportedModelError(
+                f"SpecLoRA does not support grouped convolutions such as {name!r} (groups={base.groups}): their weight "
+                f"is not one matrix. Leave it out of `target_modules`, or use LoraConfig."
+            )
         if isinstance(module, LoraLayer) and module.merged:
             raise ValueError(
-                f"SpecLoRA cannot add an adapter to {name!r} while {module.merged_adapters} are merged into its "
-                f"weight; call unmerge_adapter() first."
+                f"SpecLoRA does not support adding an adapter to {name!r} while {module.merged_adapters} are merged "
+                f"into its weight; call unmerge_adapter() first."
             )
         k = lookup(config.k_pattern, name, config.k)
-        if k > min(weight.shape):
-            clipped.append(f"{name} ({k} to {min(weight.shape)})")
+        side = _smaller_side(base)
+        if side is not None and k > side:
+            clipped.append(f"{name} ({k} to {side})")
     if clipped:
         warnings.warn(
             f"SpecLoRA: `k` is clipped to the smaller side of the weight in {len(clipped)} of {len(modules)} modules, "
             f"the first of them {clipped[0]}.",
             stacklevel=2,
         )
-    warn_of_unmatched("SpecLoRA", "k_pattern", config.k_pattern, modules)
+
+
+def _smaller_side(module: nn.Module) -> int | None:
+    """The smaller of a module's numbers of inputs and outputs; None where PEFT does not know them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            sides = _get_in_out_features(module)
+        except (AttributeError, ValueError):
+            return None
+    return None if None in sides else int(min(sides))
 
 
 def _unsupported(name: str, module: nn.Module) -> str:
     return (
-        f"SpecLoRA does not support {type(module).__name__} layers such as {name!r}: it adapts nn.Linear and Conv1D "
-        f"with floating-point weights. Leave such modules out of `target_modules`, or use LoraConfig for this model."
+        f"SpecLoRA does not support {type(module).__name__} layers such as {name!r}. Leave such modules out of "
+        f"`target_modules`, or use LoraConfig for this model."
     )
 
 

@@ -1,0 +1,203 @@
+"""PEFT's LoRA variants on layers with SpecLoRA's mask.
+
+The mask's update has rank k: (d − 1)[:, None] ⊙ P = D (P ·), with D the selection of k rows, scaled. So what a variant
+makes of `scaling · B A` it can make of the two together, `scaling · [B, D] [A; P]`: DoRA normalizes the whole, and
+activated LoRA adds the whole to the tokens after its invocation. The other variants add a term of their own, beside
+which the mask's stands, as beside plain LoRA's; two of those do not merge by `get_delta_weight`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.lora import variants
+from peft.tuners.lora.layer import LoraVariant
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorakit.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from lorakit.tuners.masked_layers import SpecLoRALayer
+
+
+class _DownWithMask:
+    """[A; P] as a module: the rank r of A comes first, then k channels more."""
+
+    def __init__(self, layer: Any, adapter_name: str, dropout: nn.Module | None = None) -> None:
+        self.layer, self.name, self.dropout = layer, adapter_name, dropout or nn.Identity()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        layer, down = self.layer, self.layer.lora_A[self.name]
+        block = layer.block_of(self.name)
+        projected = layer.project(self.name, x, block)
+        return torch.cat([down(self.dropout(x)), projected.to(down.weight.dtype)], dim=1 - block.dim())
+
+    @property
+    def weight(self) -> Tensor:
+        """(r + k, d_in, *kernel); of a linear layer A alone, of which variants ask only dtype, device and d_in."""
+        layer, down = self.layer, self.layer.lora_A[self.name].weight
+        block = layer.block_of(self.name).to(down.dtype)
+        if block.dim() == 2:
+            return down
+        _, column, width = layer.lora_spec[self.name].region(layer.out_features, layer.in_features)
+        after = layer.in_features - column - width
+        return torch.cat([down, F.pad(block, (0, 0) * (block.dim() - 2) + (column, after))])
+
+
+class _UpWithMask:
+    """[B, D] as a module."""
+
+    def __init__(self, layer: Any, adapter_name: str) -> None:
+        self.layer, self.name = layer, adapter_name
+
+    def _rows(self) -> tuple[Tensor, int, int]:
+        """d − 1 in units of the adapter's scaling, by which everything is multiplied in the end; and where it goes."""
+        mask = self.layer.lora_spec[self.name]
+        row = mask.region(self.layer.out_features, self.layer.in_features)[0]
+        values = mask.weight / self.layer.initial_scaling(self.name)
+        return values, row, self.layer.out_features - row - mask.k
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        up, spatial = self.layer.lora_B[self.name], self.layer.block_of(self.name).dim() - 2
+        values, before, after = self._rows()
+        rank, channels = hidden.shape[-1 - spatial] - values.numel(), -1 - spatial
+        low_rank, projected = torch.split(hidden, [rank, values.numel()], channels)
+        term = projected * values.reshape(-1, *[1] * spatial)
+        result: Tensor = up(low_rank) + F.pad(term, (0, 0) * spatial + (before, after))
+        return result
+
+    @property
+    def weight(self) -> Tensor:
+        """(d_out, r + k, 1, …)."""
+        up = self.layer.lora_B[self.name].weight
+        values, before, after = self._rows()
+        selected = F.pad(torch.diag(values), (0, 0, before, after)).to(up.dtype)
+        return torch.cat([up, selected.reshape(*selected.shape, *[1] * (up.dim() - 2))], dim=1)
+
+
+class _LayerWithMask:
+    """A masked layer as a variant sees it, its factors being those of the whole update."""
+
+    def __init__(self, layer: Any, adapter_name: str, *, dropout_in_a: bool = False) -> None:
+        self._layer = layer
+        if adapter_name in layer.lora_embedding_A:
+            # here PEFT's factors are bare tensors: (r, ids) and (features, r)
+            block = layer.block_of(adapter_name)
+            _, column, width = layer.lora_spec[adapter_name].region(layer.out_features, layer.in_features)
+            A, B = layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
+            rows = F.pad(block.to(A.dtype), (column, layer.in_features - column - width))
+            values, before, after = _UpWithMask(layer, adapter_name)._rows()
+            selected = F.pad(torch.diag(values), (0, 0, before, after)).to(B.dtype)
+            self.lora_embedding_A = {adapter_name: torch.cat([A, rows])}
+            self.lora_embedding_B = {adapter_name: torch.cat([B, selected], dim=1)}
+            return
+        dropout = layer.lora_dropout[adapter_name]
+        self.lora_A = {adapter_name: _DownWithMask(layer, adapter_name, dropout if dropout_in_a else None)}
+        self.lora_B = {adapter_name: _UpWithMask(layer, adapter_name)}
+        if dropout_in_a:
+            self.lora_dropout = {adapter_name: nn.Identity()}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+
+class MaskInForward(LoraVariant):
+    """A variant whose forward has the mask's term in it."""
+
+    dropout_in_a = False
+
+    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        seen = _LayerWithMask(module, active_adapter, dropout_in_a=self.dropout_in_a)
+        return super().forward(seen, active_adapter=active_adapter, x=x, result=result, **kwargs)
+
+
+class MaskInMerge(LoraVariant):
+    """A variant that merges an update of its own making: the mask's is added beside it."""
+
+    def merge_safe(self, module: SpecLoRALayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        merged: Tensor = super().merge_safe(module, active_adapter, orig_weight)
+        module.add_mask_delta(merged, active_adapter)
+        return merged
+
+    def merge_unsafe(self, module: SpecLoRALayer, active_adapter: str, orig_weight: Tensor) -> None:
+        super().merge_unsafe(module, active_adapter, orig_weight)
+        module.add_mask_delta(orig_weight.data, active_adapter)
+
+    def unmerge(self, module: SpecLoRALayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        unmerged: Tensor = super().unmerge(module, active_adapter, orig_weight)
+        module.add_mask_delta(unmerged, active_adapter, -1)
+        return unmerged
+
+
+class MaskedDoraLinear(MaskInForward, variants.DoraLinearVariant):
+    pass
+
+
+class MaskedDoraEmbedding(MaskInForward, variants.DoraEmbeddingVariant):
+    pass
+
+
+class MaskedDoraConv1d(MaskInForward, variants.DoraConv1dVariant):
+    pass
+
+
+class MaskedDoraConv2d(MaskInForward, variants.DoraConv2dVariant):
+    pass
+
+
+class MaskedDoraConv3d(MaskInForward, variants.DoraConv3dVariant):
+    pass
+
+
+class MaskedALora(MaskInForward, variants.ALoraLinearVariant):
+    dropout_in_a = True  # the mask's input is not dropped out, as it is not without the variant
+
+
+class MaskedBdLora(MaskInMerge, variants.BdLoraLinearVariant):
+    pass
+
+
+class MaskedKasa(MaskInMerge, variants.KasaLinearVariant):
+    def prepare_weight(self, module: Any, adapter_name: str) -> None:
+        """Truncate the base weight, if that is still to be done, before a part of it is taken."""
+        self._apply_deferred_truncation(module, adapter_name)
+
+
+_MASKED: dict[type, type[LoraVariant]] = {
+    cls.__bases__[1]: cls
+    for cls in (
+        MaskedDoraLinear,
+        MaskedDoraEmbedding,
+        MaskedDoraConv1d,
+        MaskedDoraConv2d,
+        MaskedDoraConv3d,
+        MaskedALora,
+        MaskedBdLora,
+        MaskedKasa,
+    )
+}
+# Their forward adds a term to the result, and they merge by `get_delta_weight`.
+_AS_THEY_ARE = (
+    variants.VeloraLinearVariant,
+    variants.MontecloraLinearVariant,
+    variants.MiCALinearVariant,
+    variants.MiCAEmbeddingVariant,
+)
+
+
+def masked_variant(variant: LoraVariant) -> LoraVariant:
+    """The variant for a layer with a mask that does what `variant` does.
+
+    Raises: UnsupportedModelError for a variant of which nothing is known.
+    """
+    if isinstance(variant, (MaskInForward, MaskInMerge, *_AS_THEY_ARE)):
+        return variant
+    cls = _MASKED.get(type(variant))
+    if cls is None:
+        raise UnsupportedModelError(
+            f"SpecLoRA does not support {type(variant).__name__}; leave the option that asks for it out, or use "
+            f"LoraConfig."
+        )
+    return cls()
