@@ -16,6 +16,8 @@ class ResolvingLoraModel(LoraModel):
     A config that needs no completing is kept itself, as PEFT keeps it: code that passed it may expect to find it.
     """
 
+    completes_configs = True
+
     def resolve(self, config: Any, model: nn.Module) -> None:
         """Complete `config`, a copy, for `model`; raise where they do not fit. Nothing has been changed yet."""
         raise NotImplementedError
@@ -35,7 +37,7 @@ class ResolvingLoraModel(LoraModel):
         before = [(module, dict(module._modules)) for module in model.modules()]
         config = copy.deepcopy(original)
         self.resolve(config, model)
-        if vars(config) == vars(original):
+        if not self.completes_configs or vars(config) == vars(original):
             config = original
         self.peft_config[adapter_name] = config
         try:

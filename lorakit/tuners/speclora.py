@@ -93,6 +93,8 @@ class SpecLoRAConfig(LoraConfig):
 class SpecLoRAModel(ResolvingLoraModel):
     """PEFT's LoRA model, whose layers get a mask each."""
 
+    completes_configs = False  # PEFT fills in the default target modules itself, in the config that it was given
+
     def resolve(self, config: Any, model: nn.Module) -> None:
         if config.peft_type != PeftType.SPECLORA:
             return
