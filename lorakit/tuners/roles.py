@@ -21,18 +21,27 @@ _PATTERNS: tuple[tuple[str, Role], ...] = (
     (r"attention\.output\.dense", "output"),
     (r"intermediate\.dense", "up"),
     (r"output\.dense", "down"),
+    # wav2vec 2, HuBERT and their like
+    (r"(?:feed_forward|ffn\d)\.intermediate_dense", "up"),
+    (r"(?:feed_forward|ffn\d)\.output_dense", "down"),
+    (r"self_attn\.linear_out", "output"),
+    # RWKV names the matrices of its feed-forward as those of its attention
+    (r"feed_forward\.receptance", "gate"),
+    (r"feed_forward\.key", "up"),
+    (r"feed_forward\.value", "down"),
+    (r"attention\.output", "output"),
     # GPT-2, GPT-BigCode
     (r"attn\.c_proj", "output"),
     (r"mlp\.c_proj", "down"),
     (r"mlp\.c_fc", "up"),
     # Falcon, GPT-NeoX, BLOOM, Phi, MPT
     (r"(self_attention|self_attn|attention|attn)\.dense", "output"),
-    (r"(?:query_key_value|qkv_proj|c_attn|in_proj_qkv|W_?qkv|qkv|Wqkv|to_qkv)", "fused_qkv"),
+    (r"(?:query_key_value|c_attn|W_?qkv|(?:\w+_)?qkv(?:z|_proj|_linear|_mlp_proj)?)", "fused_qkv"),
     (r"gate_up_proj", "fused_gate_up"),
     # DeBERTa v1 fuses query, key and value under the attention's `in_proj`; Mamba's `in_proj` is no attention
     (r"attention\.self\.in_proj", "fused_qkv"),
     # T5's attention (SelfAttention, EncDecAttention) and feed-forward (DenseReluDense)
-    (r"\w*Attention\.o", "output"),
+    (r"(?:\w*Attention|attn)\.o", "output"),
     (r"Dense\w*\.wo", "down"),
     (r"Dense\w*\.wi_0", "gate"),
     (r"Dense\w*\.wi(?:_1)?", "up"),
@@ -40,15 +49,18 @@ _PATTERNS: tuple[tuple[str, Role], ...] = (
     (r"attn\.Wo", "output"),
     (r"mlp\.Wi", "fused_gate_up"),
     (r"mlp\.Wo", "down"),
-    # diffusers
-    (r"to_out(?:\.0)?", "output"),
-    (r"to_q", "query"),
-    (r"to_k", "key"),
-    (r"to_v", "value"),
+    # timm, and vision towers of transformers
+    (r"attn\.proj", "output"),
+    # diffusers; add_* are those of the text stream in joint attention
+    (r"(?:to_out(?:\.0)?|to_add_out)", "output"),
+    (r"(?:to_q|to_query|add_q_proj)", "query"),
+    (r"(?:to_k|to_key|add_k_proj)", "key"),
+    (r"(?:to_v|to_value|add_v_proj)", "value"),
+    (r"ff(?:_context)?\.net\.2", "down"),
     # the rest need no parent
-    (r"(?:q_proj|query_proj|query|q_lin|q_attn|q|wq)", "query"),
-    (r"(?:k_proj|key_proj|key|k_lin|k|wk)", "key"),
-    (r"(?:v_proj|value_proj|value|v_lin|v|wv)", "value"),
+    (r"(?:q_proj|query_proj|query|query_global|q_lin|q_linear|linear_q|q_attn|q_head|q|wq|Wq)", "query"),
+    (r"(?:k_proj|key_proj|key|key_global|k_lin|k_linear|linear_k|k_head|k|wk|Wk)", "key"),
+    (r"(?:v_proj|value_proj|value|value_global|v_lin|v_linear|linear_v|v_head|v|wv|Wv)", "value"),
     (r"(?:o_proj|out_proj|out_lin)", "output"),
     (r"(?:gate_proj|w1)", "gate"),
     (r"(?:up_proj|fc1|fc_in|lin1|w3|dense_h_to_4h|ffn)", "up"),

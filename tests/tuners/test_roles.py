@@ -63,6 +63,30 @@ def test_roles_in_a_family(config, model, settings, roles):
         ("encoder.block.3.layer.0.SelfAttention.v", "value", 3),
         ("transformer.h.2.attn.c_attn", "fused_qkv", 2),
         ("down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_out.0", "output", None),
+        ("transformer_blocks.0.attn.add_q_proj", "query", None),
+        ("transformer_blocks.0.attn.add_v_proj", "value", None),
+        ("transformer_blocks.0.attn.to_add_out", "output", None),
+        ("transformer_blocks.0.ff.net.2", "down", None),
+        ("transformer_blocks.0.ff.net.0.proj", None, None),
+        ("single_transformer_blocks.0.attn.to_qkv_mlp_proj", "fused_qkv", None),
+        ("movq.to_query", "query", None),
+        ("transformer.h.1.multi_head_attention.Wq", "query", 1),
+        ("transformer.h.1.multi_head_attention.Wv", "value", 1),
+        ("encoder.layer.0.attention.self.query_global", "query", 0),
+        ("encoder.layer.0.attention.self.value_global", "value", 0),
+        ("encoder.layers.0.self_attn.linear_q", "query", 0),
+        ("encoder.layers.0.self_attn.linear_v", "value", 0),
+        ("encoder.layers.0.self_attn.linear_out", "output", 0),
+        ("encoder.layers.0.feed_forward.intermediate_dense", "up", 0),
+        ("encoder.layers.0.ffn2.output_dense", "down", 0),
+        ("encoder.blocks.0.1.attention.v_head", "value", 0),
+        ("model.layers.0.linear_attn.in_proj_qkvz", "fused_qkv", 0),
+        ("visual.blocks.3.attn.qkv", "fused_qkv", 3),
+        ("visual.blocks.3.attn.proj", "output", 3),
+        ("rwkv.blocks.1.attention.value", "value", 1),
+        ("rwkv.blocks.1.feed_forward.key", "up", 1),
+        ("rwkv.blocks.1.feed_forward.value", "down", 1),
+        ("quantizer.project_q", None, None),
         ("lm_head", None, None),
         ("q_proj", "query", None),
         ("model.layers.0.mixer.in_proj", None, 0),
@@ -72,4 +96,4 @@ def test_roles_in_a_family(config, model, settings, roles):
 )
 def test_role_and_layer_of_names(name, role, layer):
     assert role_of(name) == role
-    assert layer_of(name) == layer or layer is None
+    assert layer_of(name) == layer
