@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Container, Iterable, Mapping
@@ -9,6 +10,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.other import get_pattern_key
+from peft.utils.peft_types import PeftType
+
+from lorakit.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -22,14 +26,24 @@ def targeted_modules(tuner: BaseTuner, config: LoraConfig, model: nn.Module) -> 
     """The modules of `model` that PEFT will adapt under `config`, by name; PEFT's own rules decide.
 
     `config.target_modules` must be set; its "all-linear" is expanded in place, as PEFT does a moment later.
+    Raises: UnsupportedModelError (a ValueError) for modules that PEFT forbids to LoRA in this model (Mamba's).
     """
     _maybe_include_all_linear_layers(config, model)
     adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-    return {
+    modules = {
         name: module
         for name, module in model.named_modules()
         if name and not name.startswith(adapted) and tuner._check_target_module_exists(config, name)
     }
+    plain = copy.copy(config)
+    plain.peft_type = PeftType.LORA  # PEFT's check goes by the type
+    for name in modules:
+        try:
+            tuner._check_target_module_compatiblity(plain, model, name.rpartition(".")[2])
+        except ValueError as error:
+            method = type(tuner).__name__.removesuffix("Model")
+            raise UnsupportedModelError(f"{method} does not support {name!r}, as LoRA does not: {error}") from error
+    return modules
 
 
 def targeted_parameters(config: LoraConfig, model: nn.Module) -> dict[str, nn.Parameter]:
