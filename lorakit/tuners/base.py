@@ -10,6 +10,23 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 
+class NamesItsInit:
+    """For a config of a type of its own: what PEFT sets as `init_weights` there is what LoRA calls `init_lora_weights`.
+
+    It does so when an adapter whose initialization changed the base weight is saved as one of the original weight.
+    """
+
+    init_lora_weights: Any
+
+    @property
+    def init_weights(self) -> Any:
+        return self.init_lora_weights
+
+    @init_weights.setter
+    def init_weights(self, value: Any) -> None:
+        self.init_lora_weights = value
+
+
 class ResolvingLoraModel(LoraModel):
     """PEFT's LoRA model, which completes an adapter's config for the model at hand in a copy of it.
 

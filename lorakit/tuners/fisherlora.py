@@ -18,13 +18,13 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit._registration import register_tuner
 from lorakit.errors import UnsupportedModelError
-from lorakit.tuners.base import ResolvingLoraModel
+from lorakit.tuners.base import NamesItsInit, ResolvingLoraModel
 from lorakit.tuners.patterns import compact_pattern, lookup, targeted_modules, warn_of_unmatched
 from lorakit.tuners.roles import role_of
 
 
 @dataclass
-class FisherLoRAConfig(LoraConfig):
+class FisherLoRAConfig(NamesItsInit, LoraConfig):
     """LoRA with rank `r_q` in query projections, `r_v` in value projections and `r` in every other targeted module.
 
     All that `peft.LoraConfig` takes is taken here, and means the same. What differs:

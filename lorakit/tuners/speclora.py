@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from lorakit._registration import register_tuner
 from lorakit.errors import UnsupportedModelError
-from lorakit.tuners.base import ResolvingLoraModel
+from lorakit.tuners.base import NamesItsInit, ResolvingLoraModel
 from lorakit.tuners.masked_layers import MODES, Mode, SpecLoRALayer, SpectralMask, masked_class, svd_blocks
 from lorakit.tuners.patterns import lookup, targeted_modules, targeted_parameters, warn_of_unmatched
 
@@ -45,7 +45,7 @@ _SVD_CHUNK = 1 << 26
 
 
 @dataclass
-class SpecLoRAConfig(LoraConfig):
+class SpecLoRAConfig(NamesItsInit, LoraConfig):
     """LoRA with a learnable rescaling d of k rows of each targeted weight.
 
     All that `peft.LoraConfig` takes is taken here, and means the same. What is new:

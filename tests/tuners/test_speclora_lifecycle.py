@@ -13,7 +13,7 @@ from peft.tuners.lora import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraC
 from peft.tuners.lora.conversion import convert_to_lora
 from torch import Tensor, nn
 
-from lorakit import SpecLoRAConfig
+from lorakit import FisherLoRAConfig, SpecLoRAConfig
 from lorakit.tuners.masked_layers import SpecLoRALayer
 
 K = 3
@@ -39,6 +39,15 @@ class Net(nn.Module):
 
 IDS = torch.tensor([[0, 1, 2, 3, 10], [10, 2, 0, 9, 1]])
 TARGETS = ["emb", "lin", "conv1", "conv2", "conv3"]
+
+
+class Projections(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.v_proj = nn.Linear(8, 6), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.q_proj(x) * self.v_proj(x)
 
 
 def net() -> Net:
@@ -218,14 +227,26 @@ def test_every_initialization(init, tmp_path):
         torch.testing.assert_close(loaded(IDS), model(IDS), rtol=1e-4, atol=1e-5)
 
 
-def test_what_was_left_of_a_base_weight_is_not_converted_to_the_whole(tmp_path):
-    model = spec(net().float(), ["lin"], init_lora_weights="olora")
+@pytest.mark.parametrize("cls", [SpecLoRAConfig, FisherLoRAConfig])
+def test_an_adapter_of_a_changed_weight_is_saved_as_one_of_the_original_or_refused(cls, tmp_path):
+    settings = {"r": 2, "target_modules": ["q_proj", "v_proj"]} | ({"k": K} if cls is SpecLoRAConfig else {"r_q": 1})
+    base = Projections().float()
+    model = get_peft_model(copy.deepcopy(base), cls(**settings, init_lora_weights="olora"))
     model.peft_config["default"].init_lora_weights = True
     model.save_pretrained(tmp_path / "initial")
     model.peft_config["default"].init_lora_weights = "olora"
-    with pytest.raises(NotImplementedError, match="^SpecLoRA does not support `path_initial_model_for_weight"):
-        model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=tmp_path / "initial")
-    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+    fill(model)
+    if cls is SpecLoRAConfig:
+        with pytest.raises(NotImplementedError, match="^SpecLoRA does not support `path_initial_model_for_weight"):
+            model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=tmp_path / "initial")
+        assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+        assert list(model.peft_config) == ["default"]
+        return
+    x = torch.randn(3, 8)
+    expected = model(x).detach()
+    model.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=tmp_path / "initial")
+    loaded = PeftModel.from_pretrained(base, tmp_path / "out")
+    torch.testing.assert_close(loaded(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def prune(values: Tensor, density: float) -> Tensor:
