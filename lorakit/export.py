@@ -8,16 +8,19 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
-from peft.tuners.lora.layer import ParamWrapper
+from peft import LoraConfig, PeftModel, PeftType
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
+from torch.nn import functional as F
 
 from lorakit.adapters.files import replaced_directory, write_adapter
 from lorakit.adapters.live import LiveModule, live_modules, resolve_adapter_name
 from lorakit.adapters.record import edits_of, write_record
 from lorakit.errors import ExportError
 from lorakit.spectral import LowRank
+from lorakit.tuners.masked_layers import SpecLoRAOutProjection
+from lorakit.tuners.masked_variants import MaskInMerge
 from lorakit.tuners.patterns import compact_pattern
 
 # Inits that change the base weight: the factors are an update of the changed weight, not of the original.
@@ -80,8 +83,7 @@ def to_lora(
     exported, discarded, energy = [], 0.0, 0.0
     for module in modules:
         if not module.is_linear():
-            layer_rank = module.layer.r[adapter_name]
-            exported.append(ExportedModule(module.name, layer_rank, layer_rank, 0.0))
+            exported.append(_write_as_it_is(tensors, module, common))
             continue
         factors, left_out, total = _as_low_rank(module, rank)
         exported.append(ExportedModule(module.name, factors.rank, module.rank, left_out / total if total > 0 else 0.0))
@@ -116,9 +118,15 @@ def _check(config: LoraConfig, modules: list[LiveModule], rank: int | None) -> N
     if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
         raise ExportError(
             f"The adapter was made with init_lora_weights={init!r}, which changed the base weights; its factors mean "
-            f"nothing to the original ones. Use save_pretrained with `path_initial_model_for_weight_conversion`."
+            f"nothing to the original ones. "
+            + (
+                "No plain LoRA of the original weight can say what SpecLoRA's mask rescales; use merge_and_unload()."
+                if config.peft_type == PeftType.SPECLORA
+                else "Use save_pretrained with `path_initial_model_for_weight_conversion`."
+            )
         )
     for module in modules:
+        _check_mask(module)
         if isinstance(module.layer, ParamWrapper):
             raise ExportError(
                 f"{module.name!r} adapts parameters (`target_parameters`), which to_lora does not write yet; a LORA "
@@ -130,15 +138,34 @@ def _check(config: LoraConfig, modules: list[LiveModule], rank: int | None) -> N
             raise ExportError(f"{module.name!r} is {kind}, which `rank` cannot truncate; leave `rank` out.")
 
 
+def _check_mask(module: LiveModule) -> None:
+    """Refuse a mask where PEFT's layer would not compute what the mask's update, as k ranks more of LoRA, means."""
+    layer: Any = module.layer
+    if module.adapter_name not in getattr(layer, "lora_spec", {}):
+        return
+    base = layer.get_base_layer()
+    variant = layer.lora_variant.get(module.adapter_name)
+    reason = None
+    if isinstance(layer, MultiheadAttention | SpecLoRAOutProjection):
+        reason = "is an attention layer, where PEFT's plain LoRA adds the output projection's update twice"
+    elif getattr(base, "padding_mode", "zeros") != "zeros" or any(step != 1 for step in getattr(base, "dilation", ())):
+        reason = "pads or dilates as PEFT's plain LoRA of a convolution does not"
+    elif isinstance(variant, MaskInMerge):
+        reason = f"uses {type(variant).__bases__[1].__name__}, whose factors take no ranks more"
+    if reason is not None:
+        raise ExportError(
+            f"{module.name!r} {reason}, so that SpecLoRA's mask cannot be written; use merge_and_unload()."
+        )
+
+
 @torch.no_grad()
 def _as_low_rank(module: LiveModule, rank: int | None) -> tuple[LowRank, float, float]:
     """The module's whole update, cut to `rank`; the energy ‖ΔW‖_F² left out, and all of it (0 where nothing is cut)."""
     factors = module.factors()
     layer: Any = module.layer
     if module.adapter_name in getattr(layer, "lora_spec", {}):
-        factors = LowRank.sum(
-            [factors.to(dtype=torch.promote_types(factors.dtype, torch.float32)), _mask_update(module)]
-        )
+        A, B = _mask_update(layer, module.adapter_name, factors.dtype)
+        factors = LowRank.sum([factors.to(dtype=A.dtype), LowRank(B, A)])
     if rank is None:
         return factors, 0.0, 0.0
     energies = factors.singular_values().double() ** 2
@@ -146,24 +173,45 @@ def _as_low_rank(module: LiveModule, rank: int | None) -> tuple[LowRank, float, 
     return (factors.truncate(rank) if rank < factors.rank else factors), discarded, total
 
 
-def _mask_update(module: LiveModule) -> LowRank:
-    """The mask's own update, (d − 1)[:, None] ⊙ P in its place, as factors of rank k: rows picked by B."""
+def _mask_update(layer: Any, adapter_name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The mask's own update, (d − 1)[:, None] ⊙ P in its place, as factors of rank k: rows picked by B.
+
+    A is (k, d_in), of a convolution (k, d_in, *kernel), and B (d_out, k).
+    """
+    mask = layer.lora_spec[adapter_name]
+    row, column, width = mask.region(layer.out_features, layer.in_features)
+    rows = layer.mask_rows(adapter_name, dtype=torch.promote_types(dtype, torch.float32))
+    after = layer.in_features - column - width
+    A = F.pad(rows, (0, 0) * (rows.dim() - 2) + (column, after))
+    B = torch.eye(layer.out_features, dtype=rows.dtype, device=rows.device)[:, row : row + mask.k]
+    return A, B
+
+
+@torch.no_grad()
+def _write_as_it_is(tensors: dict[str, Tensor], module: LiveModule, common: float) -> ExportedModule:
+    """Put an embedding's or a convolution's factors, at the common scaling, into `tensors`, a mask as k ranks more."""
     layer: Any = module.layer
-    mask = layer.lora_spec[module.adapter_name]
-    d_out, d_in = layer.base_weight().shape
-    row, column, width = mask.region(d_out, d_in)
-    dtype = module.factors().dtype
-    rows = layer.mask_rows(module.adapter_name, dtype=torch.promote_types(dtype, torch.float32))
-    B = rows.new_zeros(d_out, mask.k)
-    B[row : row + mask.k] = torch.eye(mask.k, dtype=rows.dtype, device=rows.device)
-    A = rows.new_zeros(mask.k, d_in)
-    A[:, column : column + width] = rows
-    return LowRank(B, A)
+    name, key = module.adapter_name, f"base_model.model.{module.name}"
+    is_embedding = name in layer.lora_embedding_A
+    a, b = (f"{key}.lora_embedding_{x}" if is_embedding else f"{key}.lora_{x}.weight" for x in "AB")
+    A, B, rank = tensors[a], tensors[b], layer.r[name]
+    ratio = module.scaling / common
+    if ratio != 1:
+        B = (B * ratio).to(B.dtype)
+        if f"{key}.lora_B.bias" in tensors:
+            tensors[f"{key}.lora_B.bias"] = tensors[f"{key}.lora_B.bias"] * ratio
+    if name in getattr(layer, "lora_spec", {}):
+        rows, picks = _mask_update(layer, name, A.dtype)
+        picks = (picks / common).reshape(*picks.shape, *[1] * (B.dim() - 2))
+        A, B = torch.cat([A, rows.to(A.dtype)]), torch.cat([B, picks.to(B.dtype)], dim=1)
+        rank = A.shape[0]
+    tensors[a], tensors[b] = A, B
+    return ExportedModule(module.name, rank, rank, 0.0)
 
 
 def _common_scaling(modules: list[LiveModule]) -> float:
     """The scaling of most modules, to which the others' factors are rescaled."""
-    scalings = [module.scaling for module in modules if module.is_linear() and module.scaling != 0]
+    scalings = [module.scaling for module in modules if module.scaling != 0]
     return max(set(scalings), key=scalings.count) if scalings else 1.0
 
 

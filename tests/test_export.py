@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import warnings
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import KasaConfig
 from safetensors.torch import load_file
 
 import lorakit.adapters.files as files
@@ -310,3 +312,69 @@ def test_bad_input_is_a_typed_error_and_writes_nothing(tiny_llama, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="is a file"):
         to_lora(model, tmp_path / "file")
+
+
+class Mixed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.emb = torch.nn.Embedding(11, 8)
+        self.lin = torch.nn.Linear(8, 6)
+        self.conv = torch.nn.Conv1d(6, 5, 3, padding=1, stride=2)
+        self.deep = torch.nn.Conv2d(1, 4, (2, 3))
+
+    def forward(self, ids):
+        return self.deep(self.conv(self.lin(self.emb(ids)).mT)[:, None])
+
+
+MIXED = {
+    "SpecLoRA": lambda **o: SpecLoRAConfig(r=2, lora_alpha=3, k=3, **o),
+    "SpecLoRA, alphas": lambda **o: SpecLoRAConfig(
+        r=2, k=3, alpha_pattern={"emb": 5, "conv": 3}, rank_pattern={"deep": 1}, **o
+    ),
+    "SpecLoRA, bottom": lambda **o: SpecLoRAConfig(r=2, k=3, mode="hadamard_bottom", **o),
+    "SpecLoRA, svd": lambda **o: SpecLoRAConfig(r=2, k=3, mode="svd", **o),
+    "SpecLoRA with DoRA": lambda **o: SpecLoRAConfig(r=2, k=3, use_dora=True, **o),
+    "FisherLoRA, alphas": lambda **o: FisherLoRAConfig(r=4, alpha_pattern={"emb": 5, "conv": 3}, **o),
+}
+
+
+def mixed(config, randomize, **options):
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="SpecLoRA: `k` is clipped")
+        config = MIXED[config](target_modules=["emb", "lin", "conv", "deep"], **options)
+        model = get_peft_model(Mixed().double(), config, autocast_adapter_dtype=False)
+    return randomize(model, std=0.5).eval()
+
+
+@pytest.mark.parametrize("config", MIXED)
+def test_embeddings_and_convolutions(config, randomize, tmp_path):
+    """The mask becomes ranks of every kind of layer; DoRA's magnitudes are of the whole."""
+    model, ids = mixed(config, randomize), torch.tensor([[0, 1, 10, 4, 2, 3]])
+    report = to_lora(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(Mixed().double(), tmp_path, autocast_adapter_dtype=False).eval()
+    assert relative(loaded(ids), model(ids)) < 1e-12
+    assert relative(loaded.merge_and_unload()(ids), model(ids)) < 1e-12
+    for module in report.modules:
+        layer = model.base_model.model.get_submodule(module.module_name)
+        masks = getattr(layer, "lora_spec", None)
+        assert module.rank == layer.r["default"] + (masks["default"].k if masks else 0)
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "message"),
+    [
+        (lambda: torch.nn.MultiheadAttention(8, 2), {}, "'0' is an attention layer"),
+        (lambda: torch.nn.Conv1d(6, 6, 3, dilation=2), {}, "'0' pads or dilates"),
+        (lambda: torch.nn.Conv1d(6, 6, 3, padding_mode="circular"), {}, "'0' pads or dilates"),
+        (lambda: torch.nn.Linear(6, 8), {"kasa_config": KasaConfig()}, "'0' uses KasaLinearVariant"),
+        (lambda: torch.nn.Linear(6, 8), {"init_lora_weights": "olora"}, "'olora', which changed the base weights"),
+    ],
+)
+def test_masks_that_no_plain_lora_can_say_are_refused(base, options, message, randomize, tmp_path):
+    model = get_peft_model(torch.nn.Sequential(base()), SpecLoRAConfig(r=2, k=3, target_modules=["0"], **options))
+    with pytest.raises(ValueError, match=message):
+        to_lora(randomize(model), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
