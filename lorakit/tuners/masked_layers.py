@@ -36,6 +36,7 @@ class SpectralMask(nn.Module):
 
     def __init__(self, k: int, mode: Mode, *, experts: tuple[int, ...] = (), reads_weight: bool = True) -> None:
         super().__init__()
+        self.k = k  # not read off `weight`, of which FSDP keeps only a part between its own forward passes
         self.mode = mode
         self.reads_weight = reads_weight and mode.startswith("hadamard")
         self.weight = nn.Parameter(torch.zeros(*experts, k))
@@ -48,10 +49,6 @@ class SpectralMask(nn.Module):
         """
         weight = self.weight if isinstance(factor, float) and factor == 1.0 else self.weight * factor
         return projected * weight.reshape(-1, *[1] * spatial)
-
-    @property
-    def k(self) -> int:
-        return self.weight.shape[-1]
 
     def region(self, d_out: int, d_in: int) -> tuple[int, int, int]:
         """First row, first column and number of columns of what d rescales."""
