@@ -9,6 +9,8 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+_FSDP1 = "._fsdp_wrapped_module"
+
 
 class NamesItsInit:
     """For a config of a type of its own: what PEFT sets as `init_weights` there is what LoRA calls `init_lora_weights`.
@@ -41,6 +43,20 @@ class ResolvingLoraModel(LoraModel):
 
     def complete(self, model: nn.Module, adapter_name: str) -> None:
         """What is left to do for an adapter whose layers have been made; where it raises, they are taken out again."""
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """As PEFT's, which finds entries by the live modules' names and so finds none of a model wrapped by FSDP1:
+        that adds to the names of modules, but takes it out of its state dicts again."""
+        live = {name.replace(_FSDP1, ""): name for name, _ in model.named_modules()}
+        entries = {}
+        for key, value in state_dict.items():
+            module, _, leaf = key.rpartition(".")
+            entries[f"{live.get(module, module)}.{leaf}"] = value
+        found = super()._get_adapter_state_dict(model, config, adapter_name, entries, *args, **kwargs)
+        return {key.replace(_FSDP1, ""): value for key, value in found.items()}
 
     def inject_adapter(
         self,
