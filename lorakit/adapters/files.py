@@ -37,8 +37,12 @@ def replaced_directory(out: str | os.PathLike[str]) -> Iterator[Path]:
         yield staging
         if not target.exists():
             staging.chmod(0o777 & ~_umask())
-            staging.rename(target)
-            return
+            try:
+                staging.rename(target)
+                return
+            except OSError:
+                if not target.is_dir():  # another process that writes the same has been first
+                    raise
         for path in sorted(staging.iterdir(), key=lambda path: path.name == CONFIG_NAME):
             path.replace(target / path.name)
     finally:

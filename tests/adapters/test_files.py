@@ -53,6 +53,21 @@ def test_the_config_is_replaced_last(tmp_path, monkeypatch):
     assert (tmp_path / "adapter_config.json").read_text() == "new"
 
 
+def test_another_process_may_make_the_same_directory_meanwhile(tmp_path, monkeypatch):
+    rename = type(tmp_path).rename
+
+    def second(self, target):
+        target.mkdir()
+        (target / "a").write_text("1")
+        return rename(self, target)
+
+    with replaced_directory(tmp_path / "out") as staging:
+        (staging / "a").write_text("1")
+        monkeypatch.setattr(type(tmp_path), "rename", second)
+    assert (tmp_path / "out" / "a").read_text() == "1"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_tensors_that_share_memory_are_each_written(tmp_path):
     shared = torch.arange(6.0)
     write_adapter(tmp_path, {"a": shared, "b": shared, "c": shared.view(2, 3).T}, LoraConfig())
