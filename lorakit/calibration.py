@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from lorakit._distributed import Share, gathered, share_of, unwrapped
 from lorakit.errors import CalibrationError
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -67,9 +68,12 @@ class _Losses:
 
 @dataclass
 class _Tally:
+    """What this process's part of a pass has found; examples are numbered as they come."""
+
     parts: list[list[Tensor]] = field(default_factory=list)
-    used: int = 0
-    without_labels: int = 0
+    used: list[int] = field(default_factory=list)
+    without_labels: list[int] = field(default_factory=list)
+    batch_sizes: list[int] = field(default_factory=list)
 
 
 def collect(
@@ -87,53 +91,98 @@ def collect(
     `loader` yields mappings for ``model(**batch)`` with labels, or with `loss_fn` anything for which
     ``loss_fn(model, batch)`` returns the examples' losses (n,). Examples without a label are left out and counted.
 
-    Raises: CalibrationError for an empty loader, no labels at all, losses or gradients that are not finite, or a loss
-    that is not the mean of the examples' own losses as far as logits and labels show. What `loader`, `model` and
-    `loss_fn` raise passes through. Either way the model, its flags and the random number generators are as they were.
+    Among several processes a loader that is shared out (prepared by accelerate, or with torch's DistributedSampler) is
+    run through in step, `num_examples` being those of all processes; each gets what one process would from the whole
+    loader: examples repeated to fill up the last batches count once. Any other loader is taken to give every process
+    the same. A model in DistributedDataParallel is taken out of it; the weights of one sharded by fully_shard (FSDP2)
+    are gathered in every process for the time of the pass, by all of them together.
+
+    Raises: CalibrationError for an empty loader, no labels at all, losses or gradients that are not finite, a loss that
+    is not the mean of the examples' own losses as far as logits and labels show, FSDP1, and, of a loader that is shared
+    out, in all processes where one of them failed. In one process what `loader`, `model` and `loss_fn` raise passes
+    through. Either way the model, its flags and the random number generators are as they were.
     """
     if isinstance(num_examples, bool) or not isinstance(num_examples, int) or num_examples < 1:
         raise ValueError(f"`num_examples` must be a positive integer; got {num_examples!r}.")
+    model = unwrapped(model)
+    share = share_of(loader)
     tally = _Tally(parts=[[] for _ in probes])
     scheme = _LossScheme(model)
+    device = _input_device(model)
     mixing = 0  # batches in a row whose examples could not be told apart
+
+    def step(batch: Any) -> int:
+        nonlocal mixing
+        if device is not None:
+            batch = send_to_device(batch, device)
+        first = sum(tally.batch_sizes)
+        n = _run(model, batch, probes, tally, scheme, loss_fn, first, one_example=False) if mixing < 2 else None
+        mixing = 0 if n is not None else mixing + 1
+        if n is None:
+            examples = _examples_of(batch)
+            n = len(examples)
+            for number, example in enumerate(examples, first):
+                if len(tally.used) >= num_examples:
+                    break
+                _run(model, example, probes, tally, scheme, loss_fn, number, one_example=True)
+        tally.batch_sizes.append(n)
+        if share is not None:
+            share.check(tally.batch_sizes)
+        return len(tally.used)
+
+    quiet = not progress or (share is not None and share.rank > 0)
     with (
+        gathered(model),
         preserved_state(model),
         preserved_rng(model),
-        tqdm(total=num_examples, desc=description, unit="example", disable=not progress, delay=1.0) as bar,
+        tqdm(total=num_examples, desc=description, unit="example", disable=quiet, delay=1.0) as bar,
     ):
         model.eval()
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        batches = 0
-        device = _input_device(model)
-        for batch in loader:
-            batches += 1
-            if device is not None:
-                batch = send_to_device(batch, device)
-            before = tally.used
-            whole = mixing < 2 and _run(model, batch, probes, tally, scheme, loss_fn, one_example=False)
-            mixing = 0 if whole else mixing + 1
-            if not whole:
-                for example in _examples_of(batch):
-                    if tally.used >= num_examples:
-                        break
-                    _run(model, example, probes, tally, scheme, loss_fn, one_example=True)
-            bar.update(min(tally.used, num_examples) - before)
-            if tally.used >= num_examples:
+        for used in (step(batch) for batch in loader) if share is None else share.steps(step):
+            bar.update(min(used, num_examples) - bar.n)
+            if used >= num_examples:
                 break
-    if not batches:
+    return _collected(tally, share, num_examples, device)
+
+
+def _collected(tally: _Tally, share: Share | None, num_examples: int, device: torch.device | None) -> Collected:
+    """The first `num_examples` of all processes' examples, in the order in which one process would see them."""
+    used, without_labels = tally.used, tally.without_labels
+    statistics = [torch.cat(parts) for parts in tally.parts] if used else []
+    if share is not None:
+        used, without_labels, statistics = _merged(tally, share, statistics, device)
+    if not used and not without_labels:
         raise CalibrationError("`calib_loader` yielded no batch; pass one with at least one example.")
-    if not tally.used:
+    if not used:
         raise CalibrationError(
-            f"No example has a label: all labels of the {tally.without_labels} examples are {IGNORED_LABEL}, or "
+            f"No example has a label: all labels of the {len(without_labels)} examples are {IGNORED_LABEL}, or "
             f"nothing remains of them after the shift to the next token. Check how the labels are made."
         )
-    statistics = [torch.cat(parts)[:num_examples] for parts in tally.parts]
+    statistics = [statistic[:num_examples] for statistic in statistics]
     if not all(bool(torch.isfinite(statistic).all()) for statistic in statistics):
         raise CalibrationError(
             "The losses are finite, but their gradients are not. A wider dtype than the model's may help."
         )
-    return Collected(statistics, min(tally.used, num_examples), tally.without_labels)
+    if len(used) >= num_examples:  # how far the pass had to go to find them does not depend on the batches
+        without_labels = [place for place in without_labels if place < used[num_examples - 1]]
+    return Collected(statistics, min(len(used), num_examples), len(without_labels))
+
+
+def _merged(
+    tally: _Tally, share: Share, statistics: list[Tensor], device: torch.device | None
+) -> tuple[list[int], list[int], list[Tensor]]:
+    """The places of all processes' examples, with labels and without, and their statistics in that order."""
+    places = share.places(tally.batch_sizes)
+    mine = [places[i] for i in tally.used], [places[i] for i in tally.without_labels], [s.cpu() for s in statistics]
+    everyone = share.gather(mine)
+    rows = [place for used, _, _ in everyone for place in used]
+    order = sorted((place, row) for row, place in enumerate(rows) if place is not None)
+    without_labels = [place for _, places, _ in everyone for place in places if place is not None]
+    index = torch.tensor([row for _, row in order], dtype=torch.long)
+    together = zip(*(parts for used, _, parts in everyone if used), strict=True)
+    return [place for place, _ in order], without_labels, [torch.cat(parts)[index].to(device) for parts in together]
 
 
 def _run(
@@ -143,10 +192,14 @@ def _run(
     tally: _Tally,
     scheme: _LossScheme,
     loss_fn: LossFn | None,
+    first: int,
     *,
     one_example: bool,
-) -> bool:
-    """Forward, backward and collect one batch; False, and nothing tallied, where its examples cannot be told apart."""
+) -> int | None:
+    """Forward, backward and collect one batch, whose examples are numbered from `first` on: how many it has.
+
+    None, and nothing tallied, where its examples cannot be told apart.
+    """
     for probe in probes:
         probe.begin(one_example=one_example)
     with torch.enable_grad():
@@ -163,15 +216,15 @@ def _run(
     for probe in probes:
         statistic = probe.collect(n)
         if statistic is None:
-            return False
+            return None
         collected.append(statistic)
     keep = torch.tensor(losses.used)
     for parts, statistic in zip(tally.parts, collected, strict=True):
         weights = losses.weights.to(statistic).reshape(-1, *[1] * (statistic.ndim - 1))
         parts.append((statistic * weights)[keep.to(statistic.device)])
-    tally.used += sum(losses.used)
-    tally.without_labels += n - sum(losses.used)
-    return True
+    for number, used in enumerate(losses.used, first):
+        (tally.used if used else tally.without_labels).append(number)
+    return n
 
 
 def _given_losses(losses: Any, *, needs_grad: bool) -> _Losses:

@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from torch import Tensor, nn
 
+from lorakit._distributed import fill, whole
 from lorakit.errors import UnsupportedModelError
 from lorakit.spectral import LowRank
 from lorakit.tuners.roles import Role, role_of
@@ -99,10 +100,13 @@ def live_modules(model: PeftModel, adapter_name: str) -> list[LiveModule]:
 
 
 def read_weight(module: Any) -> Tensor:
-    """The weight of a module, detached; a copy on its execution device where accelerate keeps it offloaded."""
+    """The weight of a module, detached; a copy where accelerate keeps it offloaded or fully_shard shards it.
+
+    Of a sharded weight all processes must ask together.
+    """
     weight: Tensor = module.weight
     if not weight.is_meta:
-        return weight.detach()
+        return whole(weight.detach())
     with align_module_device(module):
         weight = module.weight
         return weight.detach().clone()
@@ -113,7 +117,7 @@ def write_weight(module: Any, value: Tensor) -> None:
     """Put `value` into a module's weight, in its dtype and where it lives."""
     weight: Tensor = module.weight
     if not weight.is_meta:
-        weight.copy_(value)
+        fill(weight, value)
         return
     with align_module_device(module):
         kept = {name: parameter.detach().to("cpu", copy=True) for name, parameter in module.named_parameters()}

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from lorakit._distributed import from_first, unwrapped
 from lorakit._version import __version__
 from lorakit.adapters.live import LiveModule, read_weight, write_weight
 from lorakit.calibration import LossFn, preserved_rng
@@ -108,6 +109,7 @@ def reweight(
     if energy not in ENERGIES:
         raise ValueError(f"`preserve_energy` must be one of {', '.join(ENERGIES)}; got {preserve_energy!r}.")
     generator = torch.Generator().manual_seed(int(seed))
+    adapter = unwrapped(adapter)
     measured = measure(
         adapter,
         calib_loader,
@@ -117,6 +119,7 @@ def reweight(
         adapter_name=adapter_name,
         progress=progress,
     )
+    edit_id = from_first(uuid.uuid4().hex, calib_loader)
     plan = [
         (item, per_example, aggregate_examples(per_example, aggregate))
         for item, per_example in zip(measured.modules, measured.per_example, strict=True)
@@ -138,7 +141,7 @@ def reweight(
             zero_modules=measured.zero_modules,
             idle_modules=measured.idle_modules,
             modules=rows,
-            edit_id=uuid.uuid4().hex,
+            edit_id=edit_id,
             policy=policy if isinstance(policy, str) else type(chosen).__name__,
             policy_parameters=_parameters(chosen),
             preserve_energy=energy,

@@ -19,6 +19,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lorakit._distributed import is_sharded, unwrapped, whole
 from lorakit.adapters.live import LiveModule, live_modules, resolve_adapter_name
 from lorakit.calibration import Collected, LossFn, collect, preserved_state
 from lorakit.errors import CalibrationError, SurgeryError, UnsupportedModelError
@@ -119,6 +120,7 @@ def measure(
     progress: bool,
 ) -> Measured:
     """Decompose the selected modules and collect each example's sensitivities; the model ends as it began."""
+    adapter = unwrapped(adapter)
     adapter_name = resolve_adapter_name(adapter, adapter_name)
     selected = select_modules(adapter, adapter_name, target_modules)
     _check_layers(adapter, adapter_name, selected)
@@ -183,6 +185,8 @@ def sensitivity(
         progress: show a progress bar on stderr.
 
     Each example's sensitivities belong to its own mean loss, whatever the batch size, the order and the padding.
+    Among several processes a loader prepared by accelerate, or with a DistributedSampler, gives each of them the result
+    of one process with the whole loader (see `lorakit.calibration.collect`); any other must give each the same batches.
 
     Raises: ValueError or TypeError subclasses of lorakit's where the adapter, the modules or the data are unfit; what
     the loader, the model and `loss_fn` raise passes through. The model is left as it was.
@@ -287,14 +291,16 @@ def _check_layers(adapter: PeftModel, adapter_name: str, modules: list[LiveModul
             )
         if layer.disable_adapters:
             raise SurgeryError(f"The adapters of {module.name!r} are disabled; enable them first.")
-    owners: dict[int, set[str]] = {}
+    owners: dict[tuple[bool, int], set[str]] = {}
     for module in live_modules(adapter, adapter_name):
         for name in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
             factor = getattr(module.layer, name)
             if adapter_name in factor:
                 weight = getattr(factor[adapter_name], "weight", factor[adapter_name])
                 if not weight.is_meta:
-                    owners.setdefault(weight.data_ptr(), set()).add(module.name)
+                    sharded = is_sharded(weight)
+                    place = sharded, id(weight) if sharded else weight.data_ptr()
+                    owners.setdefault(place, set()).add(module.name)
     for module in modules:
         for others in owners.values():
             if module.name in others and len(others) > 1:
@@ -314,7 +320,7 @@ def _standing_in(item: Decomposed) -> Iterator[_Down]:
     probe = _Down(item.Vh, item.S)
     try:
         layer.lora_A[name] = probe
-        layer.lora_B[name] = _Up(item.U, item.module.scaling, None if bias is None else bias.detach())
+        layer.lora_B[name] = _Up(item.U, item.module.scaling, None if bias is None else whole(bias.detach()))
         yield probe
     finally:
         layer.lora_A[name] = down

@@ -66,7 +66,8 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
 def run(checks: dict[str, Callable[[], None]]) -> None:
     """Run the checks one after the other, in all processes; the first that fails in one is the last."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     rank = dist.get_rank()
     outcomes: dict[str, str] = {}
     failed = False

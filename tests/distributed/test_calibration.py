@@ -1,0 +1,49 @@
+"""Sensitivity and surgery on two processes give each of them what one process finds with the whole loader.
+
+What is run, and what it is compared with, is in `calibration.py`.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo here")
+
+
+@pytest.fixture(scope="module")
+def outcome(launch):
+    return launch("calibration")
+
+
+@pytest.mark.parametrize("kind", ["sampler", "shard", "shard-split", "shard-uneven", "dispatcher", "dispatcher-stream"])
+def test_a_loader_that_is_shared_out_gives_what_one_process_finds(outcome, kind):
+    assert outcome(f"loader-{kind}") == ["ok", "ok"]
+
+
+@pytest.mark.parametrize("check", ["no-repeats", "nothing-for-one", "one-at-a-time"])
+def test_uneven_shares(outcome, check):
+    assert outcome(check) == ["ok", "ok"]
+
+
+@pytest.mark.parametrize("check", ["ddp-smooth_abs", "ddp-grad_direction", "accelerate"])
+def test_surgery_under_ddp(outcome, check):
+    assert outcome(check) == ["ok", "ok"]
+
+
+@pytest.mark.parametrize("tuner", ["hadamard", "svd", "fisherlora"])
+def test_surgery_under_fsdp2(outcome, tuner):
+    assert outcome(f"fsdp2-{tuner}") == ["ok", "ok"]
+
+
+def test_where_one_process_fails_all_do(outcome):
+    assert outcome("failing-process") == ["ok", "ok"]
+
+
+@pytest.mark.parametrize("check", ["no-data", "unclear-loaders", "fsdp1"])
+def test_what_is_refused(outcome, check):
+    assert outcome(check) == ["ok", "ok"]
+
+
+def test_a_process_may_work_alone(outcome):
+    assert outcome("one-process-alone") == ["ok", "ok"]
