@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from checks import CONFIGS, adapted, run
+from engines import accelerator, sgd
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
@@ -259,6 +260,16 @@ def surgery_under_fsdp2(tuner: str) -> None:
         assert all(value.grad is not None for value in adapter.parameters() if value.requires_grad)
 
 
+def surgery_under_accelerate_s_fsdp2() -> None:
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    tool = accelerator(plugin)
+    adapter = model()
+    adapter, _, loader = tool.prepare(adapter, sgd(adapter), plain(7, 2))
+    assert all(isinstance(value, DTensor) for value in adapter.parameters())
+    report = reweight(adapter, loader, progress=False)
+    assert_reweighted(adapter, report)
+
+
 def refuses(loader: Any, adapter: Any, *parts: str, **options: Any) -> None:
     """In all processes, and each is told the same."""
     with pytest.raises(CalibrationError) as error:
@@ -357,6 +368,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     **{f"ddp-{policy}": functools.partial(surgery_under_ddp, policy) for policy in ("smooth_abs", "grad_direction")},
     "accelerate": surgery_by_accelerate,
     **{f"fsdp2-{tuner}": functools.partial(surgery_under_fsdp2, tuner) for tuner in CONFIGS},
+    "fsdp2-accelerate": surgery_under_accelerate_s_fsdp2,
     "failing-process": a_failing_process,
     "no-data": a_loader_that_no_process_can_use,
     "unclear-loaders": unclear_loaders,

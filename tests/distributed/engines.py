@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainingArguments
 
 STEPS = 2
 TOLERANCE = 2e-6  # of float32 sums in another order, against parameters that each tensor moves by 0.002 to 0.1
@@ -152,6 +153,39 @@ def accelerate_fsdp(name: str, version: int) -> None:
     assert_checkpoint(tool.unwrap_model(wrapped), state, name, f"accelerate-fsdp{version}")
 
 
+def trainer(name: str) -> None:
+    """Trainer on both processes, and its checkpoint, against the same steps on the whole batch in this one."""
+    ids = token_ids(4)
+    whole = adapted(CONFIGS[name]()).train()
+    optimizer = sgd(whole)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        whole(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    accelerator()  # forget the accelerator of the check before
+    arguments = TrainingArguments(
+        output_dir=str(DIRECTORY / f"trainer-{name}"),
+        per_device_train_batch_size=2,
+        max_steps=STEPS,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        max_grad_norm=0,
+        save_steps=STEPS,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    model = adapted(CONFIGS[name]())
+    Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in ids]).train()
+    dist.barrier()
+    loaded = PeftModel.from_pretrained(tiny_llama(), DIRECTORY / f"trainer-{name}" / f"checkpoint-{STEPS}")
+    found, saved = trainable(model), dict(loaded.named_parameters())
+    for key, value in trainable(whole).items():
+        assert (found[key] - value).abs().max() <= TOLERANCE, key
+        assert torch.equal(saved[key], found[key]), key
+
+
 ENGINES: dict[str, Callable[[str], None]] = {
     "ddp": ddp,
     "fsdp1-orig-params": functools.partial(fsdp1, use_orig_params=True),
@@ -160,6 +194,7 @@ ENGINES: dict[str, Callable[[str], None]] = {
     "accelerate-ddp": accelerate_ddp,
     "accelerate-fsdp1": functools.partial(accelerate_fsdp, version=1),
     "accelerate-fsdp2": functools.partial(accelerate_fsdp, version=2),
+    "trainer": trainer,
 }
 CHECKS = {f"{engine}-{name}": functools.partial(check, name) for engine, check in ENGINES.items() for name in CONFIGS}
 

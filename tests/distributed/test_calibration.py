@@ -31,9 +31,9 @@ def test_surgery_under_ddp(outcome, check):
     assert outcome(check) == ["ok", "ok"]
 
 
-@pytest.mark.parametrize("tuner", ["hadamard", "svd", "fisherlora"])
-def test_surgery_under_fsdp2(outcome, tuner):
-    assert outcome(f"fsdp2-{tuner}") == ["ok", "ok"]
+@pytest.mark.parametrize("check", ["fsdp2-hadamard", "fsdp2-svd", "fsdp2-fisherlora", "fsdp2-accelerate"])
+def test_surgery_under_fsdp2(outcome, check):
+    assert outcome(check) == ["ok", "ok"]
 
 
 def test_where_one_process_fails_all_do(outcome):

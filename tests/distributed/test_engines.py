@@ -27,6 +27,7 @@ def outcome(launch):
         "accelerate-ddp",
         "accelerate-fsdp1",
         "accelerate-fsdp2",
+        "trainer",
     ],
 )
 def test_training_and_saving_under_several_processes(outcome, engine, tuner):
