@@ -108,7 +108,6 @@ def collect(
     share = share_of(loader)
     tally = _Tally(parts=[[] for _ in probes])
     scheme = _LossScheme(model)
-    device = _input_device(model)
     mixing = 0  # batches in a row whose examples could not be told apart
 
     def step(batch: Any) -> int:
@@ -137,6 +136,7 @@ def collect(
         preserved_rng(model),
         tqdm(total=num_examples, desc=description, unit="example", disable=quiet, delay=1.0) as bar,
     ):
+        device = _input_device(model)
         model.eval()
         for parameter in model.parameters():
             parameter.requires_grad_(False)
