@@ -159,25 +159,25 @@ class MaskedBdLora(MaskInMerge, variants.BdLoraLinearVariant):
     pass
 
 
-class MaskedKasa(MaskInMerge, variants.KasaLinearVariant):
-    def prepare_weight(self, module: Any, adapter_name: str) -> None:
-        """Truncate the base weight, if that is still to be done, before a part of it is taken."""
-        self._apply_deferred_truncation(module, adapter_name)
+_MASKED: list[type[LoraVariant]] = [
+    MaskedDoraLinear,
+    MaskedDoraEmbedding,
+    MaskedDoraConv1d,
+    MaskedDoraConv2d,
+    MaskedDoraConv3d,
+    MaskedALora,
+    MaskedBdLora,
+]
 
+if hasattr(variants, "KasaLinearVariant"):  # since PEFT 0.21
 
-_MASKED: dict[type, type[LoraVariant]] = {
-    cls.__bases__[1]: cls
-    for cls in (
-        MaskedDoraLinear,
-        MaskedDoraEmbedding,
-        MaskedDoraConv1d,
-        MaskedDoraConv2d,
-        MaskedDoraConv3d,
-        MaskedALora,
-        MaskedBdLora,
-        MaskedKasa,
-    )
-}
+    class MaskedKasa(MaskInMerge, variants.KasaLinearVariant):
+        def prepare_weight(self, module: Any, adapter_name: str) -> None:
+            """Truncate the base weight, if that is still to be done, before a part of it is taken."""
+            self._apply_deferred_truncation(module, adapter_name)
+
+    _MASKED.append(MaskedKasa)
+
 # Their forward adds a term to the result, and they merge by `get_delta_weight`.
 _AS_THEY_ARE = (
     variants.VeloraLinearVariant,
@@ -194,7 +194,7 @@ def masked_variant(variant: LoraVariant) -> LoraVariant:
     """
     if isinstance(variant, (MaskInForward, MaskInMerge, *_AS_THEY_ARE)):
         return variant
-    cls = _MASKED.get(type(variant))
+    cls = {masked.__bases__[1]: masked for masked in _MASKED}.get(type(variant))
     if cls is None:
         raise UnsupportedModelError(
             f"SpecLoRA does not support {type(variant).__name__}; leave the option that asks for it out, or use "

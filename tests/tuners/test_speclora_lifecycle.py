@@ -9,7 +9,8 @@ import warnings
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
+from peft.tuners import lora
+from peft.tuners.lora import BdLoraConfig, MontecloraConfig, VeloraConfig
 from peft.tuners.lora.conversion import convert_to_lora
 from torch import Tensor, nn
 
@@ -161,7 +162,7 @@ ADDITIVE = {
     "MonteCLoRA": {"monteclora_config": MontecloraConfig(num_samples=2)},
     "BD-LoRA, A": {"use_bdlora": BdLoraConfig(target_modules_bd_a=["lin"], nblocks=2)},
     "BD-LoRA, B": {"use_bdlora": BdLoraConfig(target_modules_bd_b=["lin"], nblocks=2)},
-    "KaSA": {"kasa_config": KasaConfig()},
+    **({"KaSA": {"kasa_config": lora.KasaConfig()}} if hasattr(lora, "KasaConfig") else {}),  # since PEFT 0.21
     "MiCA": {"init_lora_weights": "mica"},
 }
 
