@@ -32,7 +32,8 @@ class NamesItsInit:
 class ResolvingLoraModel(LoraModel):
     """PEFT's LoRA model, which completes an adapter's config for the model at hand in a copy of it.
 
-    A config that needs no completing is kept itself, as PEFT keeps it: code that passed it may expect to find it.
+    A config that needs no completing is kept itself, as PEFT keeps it: code that passed it may expect to find it. So is
+    one with which an adapter is loaded for inference; the completed copy then only makes the layers.
     """
 
     completes_configs = True
@@ -72,6 +73,7 @@ class ResolvingLoraModel(LoraModel):
         self.resolve(config, model)
         if not self.completes_configs or vars(config) == vars(original):
             config = original
+        kept = original if original.inference_mode else config
         self.peft_config[adapter_name] = config
         try:
             super().inject_adapter(
@@ -82,6 +84,7 @@ class ResolvingLoraModel(LoraModel):
                 state_dict=state_dict,
             )
             self.complete(model, adapter_name)
+            self.peft_config[adapter_name] = kept
         except BaseException:
             self.peft_config[adapter_name] = original
             _restore(before, adapter_name)

@@ -242,3 +242,20 @@ def test_a_pattern_that_matches_nothing_is_warned_of(tiny_llama):
 def test_bad_ranks_say_what_is_wrong(options, message):
     with pytest.raises(ValueError, match=message):
         FisherLoRAConfig(**options)
+
+
+def test_a_config_given_for_loading_is_kept_as_it_is_and_gives_the_saved_ranks(
+    tiny_llama, randomize, token_ids, tmp_path
+):
+    """As PEFT keeps it; the ranks are resolved from it all the same."""
+    options = {"r": 6, "r_q": 2, "target_modules": ["q_proj", "v_proj"]}
+    model = randomize(get_peft_model(tiny_llama(), FisherLoRAConfig(**options))).eval()
+    model.save_pretrained(tmp_path)
+    config = FisherLoRAConfig(**options)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path, config=config).eval()
+    assert loaded.peft_config["default"] is config
+    assert not config.rank_pattern
+    assert torch.equal(loaded(input_ids=token_ids).logits, model(input_ids=token_ids).logits)
+    loaded.save_pretrained(tmp_path / "again")
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path / "again").eval()
+    assert torch.equal(again(input_ids=token_ids).logits, model(input_ids=token_ids).logits)
