@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from peft.tuners.lora import LoraModel
+from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+
+from lorakit.tuners.combination import Combination
 
 _FSDP1 = "._fsdp_wrapped_module"
 
@@ -37,6 +39,8 @@ class ResolvingLoraModel(LoraModel):
     """
 
     completes_configs = True
+    tuner_name: str
+    combination: Combination | None = None  # while add_weighted_adapter makes one
 
     def resolve(self, config: Any, model: nn.Module) -> None:
         """Complete `config`, a copy, for `model`; raise where they do not fit. Nothing has been changed yet."""
@@ -68,6 +72,8 @@ class ResolvingLoraModel(LoraModel):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         original = self.peft_config[adapter_name]
+        if self.combination is not None:
+            self.combination.complete(original, model)
         before = [(module, dict(module._modules)) for module in model.modules()]
         config = copy.deepcopy(original)
         self.resolve(config, model)
@@ -89,6 +95,61 @@ class ResolvingLoraModel(LoraModel):
             self.peft_config[adapter_name] = original
             _restore(before, adapter_name)
             raise
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As `peft.LoraModel.add_weighted_adapter`, with a rank for each module, which the new config records.
+
+        A module's rank is the sum of its ranks in `adapters` for "cat"; `svd_rank`, or the largest rank anywhere in
+        `adapters`, for the types that end in "svd", but at most min(d_in, d_out) and, for "svd" itself, the sum of its
+        ranks; for the other types, the one rank that all of them have there.
+        Raises: ValueError where the result would not be the combination that was asked for, or where PEFT refuses;
+        the model is then as it was before.
+        """
+        if adapter_name in self.peft_config:
+            return
+        kind = "linear" if len(adapters) == 1 else combination_type
+        self.combination = Combination(self.tuner_name, adapters, kind)
+        try:
+            super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, svd_rank, **kwargs)
+        except BaseException:
+            if adapter_name in self.peft_config:
+                self.delete_adapter(adapter_name)
+            raise
+        finally:
+            self.combination = None
+
+    def _check_add_weighted_adapter(
+        self, adapters: list[str], combination_type: str, svd_rank: int | None
+    ) -> tuple[str, int, Any]:
+        if self.combination is not None:
+            self.combination.check(self.model, self.peft_config)
+        checked: tuple[str, int, Any] = super()._check_add_weighted_adapter(adapters, combination_type, svd_rank)
+        return checked
+
+    def _svd_generalized_task_arithmetic_weighted_adapter(
+        self,
+        combination_type: str,
+        adapters: list[str],
+        weights: list[float],
+        new_rank: int,
+        target: LoraLayer,
+        target_lora_A: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        rank = target_lora_A.shape[0]
+        factors: tuple[Tensor, Tensor] = super()._svd_generalized_task_arithmetic_weighted_adapter(
+            combination_type, adapters, weights, rank, target, target_lora_A, *args, **kwargs
+        )
+        return factors
 
 
 def _restore(before: list[tuple[nn.Module, dict[str, nn.Module | None]]], adapter_name: str) -> None:

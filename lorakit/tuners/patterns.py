@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 import warnings
 from collections.abc import Container, Iterable, Mapping
@@ -60,6 +61,12 @@ def targeted_parameters(config: LoraConfig, model: nn.Module) -> dict[str, nn.Pa
 def lookup(pattern: Mapping[str, V], module_name: str, default: V) -> V:
     """The value of the first entry of `pattern` that matches, by PEFT's rules."""
     return pattern.get(get_pattern_key(pattern.keys(), module_name), default)
+
+
+def alpha_of(lora_alpha: float, rank: int, r: int, use_rslora: bool) -> float:
+    """The alpha that gives a module of rank `rank` the scaling that `lora_alpha` means at rank `r`."""
+    alpha = lora_alpha * math.sqrt(rank / r) if use_rslora else lora_alpha * rank / r
+    return int(alpha) if float(alpha).is_integer() else alpha
 
 
 def warn_of_unmatched(tuner: str, name: str, pattern: Mapping[str, V], module_names: Iterable[str]) -> None:

@@ -13,6 +13,7 @@ Reference: Si et al., "Weight Spectra Induced Efficient Model Adaptation", 2025,
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -93,6 +94,7 @@ class SpecLoRAConfig(NamesItsInit, LoraConfig):
 class SpecLoRAModel(ResolvingLoraModel):
     """PEFT's LoRA model, whose layers get a mask each."""
 
+    tuner_name = "SpecLoRA"
     completes_configs = False  # PEFT fills in the default target modules itself, in the config that it was given
 
     def resolve(self, config: Any, model: nn.Module) -> None:
@@ -103,6 +105,17 @@ class SpecLoRAModel(ResolvingLoraModel):
         _check_targets(modules, config)
         names = [*modules, *targeted_parameters(config, model)]
         warn_of_unmatched("SpecLoRA", "k_pattern", config.k_pattern, names)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if self.combination is not None:
+            self.peft_config[adapter_name].k_pattern = {
+                "^" + re.escape(name): mask.k
+                for name, layer in model.named_modules()
+                if isinstance(layer, SpecLoRALayer) and ".base_layer." not in name
+                for other, mask in layer.lora_spec.items()
+                if other in self.combination.adapters
+            }
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def complete(self, model: nn.Module, adapter_name: str) -> None:
         compute_blocks(model, adapter_name)
@@ -144,35 +157,34 @@ class SpecLoRAModel(ResolvingLoraModel):
         weights: list[float],
         adapter_name: str,
         combination_type: str = "svd",
-        *args: Any,
+        svd_rank: int | None = None,
         **kwargs: Any,
     ) -> None:
-        """As `peft.LoraModel.add_weighted_adapter`, for adapters with the same k and mode in every module.
+        """As for plain low-rank factors, for adapters with the same k and mode in every module.
 
-        The low-rank factors are combined as PEFT combines them. The masks' d − 1 are combined exactly: weighted and
-        added for "linear", "cat" and "svd", by PEFT's own pruning and election of signs for the other types.
-
-        Raises: NotImplementedError where the masks differ in k or mode, so that no one mask is their combination.
+        The masks' d − 1 are combined beside the factors, exactly: weighted and added for "linear", "cat" and "svd", by
+        PEFT's own pruning and election of signs for the other types.
+        Raises: ValueError as for the factors; NotImplementedError where the masks differ in k or mode, so that no one
+        mask is their combination.
         """
         if adapter_name in self.peft_config:
             return
         layers = [module for module in self.model.modules() if isinstance(module, SpecLoRALayer)]
-        for layer in layers:
-            kinds = {(m.k, m.mode) for name, m in layer.lora_spec.items() if name in adapters}
-            if len(kinds) > 1:
-                raise NotImplementedError(
-                    f"SpecLoRA does not support add_weighted_adapter between adapters of different k or mode "
-                    f"({sorted(kinds)}). Export each as a plain LoRA with lorakit.export.to_lora and combine those."
-                )
+        masks = [[layer.lora_spec[name] for name in adapters if name in layer.lora_spec] for layer in layers]
+        if any(len({mask.k for mask in of_one}) > 1 for of_one in masks) or len({m.mode for o in masks for m in o}) > 1:
+            raise NotImplementedError(
+                "SpecLoRA does not support add_weighted_adapter between adapters of different k or mode. Export each "
+                "as a plain LoRA with lorakit.export.to_lora and combine those."
+            )
         with ExitStack() as stack:
             for layer in layers:
                 stack.enter_context(layer.mask_off())
-            super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, *args, **kwargs)
-        density = kwargs.get("density", args[4] if len(args) > 4 else None)
-        election = kwargs.get("majority_sign_method", args[5] if len(args) > 5 else "total")
+            super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, svd_rank, **kwargs)
+        kind = "linear" if len(adapters) == 1 else combination_type
+        density, election = kwargs.get("density"), kwargs.get("majority_sign_method", "total")
         for layer in layers:
             if adapter_name in layer.lora_spec:
-                _combine_masks(layer, adapters, weights, adapter_name, combination_type, density, election)
+                _combine_masks(layer, adapters, weights, adapter_name, kind, density, election)
 
     def subtract_mutated_init(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(

@@ -304,22 +304,57 @@ def test_weighted_adapters(kind, tmp_path):
     torch.testing.assert_close(loaded(IDS), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["cat", "svd"])
+def test_combinations_of_different_modules_ranks_and_ks(kind, tmp_path):
+    """Each module has its own, and they are recorded: what is saved can be loaded."""
+    model = fill(spec(net(), ["emb", "lin"], rank_pattern={"lin": 1}, k_pattern={"lin": 2}))
+    second = SpecLoRAConfig(r=3, lora_alpha=6, k=2, target_modules=["lin", "conv2"], k_pattern={"conv2": 1})
+    model.add_adapter("other", second)
+    model.set_adapter("other")
+    fill(model, seed=5)
+    expected = {}
+    for name, layer in layers(model).items():
+        parts = [w * layer.get_delta_weight(a) for a, w in (("default", 0.5), ("other", 2)) if a in layer.lora_spec]
+        expected[name] = sum(parts).detach()
+    if kind == "svd":  # PEFT's takes no kernels of convolutions of more than one input channel, nor do these tests
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.add_weighted_adapter(["default", "other"], [0.5, 2.0], "both", combination_type=kind, svd_rank=6)
+    else:
+        model.add_weighted_adapter(["default", "other"], [0.5, 2.0], "both", combination_type=kind)
+    for name, layer in layers(model).items():
+        torch.testing.assert_close(layer.get_delta_weight("both").detach(), expected[name], rtol=1e-8, atol=1e-8)
+    model.save_pretrained(tmp_path, selected_adapters=["both"])
+    loaded = PeftModel.from_pretrained(net(), tmp_path / "both", autocast_adapter_dtype=False)
+    for name, layer in layers(loaded).items():
+        torch.testing.assert_close(layer.get_delta_weight("default").detach(), expected[name], rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("kind", ["dare_linear", "dare_ties_svd"])
 def test_weighted_adapters_by_chance(kind):
     """Dropped at random: kept entries are rescaled, the others zero."""
     model = fill(spec(net(), ["lin"]))
-    model.add_weighted_adapter(["default"], [1.0], "thinned", combination_type=kind, density=0.5)
+    model.add_adapter("other", SpecLoRAConfig(r=2, k=K, target_modules=["lin"]))  # whose d is 1
+    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "thinned", combination_type=kind, density=0.5)
     mask = layers(model)["base_model.model.lin"].lora_spec
     ratio = (mask["thinned"].weight / mask["default"].weight).detach()
     assert all(value in (0, 2) for value in ratio.tolist())
 
 
-@pytest.mark.parametrize(("other", "what"), [({"k": 2}, "k or mode"), ({"mode": "svd"}, "k or mode")])
-def test_masks_that_have_no_combination_are_refused_and_nothing_is_left(other, what):
+@pytest.mark.parametrize(
+    ("other", "error", "message"),
+    [
+        ({"k": 2}, NotImplementedError, "add_weighted_adapter between adapters of different k or mode"),
+        ({"mode": "svd"}, NotImplementedError, "add_weighted_adapter between adapters of different k or mode"),
+        ({"rank_pattern": {"lin": 1}}, ValueError, "combination_type='linear' between different ranks"),
+        ({"use_dora": True}, ValueError, "a weighted combination that loses what `use_dora` adds"),
+    ],
+)
+def test_adapters_that_have_no_combination_are_refused_and_nothing_is_left(other, error, message):
     model = fill(spec(net(), ["lin"]))
     model.add_adapter("other", SpecLoRAConfig(**{"r": 2, "k": K, "target_modules": ["lin"]} | other))
     keys = list(model.state_dict())
-    with pytest.raises(NotImplementedError, match=rf"^SpecLoRA does not support add_weighted_adapter .* {what}"):
+    with pytest.raises(error, match=f"^SpecLoRA does not support {message}"):
         model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "both", combination_type="linear")
     assert list(model.state_dict()) == keys
     assert list(model.peft_config) == ["default", "other"]
