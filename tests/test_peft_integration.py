@@ -124,3 +124,36 @@ def test_without_lorakit_the_type_is_unknown_and_nothing_else(saved, run_python)
     assert "KeyError" in done.stderr
     assert run_python(f"import lorakit; {code}; print('loaded')").stdout.strip() == "loaded"
     assert json.loads((adapter / "adapter_config.json").read_text())["peft_type"] in CONFIGS
+
+
+@pytest.mark.parametrize("cls", [FisherLoRAConfig, SpecLoRAConfig])
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"])
+def test_heads_that_peft_adds_to_the_modules_to_save(cls, task_type, randomize, token_ids, tmp_path):
+    """PEFT's model classes name them after the adapter is there, in the config that they were given."""
+    from transformers import (
+        BertConfig,
+        BertForQuestionAnswering,
+        BertForSequenceClassification,
+        BertForTokenClassification,
+    )
+
+    model_cls = {
+        "SEQ_CLS": BertForSequenceClassification,
+        "TOKEN_CLS": BertForTokenClassification,
+        "QUESTION_ANS": BertForQuestionAnswering,
+    }[task_type]
+
+    def base():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        return model_cls(BertConfig(vocab_size=64, **sizes)).eval()
+
+    options = {"k": 4} if cls is SpecLoRAConfig else {}
+    model = randomize(get_peft_model(base(), cls(r=4, task_type=task_type, **options))).eval()
+    head = "qa_outputs" if task_type == "QUESTION_ANS" else "classifier"
+    assert head in model.peft_config["default"].modules_to_save
+    expected = model(input_ids=token_ids)[0]
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(), tmp_path).eval()
+    assert head in loaded.peft_config["default"].modules_to_save
+    assert torch.equal(loaded(input_ids=token_ids)[0], expected)

@@ -91,6 +91,7 @@ class ResolvingLoraModel(LoraModel):
             )
             self.complete(model, adapter_name)
             self.peft_config[adapter_name] = kept
+            _share_modules_to_save(kept, original)
         except BaseException:
             self.peft_config[adapter_name] = original
             _restore(before, adapter_name)
@@ -108,8 +109,8 @@ class ResolvingLoraModel(LoraModel):
         """As `peft.LoraModel.add_weighted_adapter`, with a rank for each module, which the new config records.
 
         A module's rank is the sum of its ranks in `adapters` for "cat"; `svd_rank`, or the largest rank anywhere in
-        `adapters`, for the types that end in "svd", but at most min(d_in, d_out) and, for "svd" itself, the sum of its
-        ranks; for the other types, the one rank that all of them have there.
+        `adapters`, for the types that end in "svd", but at most min(d_in, d_out); for the other types, the one rank
+        that all of them have there.
         Raises: ValueError where the result would not be the combination that was asked for, or where PEFT refuses;
         the model is then as it was before.
         """
@@ -150,6 +151,18 @@ class ResolvingLoraModel(LoraModel):
             combination_type, adapters, weights, rank, target, target_lora_A, *args, **kwargs
         )
         return factors
+
+
+def _share_modules_to_save(kept: Any, original: Any) -> None:
+    """Have the list of modules to save in common between a completed copy and the config that was passed.
+
+    PEFT's models for classification and question answering add their heads to it, in what was passed, only now.
+    """
+    if kept is original:
+        return
+    if original.modules_to_save is None and original.task_type in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
+        original.modules_to_save = []
+    kept.modules_to_save = original.modules_to_save
 
 
 def _restore(before: list[tuple[nn.Module, dict[str, nn.Module | None]]], adapter_name: str) -> None:

@@ -74,11 +74,10 @@ class Combination:
         """The rank of the combination in each module; keyed by patterns that match the full names alone."""
         combined = {}
         for name, layer, ranks in self._layers(model):
-            rank = sum(ranks) if self.type in ("cat", "svd") else max(ranks)
+            rank = sum(ranks) if self.type == "cat" else max(ranks)
             if self.type.endswith("svd"):
                 A, B = _factors(layer, next(adapter for adapter in self.adapters if adapter in layer.r))
-                limits = [svd_rank, A.numel() // A.shape[0], B.numel() // A.shape[0]]
-                rank = min(rank, *limits) if self.type == "svd" else min(limits)
+                rank = min(svd_rank, A.numel() // A.shape[0], B.numel() // A.shape[0])
             if ".base_layer." not in name:  # the output projection of an attention layer goes by its name
                 combined["^" + re.escape(name)] = rank
         return combined

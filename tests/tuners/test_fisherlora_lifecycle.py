@@ -336,7 +336,8 @@ def test_a_weighted_combination_is_right_or_refused(combination, second, rslora,
     if combination == "cat":
         wanted = sums
     elif combination.endswith("svd"):
-        wanted = {name: min(R, sums[name]) if combination == "svd" else R for name in sums}
+        largest = max(R, R_Q, second.get("r", R), second.get("r_q", R_Q))
+        wanted = dict.fromkeys(sums, largest)
     for name, layer in layers(model).items():
         assert layer.r["both"] == layer.lora_A["both"].weight.shape[0] == wanted[name]
         total = sum(w * d for w, d in zip(WEIGHTS, deltas[name], strict=True)).numpy()
