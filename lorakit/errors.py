@@ -1,6 +1,9 @@
-"""Typed errors. Each is also one of the built-in types that people catch."""
+"""Typed errors, each also one of the built-in types that people catch; and findings about an adapter."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
 
 
 class LorakitError(Exception):
@@ -12,7 +15,7 @@ class RegistrationError(LorakitError, RuntimeError):
 
 
 class UnsupportedModelError(LorakitError, ValueError):
-    """A model or module of a kind that the operation does not cover."""
+    """A model, module or adapter of a kind that the operation does not cover."""
 
 
 class CalibrationError(LorakitError, ValueError):
@@ -25,3 +28,20 @@ class SurgeryError(LorakitError, ValueError):
 
 class ExportError(LorakitError, ValueError):
     """An adapter that cannot be written as a plain LoRA."""
+
+
+class AdapterFileError(LorakitError, ValueError):
+    """An adapter on disk that cannot be read, or whose parts do not fit together."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something worth telling about an adapter; `code` is stable, `message` is for people.
+
+    `module_name` is None for what concerns the whole adapter.
+    """
+
+    severity: Literal["error", "warning", "info"]
+    code: str
+    module_name: str | None
+    message: str

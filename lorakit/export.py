@@ -17,14 +17,12 @@ from torch.nn import functional as F
 from lorakit.adapters.files import replaced_directory, write_adapter
 from lorakit.adapters.live import LiveModule, live_modules, resolve_adapter_name
 from lorakit.adapters.record import edits_of, write_record
+from lorakit.adapters.settings import CHANGES_BASE
 from lorakit.errors import ExportError
 from lorakit.spectral import LowRank
 from lorakit.tuners.masked_layers import SpecLoRAOutProjection
 from lorakit.tuners.masked_variants import MaskInMerge
 from lorakit.tuners.patterns import compact_pattern
-
-# Inits that change the base weight: the factors are an update of the changed weight, not of the original.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ def to_lora(
 
 def _check(config: LoraConfig, modules: list[LiveModule], rank: int | None) -> None:
     init = config.init_lora_weights
-    if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
+    if isinstance(init, str) and init.lower().startswith(CHANGES_BASE):
         raise ExportError(
             f"The adapter was made with init_lora_weights={init!r}, which changed the base weights; its factors mean "
             f"nothing to the original ones. "

@@ -1,1 +1,36 @@
-"""The view over adapters: the only code that knows key names, scaling and files."""
+"""The view over adapters: the only code that knows key names, scaling and files.
+
+Importing this package imports neither PEFT nor transformers; `lorakit.adapters.live` does.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from lorakit.adapters.disk import open_file_or_hub
+from lorakit.adapters.view import Adapter, AdapterModule, ExtraTensor, TensorInfo
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["Adapter", "AdapterModule", "ExtraTensor", "TensorInfo", "open_adapter"]
+
+
+def open_adapter(adapter: str | os.PathLike[str] | nn.Module | Adapter, *, adapter_name: str | None = None) -> Adapter:
+    """The one view over an adapter: of a directory, a .safetensors or .bin file, a Hub id, or a PeftModel.
+
+    Of a PeftModel, `adapter_name` says which of its adapters, if not the one active; the view then follows the model,
+    as its tensors are the parameters' own.
+    Raises: AdapterFileError for what cannot be read, UnsupportedModelError for adapters of other kinds; TypeError for
+    other arguments.
+    """
+    if isinstance(adapter, Adapter):
+        return adapter
+    if isinstance(adapter, str | os.PathLike):
+        if adapter_name is not None:
+            raise TypeError("`adapter_name` is for adapters in a model; an adapter on disk has no name.")
+        return open_file_or_hub(adapter)
+    from lorakit.adapters.live import live_adapter
+
+    return live_adapter(adapter, adapter_name)

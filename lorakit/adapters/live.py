@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +15,9 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from torch import Tensor, nn
 
 from lorakit._distributed import fill, whole
+from lorakit.adapters.assemble import assemble
+from lorakit.adapters.settings import AdapterSettings
+from lorakit.adapters.view import Adapter, TensorInfo, row_slices
 from lorakit.errors import UnsupportedModelError
 from lorakit.spectral import LowRank
 from lorakit.tuners.roles import Role, role_of
@@ -99,17 +104,75 @@ def live_modules(model: PeftModel, adapter_name: str) -> list[LiveModule]:
     ]
 
 
-def read_weight(module: Any) -> Tensor:
-    """The weight of a module, detached; a copy where accelerate keeps it offloaded or fully_shard shards it.
+def read_weight(module: Any, name: str = "weight") -> Tensor:
+    """A weight of a module, detached; a copy where accelerate keeps it offloaded or fully_shard shards it.
 
     Of a sharded weight all processes must ask together.
     """
-    weight: Tensor = module.weight
+    weight: Tensor = getattr(module, name)
     if not weight.is_meta:
         return whole(weight.detach())
     with align_module_device(module):
-        weight = module.weight
+        weight = getattr(module, name)
         return weight.detach().clone()
+
+
+def live_adapter(model: Any, adapter_name: str | None = None) -> Adapter:
+    """The view of `lorakit.adapters.open_adapter` over an adapter in a model; scalings are the layers' present ones.
+
+    Only the updates and what belongs to them: no modules_to_save, biases of the base model or embeddings.
+
+    Raises: as `resolve_adapter_name`; UnsupportedModelError for a variant of LoRA that is not covered.
+    """
+    name = resolve_adapter_name(model, adapter_name)
+    config = model.peft_config[name]
+    settings = AdapterSettings.from_config(config.to_dict())
+    source = _LiveTensors(live_modules(model, name), name)
+    adapter = assemble(f"{type(model.get_base_model()).__name__}, adapter {name!r}", settings, source)
+    layers = source.layers
+    modules = [
+        replace(
+            module,
+            scaling=float(layers[module.name].scaling[name]),
+            fan_in_fan_out=bool(getattr(layers[module.name], "fan_in_fan_out", False)),
+        )
+        for module in adapter.modules
+    ]
+    return replace(adapter, modules=tuple(modules))
+
+
+class _LiveTensors:
+    """The tensors of an adapter's layers, under the keys that they have in a checkpoint."""
+
+    def __init__(self, modules: list[LiveModule], adapter_name: str) -> None:
+        self.layers: dict[str, Any] = {}
+        self._holders: dict[str, tuple[Any, str]] = {}
+        for module in modules:
+            if isinstance(module.layer, ParamWrapper):
+                raise UnsupportedModelError(
+                    f"{module.name!r} adapts parameters (`target_parameters`), which is not covered yet."
+                )
+            self.layers[module.name] = module.layer
+            for part in ("lora_A", "lora_B", "lora_magnitude_vector", "lora_spec"):
+                holder = getattr(module.layer, part, {})
+                if adapter_name in holder:
+                    for leaf, _ in holder[adapter_name].named_parameters(recurse=False):
+                        self._holders[f"{module.name}.{part}.{leaf}"] = holder[adapter_name], leaf
+            for part in ("lora_embedding_A", "lora_embedding_B"):
+                holder = getattr(module.layer, part, {})
+                if adapter_name in holder:
+                    self._holders[f"{module.name}.{part}"] = holder, adapter_name
+
+    def infos(self) -> dict[str, TensorInfo]:
+        shapes = {key: getattr(holder, name) for key, (holder, name) in self._holders.items()}
+        return {key: TensorInfo(key, tuple(value.shape), value.dtype) for key, value in shapes.items()}
+
+    @contextlib.contextmanager
+    def reader(self) -> Iterator[Callable[[str], Tensor]]:
+        yield lambda key: read_weight(*self._holders[key])
+
+    def rows(self, key: str, step: int) -> Iterator[Tensor]:
+        yield from row_slices(read_weight(*self._holders[key]), step)
 
 
 @torch.no_grad()

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import re
 import warnings
 from collections.abc import Container, Iterable, Mapping
 from typing import TYPE_CHECKING, TypeVar
-
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils.other import get_pattern_key
-from peft.utils.peft_types import PeftType
 
 from lorakit.errors import UnsupportedModelError
 
@@ -29,6 +26,9 @@ def targeted_modules(tuner: BaseTuner, config: LoraConfig, model: nn.Module) -> 
     `config.target_modules` must be set; its "all-linear" is expanded in place, as PEFT does a moment later.
     Raises: UnsupportedModelError (a ValueError) for modules that PEFT forbids to LoRA in this model (Mamba's).
     """
+    from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+    from peft.utils.peft_types import PeftType
+
     _maybe_include_all_linear_layers(config, model)
     adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
     modules = {
@@ -58,9 +58,24 @@ def targeted_parameters(config: LoraConfig, model: nn.Module) -> dict[str, nn.Pa
     }
 
 
+@functools.lru_cache(maxsize=4096)
+def _compiled(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")
+
+
 def lookup(pattern: Mapping[str, V], module_name: str, default: V) -> V:
-    """The value of the first entry of `pattern` that matches, by PEFT's rules."""
-    return pattern.get(get_pattern_key(pattern.keys(), module_name), default)
+    """The value of the first entry of `pattern` that matches, by the rule of PEFT's `get_pattern_key`.
+
+    Raises: re.error for a key that is no regular expression.
+    """
+    first = next((key for key in pattern if _compiled(key).match(module_name)), module_name)
+    return pattern.get(first, default)
+
+
+def unmatched(pattern: Iterable[str], module_names: Iterable[str]) -> list[str]:
+    """The keys of `pattern` that match none of the modules."""
+    names = list(module_names)
+    return [key for key in pattern if key not in names and not any(map(_compiled(key).match, names))]
 
 
 def alpha_of(lora_alpha: float, rank: int, r: int, use_rslora: bool) -> float:
@@ -71,8 +86,7 @@ def alpha_of(lora_alpha: float, rank: int, r: int, use_rslora: bool) -> float:
 
 def warn_of_unmatched(tuner: str, name: str, pattern: Mapping[str, V], module_names: Iterable[str]) -> None:
     """Warn of the entries of `pattern` that match none of the modules."""
-    names = list(module_names)
-    stray = [key for key in pattern if not any(re.match(rf"(.*\.)?({key})$", name) for name in names)]
+    stray = unmatched(pattern, module_names)
     if stray:
         warnings.warn(
             f"{tuner}: the following {name} keys did not match any targeted module and were ignored: {stray}.",

@@ -32,6 +32,17 @@ def test_every_module_gets_its_value_in_any_order(data, names, order):
         assert {n: shuffled.get(get_pattern_key(shuffled.keys(), n), 16) for n in names} == values
 
 
+@given(
+    names=NAMES,
+    keys=st.lists(st.sampled_from(["q", "v", "a+b", r"a\+b", r"layers\.1.*", "^q", "1", "q_.*"]), unique=True),
+)
+@settings(max_examples=200, deadline=None)
+def test_lookup_is_peft_s_rule(names, keys):
+    pattern = {key: i for i, key in enumerate(keys)}
+    for name in names:
+        assert lookup(pattern, name, -1) == pattern.get(get_pattern_key(pattern.keys(), name), -1)
+
+
 def test_modules_that_agree_share_one_entry():
     values = {
         f"model.layers.{i}.self_attn.{name}": 4 if name == "q_proj" else 16

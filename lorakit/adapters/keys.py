@@ -1,0 +1,54 @@
+"""What the name of a tensor in an adapter's file says: which module it belongs to, and which part of it."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, NamedTuple
+
+Part = Literal["A", "B", "bias", "magnitude", "mask", "E"]
+
+_PREFIX = "base_model.model."
+_PARTS: dict[tuple[str, str | None], Part] = {
+    ("lora_A", "weight"): "A",
+    ("lora_B", "weight"): "B",
+    ("lora_B", "bias"): "bias",
+    ("lora_embedding_A", None): "A",
+    ("lora_embedding_B", None): "B",
+    ("lora_magnitude_vector", None): "magnitude",
+    ("lora_magnitude_vector", "weight"): "magnitude",
+    ("lora_spec", "weight"): "mask",
+    # AdaLoRA's are parameters, not modules
+    ("lora_A", None): "A",
+    ("lora_B", None): "B",
+    ("lora_E", None): "E",
+}
+_KEY = re.compile(
+    r"(?P<module>.+?)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magnitude_vector|lora_spec|lora_E)"
+    r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?(?:\.(?P<leaf>weight|bias))?",
+    re.DOTALL,
+)
+
+
+class Key(NamedTuple):
+    """A tensor's name, taken apart; `adapter_name` is the infix that a raw state dict has and a checkpoint does not."""
+
+    module_name: str
+    part: Part
+    embedding: bool
+    adapter_name: str | None
+
+
+def without_prefix(name: str) -> str:
+    """A tensor's or module's name in the base model: without what PEFT's own wrappers put before it."""
+    return name.removeprefix(_PREFIX)
+
+
+def parse_key(name: str) -> Key | None:
+    """The parts of a tensor's name; None where it belongs to no low-rank update."""
+    match = _KEY.fullmatch(without_prefix(name))
+    if match is None:
+        return None
+    part = _PARTS.get((match["part"], match["leaf"]))
+    if part is None:
+        return None
+    return Key(match["module"], part, match["part"].startswith("lora_embedding"), match["adapter"])
