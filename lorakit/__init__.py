@@ -13,7 +13,7 @@ from lorakit import _registration
 from lorakit._version import __version__
 
 if TYPE_CHECKING:
-    from lorakit import adapters, calibration, errors, export, spectral, surgery, tuners
+    from lorakit import adapters, allocation, calibration, errors, export, lens, spectral, surgery, tuners
     from lorakit.tuners.fisherlora import FisherLoRAConfig, FisherLoRAModel
     from lorakit.tuners.speclora import SpecLoRAConfig, SpecLoRAModel
 
@@ -24,9 +24,11 @@ __all__ = [
     "SpecLoRAModel",
     "__version__",
     "adapters",
+    "allocation",
     "calibration",
     "errors",
     "export",
+    "lens",
     "spectral",
     "surgery",
     "tuners",
@@ -38,7 +40,7 @@ _ATTRIBUTES = {
     "SpecLoRAConfig": "lorakit.tuners.speclora",
     "SpecLoRAModel": "lorakit.tuners.speclora",
 }
-_MODULES = ("adapters", "calibration", "errors", "export", "spectral", "surgery", "tuners")
+_MODULES = ("adapters", "allocation", "calibration", "errors", "export", "lens", "spectral", "surgery", "tuners")
 
 
 def __getattr__(name: str) -> Any:

@@ -34,6 +34,10 @@ class AdapterFileError(LorakitError, ValueError):
     """An adapter on disk that cannot be read, or whose parts do not fit together."""
 
 
+class MissingExtraError(LorakitError, ImportError):
+    """Something needs an optional dependency that is not installed."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """Something worth telling about an adapter; `code` is stable, `message` is for people.

@@ -20,7 +20,7 @@ Kind = Literal["linear", "embedding", "conv"]
 ExtraKind = Literal["modules_to_save", "bias", "embedding", "trainable_tokens", "expert_parameters", "orphan"]
 Read = Callable[[str], Tensor]
 
-_BATCH = 1 << 22  # entries of stacked factors: past this, batching gains nothing on a CPU
+_BATCH = 1 << 20  # entries of stacked factors: past this, batching gains nothing on a CPU
 
 
 @dataclass(frozen=True)
