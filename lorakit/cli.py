@@ -7,7 +7,6 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from lorakit._version import __version__
 from lorakit.errors import LorakitError
@@ -41,6 +40,8 @@ def demo(
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON on stdout.")] = False,
 ) -> None:
     """Train LoRA, FisherLoRA and SpecLoRA alike on real text, operate on the LoRA, export, and compare."""
+    from rich.console import Console
+
     from lorakit.demo import DemoSettings, run_demo
 
     settings = DemoSettings(
@@ -59,10 +60,48 @@ def demo(
         sys.stdout.write(json.dumps(results) + "\n")
 
 
+@app.command()
+def audit(
+    adapter: Annotated[str, typer.Argument(help="A directory, a .safetensors or .bin file, or a Hub id.")],
+    suggest_ranks: Annotated[bool, typer.Option("--suggest-ranks", help="Suggest ranks, by several policies.")] = False,
+    energy: Annotated[float, typer.Option(help="Share of each update's energy that suggested ranks keep.")] = 0.9,
+    budget: Annotated[
+        str | None, typer.Option(help="Suggest ranks under a budget: 2000000, 2M (parameters), 4MB (bytes).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
+    html: Annotated[str | None, typer.Option(help="Also write the report as one HTML file.")] = None,
+    plots: Annotated[
+        str | None, typer.Option(help="Also write figures into this directory (needs matplotlib).")
+    ] = None,
+) -> None:
+    """Spectra, ranks and findings of an adapter at rest; exit code 1 if one of the findings is an error."""
+    if not 0 < energy <= 1:
+        raise typer.BadParameter("must be a share in (0, 1].", param_hint="--energy")
+    from lorakit import lens
+
+    report = lens.audit(adapter, energy=energy, suggest_ranks=suggest_ranks, budget=budget)
+    if html is not None:
+        lens.write_html(report, html)
+    if plots is not None:
+        lens.write_plots(report, plots)
+    if as_json:
+        sys.stdout.write(json.dumps(report.to_dict(), allow_nan=False) + "\n")
+    else:
+        from rich.console import Console
+
+        from lorakit.lens._table import print_report
+
+        print_report(report, Console())
+    if report.has_errors:
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Run the command; exit code 0, 1 for bad input, 2 for wrong usage."""
     try:
         app()
     except (LorakitError, ValueError, OSError) as error:
+        from rich.console import Console
+
         Console(stderr=True, soft_wrap=True).print(f"lorakit: {error}", style="red", markup=False, highlight=False)
         raise SystemExit(1) from None

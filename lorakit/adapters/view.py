@@ -20,7 +20,8 @@ Kind = Literal["linear", "embedding", "conv"]
 ExtraKind = Literal["modules_to_save", "bias", "embedding", "trainable_tokens", "expert_parameters", "orphan"]
 Read = Callable[[str], Tensor]
 
-_BATCH = 1 << 20  # entries of stacked factors: past this, batching gains nothing on a CPU
+_BATCH = 1 << 16  # entries of stacked factors: past this, stacking costs a CPU more than it gains
+_OPEN = 1 << 22  # entries read before what was read is let go
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,11 @@ class AdapterModule:
         return self.A.numel + self.B.numel + (0 if self.E is None else self.E.numel)
 
     @property
+    def entries(self) -> int:
+        """Entries of B and A as they are read."""
+        return self.rank * (self.d_out + self.d_in)
+
+    @property
     def extras(self) -> tuple[TensorInfo, ...]:
         """The module's tensors beside its low-rank update."""
         return tuple(info for info in (self.bias, self.magnitude, self.mask) if info is not None)
@@ -184,23 +190,26 @@ class Adapter:
     ) -> Iterator[tuple[list[AdapterModule], LowRank]]:
         """Modules of one shape and dtype, stacked, with their updates; all modules unless some are given.
 
-        At most `numel` entries, or one module, are in memory at a time, if the caller lets go of each batch.
-        Raises: AdapterFileError.
+        A batch has at most `numel` entries, or one module. Not much more is in memory at a time, if the caller lets go
+        of each batch. Raises: AdapterFileError.
         """
         groups: dict[tuple[object, ...], list[AdapterModule]] = {}
         for module in self.modules if modules is None else modules:
             groups.setdefault((module.d_out, module.rank, module.d_in, module.dtype), []).append(module)
+        batches = []
         for group in groups.values():
-            first = group[0]
-            step = max(1, numel // (first.rank * (first.d_out + first.d_in)))
-            for start in range(0, len(group), step):
-                batch = group[start : start + step]
-                yield batch, self._stacked(batch)
+            step = max(1, numel // group[0].entries)
+            batches += [group[start : start + step] for start in range(0, len(group), step)]
+        while batches:
+            entries = 0
+            with self.source.reader() as read:
+                while batches and entries < _OPEN:
+                    batch = batches.pop(0)
+                    entries += len(batch) * batch[0].entries
+                    yield batch, _stacked(batch, read)
 
-    def _stacked(self, batch: list[AdapterModule]) -> LowRank:
-        scaling = torch.tensor([module.scaling for module in batch], dtype=torch.float64)
-        with self.source.reader() as read:
-            pairs = [module.read(read) for module in batch]
-            Bs, As = zip(*pairs, strict=True)
-            B, A = (torch.stack(Bs), torch.stack(As)) if len(batch) > 1 else (Bs[0][None], As[0][None])
-        return LowRank(B, A, scaling.to(B.device))
+
+def _stacked(batch: list[AdapterModule], read: Read) -> LowRank:
+    Bs, As = zip(*(module.read(read) for module in batch), strict=True)
+    B, A = (torch.stack(Bs), torch.stack(As)) if len(batch) > 1 else (Bs[0][None], As[0][None])
+    return LowRank(B, A, torch.tensor([module.scaling for module in batch], dtype=torch.float64, device=B.device))
