@@ -39,6 +39,7 @@ def print_report(report: AuditReport, console: Console) -> None:
         )
     _print_least_used(report, console)
     if report.suggestions:
+        console.print()
         named = suggestion_columns()
         table = _table([heading for heading, _ in named], f"Ranks that keep {report.energy:.0%} of the energy")
         for suggestion in report.suggestions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 
@@ -11,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 
 from lorakit import SpecLoRAConfig
 from lorakit.adapters import open_adapter
@@ -321,7 +322,7 @@ def test_an_open_adapter_and_a_single_file(known):
 @pytest.fixture(scope="module")
 def valid(tmp_path_factory):
     directory = write(
-        tmp_path_factory.mktemp("valid"), {layer(i): of_spectrum([2.0, 1.0], d_out=4, d_in=3) for i in range(2)}
+        tmp_path_factory.mktemp("valid"), {layer(i): of_spectrum([2.0, 1.0], d_out=40, d_in=30) for i in range(2)}
     )
     return (directory / WEIGHTS).read_bytes(), (directory / CONFIG).read_bytes()
 
@@ -349,8 +350,8 @@ def mutate(data, edits):
     return data
 
 
-def audit_of(directory, weights, config):
-    (directory / WEIGHTS).write_bytes(weights)
+def audit_of(directory, weights, config, name=WEIGHTS):
+    (directory / name).write_bytes(weights)
     (directory / CONFIG).write_bytes(config)
     try:
         report = audit(directory, suggest_ranks=True)
@@ -360,16 +361,31 @@ def audit_of(directory, weights, config):
     return report
 
 
-FUZZ = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@given(edits=EDITS)
+BYTES = st.lists(
+    st.tuples(st.just("set"), st.floats(0, 1), st.binary(min_size=1, max_size=1)), min_size=1, max_size=3
+)  # which most often leave a file that can be read
+
+
+@given(edits=EDITS | BYTES)
 @FUZZ
 def test_mutated_weights_give_a_report_or_a_typed_error(tmp_path, valid, edits):
     audit_of(tmp_path, mutate(valid[0], edits), valid[1])
 
 
-@given(edits=EDITS)
+@given(edits=EDITS | BYTES, legacy=st.booleans())
+@FUZZ
+def test_mutated_pickles_give_a_report_or_a_typed_error(tmp_path, valid, edits, legacy):
+    tensors = load(valid[0])
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer, _use_new_zipfile_serialization=not legacy)
+    (tmp_path / WEIGHTS).unlink(missing_ok=True)
+    audit_of(tmp_path, mutate(buffer.getvalue(), edits), valid[1], "adapter_model.bin")
+
+
+@given(edits=EDITS | BYTES)
 @FUZZ
 def test_mutated_configs_give_a_report_or_a_typed_error(tmp_path, valid, edits):
     audit_of(tmp_path, valid[0], mutate(valid[1], edits))
@@ -398,19 +414,23 @@ def test_configs_with_other_values_give_a_report_or_a_typed_error(tmp_path, vali
 
 
 DTYPES = ["F64", "F32", "F16", "BF16", "F8_E4M3", "I8", "U8", "BOOL", "I64", "C64", "F4", "nonsense"]
-HEADERS = st.dictionaries(
-    st.sampled_from([layer(0), layer(1), "x", ""]).flatmap(
-        lambda name: st.sampled_from(
-            [f"base_model.model.{name}.{end}" for end in (
-                "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_E", "lora_magnitude_vector", "lora_spec.weight",
-                "lora_embedding_A", "lora_embedding_B", "lora_A.default.weight", "weight",
-            )]
-        )
-    ),
-    st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 4), max_size=5)),
-    min_size=1,
-    max_size=6,
-)  # fmt: skip
+SHAPES = st.sampled_from([[2, 3], [3, 2], [2, 2], [2], [2, 1], [2, 3, 1, 1]])
+SPEC = st.tuples(
+    st.just("F32") | st.sampled_from(["F32", "BF16"]) | st.sampled_from(DTYPES),
+    SHAPES | SHAPES | st.lists(st.integers(0, 4), max_size=5),
+)
+OTHERS = [
+    "lora_B.bias", "lora_E", "lora_magnitude_vector", "lora_spec.weight", "lora_embedding_A", "lora_embedding_B",
+    "lora_A.default.weight", "weight",
+]  # fmt: skip
+MODULE = st.fixed_dictionaries({"lora_A.weight": SPEC, "lora_B.weight": SPEC}) | st.fixed_dictionaries(
+    {}, optional=dict.fromkeys(("lora_A.weight", "lora_B.weight", *OTHERS), SPEC)
+)
+HEADERS = st.dictionaries(st.sampled_from([layer(0), layer(1), "x"]), MODULE, min_size=1).map(
+    lambda modules: {
+        f"base_model.model.{name}.{end}": spec for name, ends in modules.items() for end, spec in ends.items()
+    }
+)
 
 
 @given(header=HEADERS, fill=st.binary(min_size=1, max_size=8))
