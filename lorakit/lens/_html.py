@@ -228,8 +228,6 @@ def _curves(curves: list[Curve], report: AuditReport) -> str:
         axes.parts.append(f'<polyline points="{points}" fill="none" stroke="{_LINES[i]}" stroke-width="1.8"/>')
         axes.legend(i, curve.label, _LINES[i])
     for i, suggestion in enumerate(report.suggestions, len(curves)):
-        if suggestion.energy_kept is None:
-            continue
         x, y = axes.point(suggestion.parameters, suggestion.energy_kept)
         colour = _LINES[i % len(_LINES)]
         axes.parts.append(

@@ -89,8 +89,7 @@ def _energy(report: AuditReport) -> Figure | None:
     for curve in curves:
         axes.plot([count / 1e6 for count in curve.parameters], curve.energy, label=curve.label)
     for suggestion in report.suggestions:
-        if suggestion.energy_kept is not None:
-            axes.plot(suggestion.parameters / 1e6, suggestion.energy_kept, "o", label=suggestion.policy)
+        axes.plot(suggestion.parameters / 1e6, suggestion.energy_kept, "o", label=suggestion.policy)
     axes.set(xlabel="parameters (millions)", ylabel="share of Σ ‖ΔW‖_F² kept", title="Energy against parameters")
     axes.legend(fontsize=8)
     return figure

@@ -20,16 +20,16 @@ class RankSuggestion:
     """Ranks by one policy. Every rank is at least 1 and at most the module's own.
 
     `rank` is the one rank of a global policy, None elsewhere. `energy_kept` is the share of Σ ‖ΔW‖_F² that the best
-    approximations of these ranks keep, None where all updates are zero; `modules_covered` of the modules keep the
-    energy asked for. `served_rank` is the largest rank, rounded up to a size that servers offer, and
-    `served_parameters` the parameters if every module's rank is rounded up so.
+    approximations of these ranks keep; `modules_covered` of the modules keep the energy asked for. `served_rank` is
+    the largest rank, rounded up to a size that servers offer, and `served_parameters` the parameters if every module's
+    rank is rounded up so.
     """
 
     policy: str
     rank: int | None
     ranks: dict[str, int]
     parameters: int
-    energy_kept: float | None
+    energy_kept: float
     modules_covered: int
     served_rank: int
     served_parameters: int
@@ -46,11 +46,11 @@ def served(rank: int) -> int:
 
 
 def suggest(modules: Sequence[AuditedModule], threshold: str, budget: int | str | None) -> list[RankSuggestion]:
-    """Every policy's suggestion, for modules that are finite.
+    """Every policy's suggestion, for modules that are finite; none where all updates are zero.
 
     Raises: ValueError for a budget below rank 1 in every module.
     """
-    if not modules:
+    if not any(module.spectral_norm for module in modules):
         return []
     needed = {m.module_name: max(1, (m.energy_rank or {})[threshold]) for m in modules}
     suggestions = []
@@ -81,7 +81,7 @@ def _suggestion(
     ranks: dict[str, int],
     rank: int | None = None,
 ) -> RankSuggestion:
-    peak = max(m.spectral_norm or 0.0 for m in modules) or 1.0
+    peak = max(m.spectral_norm or 0.0 for m in modules)
     kept = total = 0.0
     for module in modules:
         energies = [(value / peak) ** 2 for value in module.singular_values]
@@ -94,7 +94,7 @@ def _suggestion(
         rank=rank,
         ranks=ranks,
         parameters=sum(ranks[m.module_name] * (m.d_out + m.d_in) for m in modules),
-        energy_kept=kept / total if total else None,
+        energy_kept=kept / total,
         modules_covered=sum(ranks[name] >= k for name, k in needed.items()),
         served_rank=served(largest),
         served_parameters=sum(rounded[m.module_name] * (m.d_out + m.d_in) for m in modules),

@@ -91,7 +91,7 @@ def suggestion_columns() -> list[tuple[str, Callable[[RankSuggestion], str]]]:
             lambda s: str(s.rank) if s.rank is not None else extent((min(s.ranks.values()), max(s.ranks.values()))),
         ),
         ("params", lambda s: count(s.parameters)),
-        ("keeps", lambda s: "" if s.energy_kept is None else f"{100 * s.energy_kept:.1f}%"),
+        ("keeps", lambda s: f"{100 * s.energy_kept:.1f}%"),
         ("covers", lambda s: f"{s.modules_covered}/{len(s.ranks)}"),
         ("served as", lambda s: str(s.served_rank)),
         ("params then", lambda s: count(s.served_parameters)),

@@ -246,7 +246,7 @@ def test_an_untrained_adapter(tmp_path, tiny_llama):
     report = audit(tmp_path, budget=100_000)
     assert {(f.severity, f.code) for f in report.findings} == {("warning", "untrained")}
     assert report.total.energy_share == 0
-    assert report.suggestions[0].energy_kept is None
+    assert report.suggestions == ()
 
 
 def test_a_scaling_of_zero(tmp_path):
@@ -361,7 +361,7 @@ def audit_of(directory, weights, config, name=WEIGHTS):
     return report
 
 
-FUZZ = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 BYTES = st.lists(
