@@ -21,7 +21,7 @@ ExtraKind = Literal["modules_to_save", "bias", "embedding", "trainable_tokens", 
 Read = Callable[[str], Tensor]
 
 _BATCH = 1 << 16  # entries of stacked factors: past this, stacking costs a CPU more than it gains
-_OPEN = 1 << 22  # entries read before what was read is let go
+_OPEN = 1 << 20  # entries read before what was read is let go
 
 
 @dataclass(frozen=True)
