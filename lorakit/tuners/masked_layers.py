@@ -146,16 +146,24 @@ class SpecLoRALayer:
         tensors = [*base.parameters(recurse=False), *base.buffers(recurse=False)]
         device = tensors[0].device if tensors else base.device
         bias = getattr(base, "bias", None)
+        # Where a module keeps it, and not by assignment: that would put the bias on the meta device while PEFT loads an
+        # adapter with low_cpu_mem_usage.
+        holders = [h for h in (base._parameters, base._buffers, vars(base)) if h.get("bias") is not None]
         # bitsandbytes takes the dtype of the first input it sees for good, unless told to forget it
         kept = {name: getattr(base, name) for name in ("compute_dtype", "compute_type_is_set") if hasattr(base, name)}
-        candidates = [kept.get("compute_dtype"), getattr(bias, "dtype", None), torch.float32, torch.float16]
+        candidates = [
+            *(kept.get("compute_dtype"), getattr(bias, "dtype", None)),
+            *(torch.float32, torch.float16, torch.bfloat16),
+        ]
         floating = [dtype for dtype in candidates if isinstance(dtype, torch.dtype) and dtype.is_floating_point]
         try:
-            if bias is not None:
-                base.bias = None
+            for holder in holders:
+                holder["bias"] = None
             for dtype in dict.fromkeys(floating):
                 units = torch.zeros(width, self.in_features, dtype=dtype, device=device)
                 units.diagonal(offset=column).fill_(1)
+                # bitsandbytes repacks its weight for good, into a form without gradients, at an input that needs none
+                units.requires_grad_()
                 try:
                     columns: Tensor = base(units).T
                 except (RuntimeError, ValueError, TypeError, AssertionError):  # a kernel that has no such dtype
@@ -164,8 +172,8 @@ class SpecLoRALayer:
                 else:
                     return columns
         finally:
-            if bias is not None:
-                base.bias = bias
+            for holder in holders:
+                holder["bias"] = bias
             for name, value in kept.items():
                 setattr(base, name, value)
         raise AssertionError("unreachable: the last dtype either worked or raised")
