@@ -1,11 +1,14 @@
-# `make demo` and `make test` do all of their own set-up, in .venv, on a machine with Python 3.11 or newer.
+# `make demo`, `make test` and `make test-backends` do all of their own set-up, in .venv and .venv-backends, on a machine
+# with Python 3.11 or newer.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+BACKENDS_VENV  := .venv-backends
+BACKENDS_STAMP := $(BACKENDS_VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint unit wheel setup clean
+.PHONY: demo test test-backends lint unit wheel setup clean
 
 demo: setup
 	$(BIN)/lorakit demo
@@ -26,7 +29,18 @@ lint: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files --show-diff-on-failure
 
 unit: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore=tests/backends
+
+# Quantized bases, in an environment of their own: PEFT and transformers import these backends wherever they find them.
+test-backends: $(BACKENDS_STAMP)
+	$(BACKENDS_VENV)/bin/python -c "import bitsandbytes, hqq.core.quantize, torchao"
+	$(BACKENDS_VENV)/bin/python -m pytest tests/backends
+
+$(BACKENDS_STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(BACKENDS_VENV)
+	$(BACKENDS_VENV)/bin/python -m pip install --quiet -c constraints.txt torch
+	$(BACKENDS_VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[test,backends]'
+	touch $@
 
 # A wheel builds, installs in an empty environment and imports.
 wheel: setup
@@ -37,4 +51,4 @@ wheel: setup
 	cd build/empty && bin/python -c "import lorakit; from lorakit import SpecLoRAConfig; print('imported lorakit', lorakit.__version__, 'from the wheel')"
 
 clean:
-	rm -rf $(VENV) build dist demo-output
+	rm -rf $(VENV) $(BACKENDS_VENV) build dist demo-output

@@ -645,21 +645,3 @@ def test_results_too_large_for_the_stored_dtype_are_refused(adapted, batches):
 
 def test_seeds_of_any_integer_type(adapted, batches):
     assert reweight(adapted(), batches(), policy="random_index", seed=np.int64(3), progress=False).seed == 3
-
-
-def test_surgery_on_a_4_bit_base(tiny_llama, batches, randomize, tmp_path):
-    pytest.importorskip("bitsandbytes")
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
-    quantized = BitsAndBytesConfig(load_in_4bit=True)
-    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantized, device_map="cpu")
-    model = randomize(get_peft_model(base, LoraConfig(r=4, target_modules="all-linear")), std=0.2)
-    before = {key: value for key, value in state_of(model).items() if ".lora_" in key}  # the base repacks itself
-    one, many = (sensitivity(model, batches(size), progress=False) for size in (1, 4))
-    for a, b in zip(one.modules, many.modules, strict=True):
-        assert (a.per_example - b.per_example).abs().max() <= 1e-5 * a.per_example.abs().max()
-    edit = reweight(model, batches(), progress=False)
-    assert any(not torch.equal(model.state_dict()[key], value) for key, value in before.items())
-    edit.undo()
-    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
