@@ -1,0 +1,1 @@
+"""PEFT asks for this package before it takes gptqmodel's layers."""
