@@ -30,8 +30,8 @@ from tqdm.auto import tqdm
 
 from lorakit._registration import register_tuner
 from lorakit.errors import UnsupportedModelError
-from lorakit.tuners.base import NamesItsInit, ResolvingLoraModel
-from lorakit.tuners.masked_layers import MODES, Mode, SpecLoRALayer, SpectralMask, masked_class, svd_blocks
+from lorakit.tuners.parts.base import NamesItsInit, ResolvingLoraModel
+from lorakit.tuners.parts.masked_layers import MODES, Mode, SpecLoRALayer, SpectralMask, masked_class, svd_blocks
 from lorakit.tuners.patterns import lookup, targeted_modules, targeted_parameters, warn_of_unmatched
 
 # What LoraConfig can switch on that leaves no place for a mask.

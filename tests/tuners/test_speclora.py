@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from lorakit import SpecLoRAConfig
-from lorakit.tuners.masked_layers import MODES, SpecLoRALinear
+from lorakit.tuners.parts.masked_layers import MODES, SpecLoRALinear
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 SHAPES = [(24, 40), (40, 24), (32, 32)]

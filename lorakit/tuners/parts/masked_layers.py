@@ -16,7 +16,7 @@ from peft.utils.other import transpose
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorakit.tuners.masked_variants import MaskInForward, masked_variant
+from lorakit.tuners.parts.masked_variants import MaskInForward, masked_variant
 
 Mode = Literal["hadamard", "hadamard_bottom", "svd", "svd_bottom"]
 MODES: tuple[Mode, ...] = get_args(Mode)
