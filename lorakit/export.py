@@ -20,8 +20,8 @@ from lorakit.adapters.record import edits_of, write_record
 from lorakit.adapters.settings import CHANGES_BASE
 from lorakit.errors import ExportError
 from lorakit.spectral import LowRank
-from lorakit.tuners.parts.masked_layers import SpecLoRAOutProjection
-from lorakit.tuners.parts.masked_variants import MaskInMerge
+from lorakit.tuners._masked_layers import SpecLoRAOutProjection
+from lorakit.tuners._masked_variants import MaskInMerge
 from lorakit.tuners.patterns import compact_pattern
 
 

@@ -57,8 +57,6 @@ def test_members_are_true_members(name):
         "import lorakit.tuners.speclora",
         "from lorakit.tuners.fisherlora import FisherLoRAConfig",
         "from lorakit import SpecLoRAConfig",
-        "import lorakit.tuners.parts.masked_layers",
-        "import lorakit.tuners.parts.base",
         "import lorakit, importlib; importlib.reload(lorakit); import peft; importlib.reload(lorakit)",
         "import peft, lorakit, importlib; importlib.reload(lorakit._registration); importlib.reload(lorakit)",
         "import lorakit; from peft import PeftConfig",

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit._registration import register_tuner
 from lorakit.errors import UnsupportedModelError
-from lorakit.tuners.parts.base import NamesItsInit, ResolvingLoraModel
+from lorakit.tuners._base import NamesItsInit, ResolvingLoraModel
 from lorakit.tuners.patterns import (
     alpha_of,
     compact_pattern,

@@ -30,9 +30,42 @@ from tqdm.auto import tqdm
 
 from lorakit._registration import register_tuner
 from lorakit.errors import UnsupportedModelError
-from lorakit.tuners.parts.base import NamesItsInit, ResolvingLoraModel
-from lorakit.tuners.parts.masked_layers import MODES, Mode, SpecLoRALayer, SpectralMask, masked_class, svd_blocks
+from lorakit.tuners._base import NamesItsInit, ResolvingLoraModel
+from lorakit.tuners._masked_layers import (
+    MODES,
+    Mode,
+    SpecLoRAConv1d,
+    SpecLoRAConv2d,
+    SpecLoRAConv3d,
+    SpecLoRAEmbedding,
+    SpecLoRALayer,
+    SpecLoRALinear,
+    SpecLoRAMultiheadAttention,
+    SpecLoRAOutProjection,
+    SpecLoRAParamWrapper,
+    SpectralMask,
+    masked_class,
+    quantized_class,
+    svd_blocks,
+)
 from lorakit.tuners.patterns import lookup, targeted_modules, targeted_parameters, warn_of_unmatched
+
+__all__ = [
+    "MODES",
+    "Mode",
+    "SpecLoRAConfig",
+    "SpecLoRAConv1d",
+    "SpecLoRAConv2d",
+    "SpecLoRAConv3d",
+    "SpecLoRAEmbedding",
+    "SpecLoRALayer",
+    "SpecLoRALinear",
+    "SpecLoRAModel",
+    "SpecLoRAMultiheadAttention",
+    "SpecLoRAOutProjection",
+    "SpecLoRAParamWrapper",
+    "SpectralMask",
+]
 
 # What LoraConfig can switch on that leaves no place for a mask.
 _EXCLUDED = {
@@ -297,6 +330,14 @@ def _unsupported(name: str, module: nn.Module) -> str:
         f"SpecLoRA does not support {type(module).__name__} layers such as {name!r}. Leave such modules out of "
         f"`target_modules`, or use LoraConfig for this model."
     )
+
+
+def __getattr__(name: str) -> Any:
+    """The classes over PEFT's quantized layers, so that they can be unpickled where none has been made yet."""
+    cls = quantized_class(name)
+    if cls is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return cls
 
 
 register_tuner(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lorakit
 from lorakit import FisherLoRAConfig, SpecLoRAConfig
-from lorakit.tuners.parts.masked_layers import SpecLoRALayer
+from lorakit.tuners.speclora import SpecLoRALayer
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
 K = 40  # more than the 32 rows of the key and value projections

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit import SpecLoRAConfig
-from lorakit.tuners.parts.masked_layers import MODES, SpecLoRALayer
+from lorakit.tuners.speclora import MODES, SpecLoRALayer
 
 K = 3
 

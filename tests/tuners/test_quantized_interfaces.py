@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import lorakit
 from lorakit import FisherLoRAConfig, SpecLoRAConfig
-from lorakit.tuners import masked_layers
-from lorakit.tuners.parts.masked_layers import SpecLoRALayer
+from lorakit.tuners import _masked_layers as masked_layers
+from lorakit.tuners.speclora import SpecLoRALayer
 
 PACKAGES = Path(__file__).parent / "fake_backends"
 K = 5
@@ -276,7 +276,7 @@ def test_unpickling_finds_the_classes_in_a_process_that_has_made_none(packages, 
         for name, data in pickled.items():
             class_name, layer, x, expected = pickle.loads(data)
             assert torch.equal(layer(x), expected)
-            assert (type(layer).__module__, type(layer).__name__) == ("lorakit.tuners.parts.masked_layers", class_name)
+            assert (type(layer).__module__, type(layer).__name__) == ("lorakit.tuners.speclora", class_name)
             print(class_name)
         """,
         PYTHONPATH=str(PACKAGES),

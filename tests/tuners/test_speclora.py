@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from lorakit import SpecLoRAConfig
-from lorakit.tuners.parts.masked_layers import MODES, SpecLoRALinear
+from lorakit.tuners.speclora import MODES, SpecLoRALinear
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 SHAPES = [(24, 40), (40, 24), (32, 32)]
@@ -317,6 +317,18 @@ def test_pickle_and_deepcopy(randomize, tiny_llama, token_ids):
     expected = model(input_ids=token_ids).logits
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(input_ids=token_ids).logits, expected)
+
+
+def test_a_bare_layer_is_unpickled_where_nothing_has_been_imported(run_python, tmp_path):
+    _, layer = adapted()
+    (tmp_path / "layer.pkl").write_bytes(pickle.dumps(layer))
+    run_python(f"""
+        import pickle
+        layer = pickle.loads(open({str(tmp_path / "layer.pkl")!r}, "rb").read())
+        assert type(layer).__name__ == "SpecLoRALinear"
+        from peft import PeftType
+        assert "SPECLORA" in PeftType.__members__
+    """)
 
 
 def test_only_the_adapter_trains_and_disabling_gives_the_base(tiny_llama, randomize, token_ids):

@@ -15,7 +15,7 @@ from peft.tuners.lora.conversion import convert_to_lora
 from torch import Tensor, nn
 
 from lorakit import FisherLoRAConfig, SpecLoRAConfig
-from lorakit.tuners.parts.masked_layers import SpecLoRALayer
+from lorakit.tuners.speclora import SpecLoRALayer
 
 K = 3
 

@@ -16,11 +16,13 @@ from peft.utils.other import transpose
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorakit.tuners.parts.masked_variants import MaskInForward, masked_variant
+from lorakit.tuners._masked_variants import MaskInForward, masked_variant
 
 Mode = Literal["hadamard", "hadamard_bottom", "svd", "svd_bottom"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
+# Where these classes are found, also by pickle: a module that can be the first one imported.
+_PUBLIC = "lorakit.tuners.speclora"
 _READABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -433,6 +435,9 @@ _CLASSES: dict[type, type] = {
     ParamWrapper: SpecLoRAParamWrapper,
 }
 
+for _cls in (SpectralMask, SpecLoRALayer, SpecLoRAOutProjection, *_CLASSES.values()):
+    _cls.__module__ = _PUBLIC
+
 # PEFT's layers over quantized bases, some of which exist only where their backend is installed.
 _QUANTIZED = {
     "Linear8bitLt": "bnb",
@@ -454,20 +459,18 @@ def masked_class(cls: type) -> type | None:
     module = _QUANTIZED.get(cls.__name__)
     if cls not in _CLASSES and module is not None and cls.__module__ == f"peft.tuners.lora.{module}":
         name = f"SpecLoRA{cls.__name__}"
-        members = {"__module__": __name__, "__doc__": f"SpecLoRA on {cls.__name__}."}
+        members = {"__module__": _PUBLIC, "__doc__": f"SpecLoRA on {cls.__name__}."}
         _CLASSES[cls] = type(name, (SpecLoRALayer, cls), members)
     return _CLASSES.get(cls)
 
 
-def __getattr__(name: str) -> Any:
-    """The classes over quantized layers, so that they can be unpickled where none has been made yet."""
+def quantized_class(name: str) -> type | None:
+    """The class of that name over one of PEFT's quantized layers; None where there is none, or its backend is not."""
     peft_name = name.removeprefix("SpecLoRA")
-    if peft_name != name and peft_name in _QUANTIZED:
-        module = importlib.import_module(f"peft.tuners.lora.{_QUANTIZED[peft_name]}")
-        cls = getattr(module, peft_name, None)
-        if cls is not None:
-            return masked_class(cls)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if peft_name == name or peft_name not in _QUANTIZED:
+        return None
+    cls = getattr(importlib.import_module(f"peft.tuners.lora.{_QUANTIZED[peft_name]}"), peft_name, None)
+    return None if cls is None else masked_class(cls)
 
 
 def _block(weight: Tensor, mask: SpectralMask) -> Tensor:

@@ -9,7 +9,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from lorakit.tuners.parts.combination import Combination
+from lorakit.tuners._combination import Combination
 
 _FSDP1 = "._fsdp_wrapped_module"
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from lorakit.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from lorakit.tuners.parts.masked_layers import SpecLoRALayer
+    from lorakit.tuners._masked_layers import SpecLoRALayer
 
 
 class _DownWithMask:
