@@ -26,6 +26,10 @@ class SurgeryError(LorakitError, ValueError):
     """An edit that cannot be made, or no longer be undone."""
 
 
+class AllocationError(LorakitError, ValueError):
+    """Ranks that cannot be had for the budget, or scores that say nothing."""
+
+
 class ExportError(LorakitError, ValueError):
     """An adapter that cannot be written as a plain LoRA."""
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import json
+import math
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorakit.allocation import allocate, read_budget
+from lorakit.allocation import RULES, allocate, read_budget
+from lorakit.errors import AllocationError
 
+ROLE_NAMES = ("query", "value", "output", None)
 SPECTRA = st.lists(
     st.tuples(st.lists(st.floats(0, 1e3), min_size=1, max_size=5), st.integers(1, 9)), min_size=1, max_size=6
 )
@@ -19,66 +23,206 @@ def energy(spectra, ranks):
     return sum(sum(v**2 for v in sorted(s, reverse=True)[: ranks[name]]) for name, s in spectra.items())
 
 
+@st.composite
+def problems(draw):
+    """Arguments that fit any rule, with a budget that covers the smallest ranks."""
+    rule = draw(st.sampled_from(RULES))
+    names = [f"layers.{i}" for i in range(draw(st.integers(2, 6)))]
+    roles = ["query", "value", *(draw(st.sampled_from(ROLE_NAMES)) for _ in names[2:])]
+    score = st.floats(0, 1e6)
+    if rule == "energy":
+        score = st.lists(score, min_size=1, max_size=6)
+    d_out = {name: draw(st.integers(1, 30)) for name in names}
+    costs = {name: d_out[name] + draw(st.integers(1, 30)) for name in names}
+    min_rank = draw(st.integers(1, 2))
+    return {
+        "scores": {name: draw(score) for name in names},
+        "costs": costs,
+        "budget": min_rank * sum(costs.values()) + draw(st.integers(0, 1000)),
+        "rule": rule,
+        "min_rank": min_rank,
+        "max_rank": draw(st.integers(min_rank, 12)),
+        "per": draw(st.sampled_from(["module", "role"])),
+        "roles": dict(zip(names, roles, strict=True)),
+        "d_out": d_out,
+    }
+
+
+@given(problem=problems())
+@settings(max_examples=300, deadline=None)
+def test_every_rule_keeps_within_budget_and_bounds(problem):
+    result = allocate(**problem)
+    assert result.cost == sum(rank * problem["costs"][name] for name, rank in result.ranks.items()) <= result.budget
+    assert all(problem["min_rank"] <= rank <= problem["max_rank"] for rank in result.ranks.values())
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
+@given(problem=problems(), order=st.randoms())
+@settings(max_examples=200, deadline=None)
+def test_the_order_of_the_modules_does_not_matter(problem, order):
+    names = list(problem["costs"])
+    order.shuffle(names)
+    shuffled = {k: {n: v[n] for n in names} if isinstance(v, dict) else v for k, v in problem.items()}
+    assert allocate(**shuffled).ranks == allocate(**problem).ranks
+
+
+@given(problem=problems())
+@settings(max_examples=200, deadline=None)
+def test_ranks_per_role_are_the_same_in_a_role(problem):
+    result = allocate(**problem | {"per": "role"})
+    by_role = {}
+    for row in result.rows:
+        by_role.setdefault(row.role or row.module_name, set()).add(row.rank)
+    assert all(len(ranks) == 1 for ranks in by_role.values())
+
+
 @given(modules=SPECTRA, extra=st.integers(0, 100), max_rank=st.none() | st.integers(1, 6))
 @settings(max_examples=300, deadline=None)
-def test_never_over_budget_never_out_of_bounds_and_the_same_each_time(modules, extra, max_rank):
+def test_nothing_worth_taking_that_fits_is_left(modules, extra, max_rank):
     spectra = {str(i): s for i, (s, _) in enumerate(modules)}
     costs = {str(i): cost for i, (_, cost) in enumerate(modules)}
     budget = sum(costs.values()) + extra
-    ranks = allocate(spectra, costs, budget, max_rank=max_rank)
-    spent = sum(ranks[name] * costs[name] for name in ranks)
-    assert spent <= budget
-    for name, rank in ranks.items():
+    result = allocate(spectra, costs, budget, max_rank=max_rank)
+    for name, rank in result.ranks.items():
         limit = len(spectra[name]) if max_rank is None else min(len(spectra[name]), max_rank)
-        assert 1 <= rank <= limit
-        # nothing worth taking that still fits was left
         left = sorted(spectra[name], reverse=True)[rank:limit]
         peak = max(map(max, spectra.values())) or 1.0
-        assert not left or (left[0] / peak) ** 2 == 0 or spent + costs[name] > budget
-    assert ranks == allocate(spectra, costs, budget, max_rank=max_rank)
-    scaled = {name: [1e-3 * v for v in s] for name, s in spectra.items()}
-    if all(v == 0 or v > 1e-100 for s in spectra.values() for v in s):
-        assert energy(spectra, allocate(scaled, costs, budget, max_rank=max_rank)) == pytest.approx(
-            energy(spectra, ranks)
-        )
+        assert not left or (left[0] / peak) ** 2 == 0 or result.cost + costs[name] > budget
+
+
+@given(modules=SPECTRA, extra=st.integers(0, 60), more=st.integers(0, 60))
+@settings(max_examples=300, deadline=None)
+def test_a_larger_budget_never_keeps_less_energy(modules, extra, more):
+    spectra = {str(i): s for i, (s, _) in enumerate(modules)}
+    costs = {str(i): cost for i, (_, cost) in enumerate(modules)}
+    least = sum(costs.values())
+    small, large = (allocate(spectra, costs, least + e).ranks for e in (extra, extra + more))
+    assert energy(spectra, large) >= energy(spectra, small) * (1 - 1e-12)
 
 
 @given(
-    spectra=st.lists(st.lists(st.integers(0, 20), min_size=1, max_size=3), min_size=1, max_size=3),
-    units=st.integers(0, 6),
+    modules=st.lists(
+        st.tuples(st.lists(st.integers(0, 20), min_size=1, max_size=3), st.integers(1, 5)), min_size=1, max_size=3
+    ),
+    extra=st.integers(0, 15),
 )
-@settings(max_examples=100, deadline=None)
-def test_at_equal_costs_greedy_is_the_best_there_is(spectra, units):
-    spectra = {str(i): [float(v) for v in s] for i, s in enumerate(spectra)}
-    budget = 7 * (len(spectra) + units)
-    ranks = allocate(spectra, dict.fromkeys(spectra, 7), budget)
-    choices = itertools.product(*(range(1, len(s) + 1) for s in spectra.values()))
-    best = max(
-        energy(spectra, dict(zip(spectra, choice, strict=True))) for choice in choices if 7 * sum(choice) <= budget
-    )
-    assert energy(spectra, ranks) == pytest.approx(best)
+@settings(max_examples=150, deadline=None)
+def test_energy_against_the_best_of_all_choices(modules, extra):
+    """Greedy is optimal at equal costs, and elsewhere short of the best by less than one unit's energy."""
+    spectra = {str(i): s for i, (s, _) in enumerate(modules)}
+    for costs in ({str(i): c for i, (_, c) in enumerate(modules)}, dict.fromkeys(spectra, 7)):
+        budget = sum(costs.values()) + extra
+        choices = [
+            dict(zip(spectra, choice, strict=True))
+            for choice in itertools.product(*(range(1, len(s) + 1) for s in spectra.values()))
+        ]
+        best = max(
+            energy(spectra, choice)
+            for choice in choices
+            if sum(costs[name] * rank for name, rank in choice.items()) <= budget
+        )
+        found = energy(spectra, allocate(spectra, costs, budget).ranks)
+        if len(set(costs.values())) == 1:
+            assert found == pytest.approx(best)
+        else:
+            assert found <= best * (1 + 1e-12)
+            assert best - found <= max(v**2 for s in spectra.values() for v in s)
 
 
-def test_ties_go_to_the_first_and_what_does_not_fit_is_skipped():
-    assert allocate({"a": [2, 1], "b": [2, 1]}, {"a": 1, "b": 1}, 3) == {"a": 2, "b": 1}
-    assert allocate({"a": [9, 9], "b": [1, 1]}, {"a": 10, "b": 2}, 16) == {"a": 1, "b": 2}
-    assert allocate({"a": [3, 0, 0], "b": [1]}, {"a": 1, "b": 1}, 100) == {"a": 1, "b": 1}
-    assert allocate({"a": [0.0]}, {"a": 1}, 5, min_rank=0) == {"a": 0}
-    assert allocate({"a": [1.0, 2.0, 3.0]}, {"a": 1}, 5, max_rank=2) == {"a": 2}
-    assert allocate({}, {}, 0) == {}
+def test_the_fisher_rule_is_the_formula_taken_greedily():
+    scores, d_out, costs = {"q": 1.0, "v": 40.0, "o": 9.0}, {"q": 8, "v": 4, "o": 8}, {"q": 16, "v": 12, "o": 16}
+    ranks, left = dict.fromkeys(scores, 1), 400 - 44
+    while True:
+        gains = {
+            n: scores[n] * d_out[n] * (1 / r - 1 / (r + 1)) / costs[n] for n, r in ranks.items() if costs[n] <= left
+        }
+        if not gains:
+            break
+        best = max(gains, key=gains.get)
+        ranks[best] += 1
+        left -= costs[best]
+    result = allocate(scores, costs, 400, rule="fisher", d_out=d_out)
+    assert result.ranks == ranks
+    assert result.cost == 400 - left
 
 
-def test_bad_arguments_say_what_is_needed():
-    with pytest.raises(ValueError, match=r"`budget` must cover rank 2 in all 2 modules \(at least 22\); got 20"):
-        allocate({"a": [1, 1], "b": [1, 1]}, {"a": 10, "b": 1}, 20, min_rank=2)
-    with pytest.raises(ValueError, match="`rule` must be one of energy; got 'other'"):
-        allocate({"a": [1]}, {"a": 1}, 1, rule="other")
-    with pytest.raises(ValueError, match="same modules"):
-        allocate({"a": [1]}, {"b": 1}, 1)
-    with pytest.raises(ValueError, match="`min_rank`"):
-        allocate({"a": [1]}, {"a": 1}, 9, min_rank=3, max_rank=2)
-    with pytest.raises(ValueError, match="`costs`"):
-        allocate({"a": [1]}, {"a": 0}, 9)
+def test_fisherlora_is_the_papers_rule_and_spectral_its_opposite():
+    """At equal widths 0.625 of uniform rank 16 is r_Q = 4 and r_V = 16."""
+    roles = {f"layers.{i}.{name}": role for i in range(3) for name, role in (("q", "query"), ("v", "value"))}
+    costs = dict.fromkeys(roles, 128)
+    scores = dict.fromkeys(roles, 1.0)
+    budget = int(0.625 * 16 * sum(costs.values()))
+    for rule, kept in (("fisherlora", "value"), ("spectral", "query")):
+        result = allocate(scores, costs, budget, rule=rule, max_rank=16, roles=roles)
+        assert result.ranks == {name: 16 if role == kept else 4 for name, role in roles.items()}
+        assert result.cost == budget
+
+
+def test_the_prior_is_a_proportion():
+    costs = {"a": 100, "b": 400, "c": 100}
+    scores = {"a": 1.0, "b": 1.0, "c": 3.0}
+    ranks = allocate(scores, costs, 100_000, rule="prior").ranks
+    scale = ranks["a"] / (scores["a"] * math.sqrt(costs["a"]))
+    for name, rank in ranks.items():
+        assert rank == pytest.approx(scale * scores[name] * math.sqrt(costs[name]), abs=2)
+    assert allocate(scores, costs, 99_000, rule="uniform").ranks == dict.fromkeys(costs, 165)
+
+
+def test_ties_go_to_the_first_layer_and_what_does_not_fit_is_skipped():
+    costs = {"layers.10": 1, "layers.2": 1}
+    assert allocate({name: [2, 1] for name in costs}, costs, 3).ranks == {"layers.10": 1, "layers.2": 2}
+    assert allocate({"a": [9, 9], "b": [1, 1]}, {"a": 10, "b": 2}, 16).ranks == {"a": 1, "b": 2}
+    assert allocate({"a": [3, 0, 0], "b": [1]}, {"a": 1, "b": 1}, 100).ranks == {"a": 1, "b": 1}
+    assert allocate({"a": [0.0]}, {"a": 1}, 5, min_rank=0).ranks == {"a": 0}
+    assert allocate({"a": [1.0, 2.0, 3.0]}, {"a": 1}, 5, max_rank=2).ranks == {"a": 2}
+    assert allocate({"a": [3, 2, 1], "b": [3, 2, 1]}, {"a": 1, "b": 1}, 6, max_rank={"a": 1, "b": 3}).ranks == {
+        "a": 1,
+        "b": 3,
+    }
+    assert allocate({}, {}, 0).ranks == {}
+
+
+def test_it_explains_itself():
+    result = allocate({"a": [9, 9, 0], "b": [1, 1], "c": [5]}, {"a": 10, "b": 200, "c": 1}, 250)
+    text = result.explain().splitlines()
+    assert [line.split()[0] for line in text[1:4]] == ["a", "b", "c"]
+    assert "another unit gains nothing" in text[1]
+    assert "costs 200 with 29 left" in text[2]
+    assert "the largest rank allowed is 1" in text[3]
+    assert text[-1] == "rule energy, per module: 221 of 250 (88.4%) spent"
+    assert [(row.score, row.cost, row.rank) for row in result.rows] == [(162, 10, 2), (2, 200, 1), (25, 1, 1)]
+
+
+GOOD = {"scores": {"a": 1.0, "b": 2.0}, "costs": {"a": 10, "b": 1}, "budget": 20, "rule": "uniform"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"min_rank": 2}, r"`budget` must cover rank 2 in all 2 modules \(at least 22\); got 20"),
+        ({"rule": "other"}, "`rule` must be one of fisher, fisherlora, spectral, energy, prior, uniform; got 'other'"),
+        ({"per": "layer"}, "`per` must be one of module, role"),
+        ({"costs": {"a": 1}}, r"`scores` and `costs` must have the same modules; they differ in \['b'\]"),
+        ({"costs": {"a": 1, "b": 0}}, "`costs` must be positive integers; got 0 for 'b'"),
+        ({"costs": {"a": 1, "b": 1.5}}, "`costs` must be positive integers"),
+        ({"budget": 20.5}, "`budget` must be an integer"),
+        ({"min_rank": 3, "max_rank": 2}, r"`min_rank` must be an integer in \[0, `max_rank`\]"),
+        ({"max_rank": {"a": 2, "b": 0}}, r"`min_rank` must be an integer in \[0, `max_rank`\]"),
+        ({"scores": {"a": -1.0, "b": 0}}, "`scores` must be finite and not negative; got -1.0 for 'a'"),
+        ({"scores": {"a": math.nan, "b": 0}}, "`scores` must be finite"),
+        ({"rule": "energy"}, "`scores` must be sequences of singular values"),
+        ({"rule": "energy", "scores": {"a": [1], "b": [math.inf]}}, "`scores` must be finite"),
+        ({"rule": "fisher"}, "needs `d_out`"),
+        ({"rule": "fisher", "d_out": {"a": 1, "b": 1}, "min_rank": 0}, "`min_rank` must be at least 1"),
+        ({"rule": "fisherlora", "max_rank": 4}, "The rule 'fisherlora' needs `roles`"),
+        ({"rule": "spectral", "roles": {"a": "query", "b": "value"}}, "needs `max_rank`"),
+        ({"rule": "spectral", "roles": {"a": "query", "b": None}, "max_rank": 4}, "needs query and value projections"),
+        ({"per": "role"}, "Ranks per role needs `roles`"),
+    ],
+)
+def test_bad_arguments_say_what_is_needed(changes, message):
+    with pytest.raises(AllocationError, match=message):
+        allocate(**GOOD | changes)
 
 
 @pytest.mark.parametrize(

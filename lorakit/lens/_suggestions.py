@@ -71,7 +71,7 @@ def within(modules: Sequence[AuditedModule], budget: int | str) -> dict[str, int
     amount, unit = read_budget(budget)
     size = {m.module_name: m.bytes_per_entry if unit == "bytes" else 1 for m in modules}
     costs = {m.module_name: size[m.module_name] * (m.d_out + m.d_in) for m in modules}
-    return allocate({m.module_name: m.singular_values for m in modules}, costs, amount)
+    return allocate({m.module_name: m.singular_values for m in modules}, costs, amount).ranks
 
 
 def _suggestion(
