@@ -5,9 +5,10 @@ Reference: "LoRA-Lens", section 4 (keep V, reduce Q: value projections lie in st
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig
 from peft.utils.peft_types import PeftType
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakit._registration import register_tuner
-from lorakit.errors import UnsupportedModelError
+from lorakit.allocation import Allocation, Per, Rule, allocate
+from lorakit.errors import AllocationError, UnsupportedModelError
 from lorakit.tuners._base import NamesItsInit, ResolvingLoraModel
 from lorakit.tuners.patterns import (
     alpha_of,
@@ -26,6 +28,9 @@ from lorakit.tuners.patterns import (
     warn_of_unmatched,
 )
 from lorakit.tuners.roles import role_of
+
+if TYPE_CHECKING:
+    from lorakit.fisher import FisherReport
 
 
 @dataclass
@@ -74,6 +79,90 @@ class FisherLoRAConfig(NamesItsInit, LoraConfig):
         ]
         if wrong:
             raise ValueError("FisherLoRA: " + " ".join(wrong))
+
+    @classmethod
+    def from_probe(
+        cls,
+        report: FisherReport,
+        *,
+        budget: float | None = None,
+        params: int | None = None,
+        rule: Rule = "fisher",
+        r: int = 16,
+        min_rank: int = 1,
+        max_rank: int | None = None,
+        per: Per = "module",
+        **settings: Any,
+    ) -> FisherLoRAConfig:
+        """A config for the modules of a `lorakit.fisher.probe` whose ranks a budget and a rule decide.
+
+        Args:
+            budget: a fraction in (0, 1] of the parameters of uniform rank `r` on the same modules; 0.625 if neither
+                this nor `params` is given.
+            params: the budget as a number of parameters.
+            rule, min_rank, per: see `lorakit.allocation.allocate`; "energy" needs a trained adapter's spectra, which a
+                probe has not.
+            r: the rank that `lora_alpha` refers to: its scaling, ``2`` if not given, is that of every module.
+            max_rank: None is `r` for "fisherlora", "spectral" and "uniform", and min(d_out, d_in) for the rest.
+            settings: other fields of the config, such as `task_type`.
+
+        Raises: AllocationError (a ValueError) for a budget below `min_rank` everywhere and what the rule cannot use;
+        ValueError for a budget or a rank that is none.
+        """
+        allocation = allocation_of(
+            report, budget=budget, params=params, rule=rule, r=r, min_rank=min_rank, max_rank=max_rank, per=per
+        )
+        ranks = allocation.ranks
+        implied = {name for name, rank in ranks.items() if rank == r}
+        fixed: dict[str, Any] = {"r_q": r, "r_v": r, "rank_pattern": compact_pattern(ranks, implied)}
+        taken = sorted({*fixed, "alpha_pattern"} & set(settings))
+        if taken:
+            raise ValueError(f"FisherLoRA: `from_probe` decides {taken} itself; leave them out.")
+        defaults: dict[str, Any] = {"lora_alpha": 2 * r, "target_modules": list(report.target_modules)}
+        return cls(r=r, **(defaults | settings | fixed))
+
+
+def allocation_of(
+    report: FisherReport,
+    *,
+    budget: float | None = None,
+    params: int | None = None,
+    rule: Rule = "fisher",
+    r: int = 16,
+    min_rank: int = 1,
+    max_rank: int | None = None,
+    per: Per = "module",
+) -> Allocation:
+    """The ranks that `FisherLoRAConfig.from_probe` takes, with their explanation; arguments and errors as there."""
+    if budget is not None and params is not None:
+        raise ValueError("Pass `budget`, a fraction, or `params`, a number of parameters, not both.")
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise ValueError(f"`r` must be a positive integer; got {r!r}.")
+    if rule == "energy":
+        raise AllocationError("The rule 'energy' needs the spectra of a trained adapter; a probe has none.")
+    costs = {row.module_name: row.d_out + row.d_in for row in report.modules}
+    if params is None:
+        budget = 0.625 if budget is None else budget
+        if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget <= 1:
+            raise ValueError(
+                f"`budget` must be a fraction in (0, 1] of uniform rank {r}; got {budget!r}. A number of parameters is "
+                f"`params`."
+            )
+        params = math.floor(budget * r * sum(costs.values()) + 1e-6)
+    whole = {row.module_name: min(row.d_out, row.d_in) for row in report.modules}
+    bound = r if max_rank is None and rule in ("fisherlora", "spectral", "uniform") else max_rank
+    bounds = whole if bound is None else {name: min(bound, largest) for name, largest in whole.items()}
+    return allocate(
+        {row.module_name: row.fisher for row in report.modules},
+        costs,
+        params,
+        rule=rule,
+        min_rank=min_rank,
+        max_rank=bounds,
+        per=per,
+        roles={row.module_name: row.role for row in report.modules},
+        d_out={row.module_name: row.d_out for row in report.modules},
+    )
 
 
 class FisherLoRAModel(ResolvingLoraModel):
