@@ -13,7 +13,7 @@ from lorakit import _registration
 from lorakit._version import __version__
 
 if TYPE_CHECKING:
-    from lorakit import adapters, allocation, calibration, errors, export, lens, spectral, surgery, tuners
+    from lorakit import adapters, allocation, calibration, errors, export, fisher, lens, spectral, surgery, tuners
     from lorakit.tuners.fisherlora import FisherLoRAConfig, FisherLoRAModel
     from lorakit.tuners.speclora import SpecLoRAConfig, SpecLoRAModel
 
@@ -28,6 +28,7 @@ __all__ = [
     "calibration",
     "errors",
     "export",
+    "fisher",
     "lens",
     "spectral",
     "surgery",
@@ -40,7 +41,18 @@ _ATTRIBUTES = {
     "SpecLoRAConfig": "lorakit.tuners.speclora",
     "SpecLoRAModel": "lorakit.tuners.speclora",
 }
-_MODULES = ("adapters", "allocation", "calibration", "errors", "export", "lens", "spectral", "surgery", "tuners")
+_MODULES = (
+    "adapters",
+    "allocation",
+    "calibration",
+    "errors",
+    "export",
+    "fisher",
+    "lens",
+    "spectral",
+    "surgery",
+    "tuners",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
@@ -85,11 +86,13 @@ def collect(
     loss_fn: LossFn | None = None,
     progress: bool = True,
     description: str = "calibration",
+    max_tokens: float | None = None,
 ) -> Collected:
     """Run up to `num_examples` examples of `loader` through `model` and collect each probe's statistic of each.
 
     `loader` yields mappings for ``model(**batch)`` with labels, or with `loss_fn` anything for which
     ``loss_fn(model, batch)`` returns the examples' losses (n,). Examples without a label are left out and counted.
+    With `max_tokens`, and without `loss_fn`, a batch of more tokens is run in parts, where it is one that can be cut.
 
     Among several processes a loader that is shared out (prepared by accelerate, or with torch's DistributedSampler) is
     run through in step, `num_examples` being those of all processes; each gets what one process would from the whole
@@ -110,20 +113,26 @@ def collect(
     scheme = _LossScheme(model)
     mixing = 0  # batches in a row whose examples could not be told apart
 
-    def step(batch: Any) -> int:
+    def run_part(part: Any, first: int) -> int:
         nonlocal mixing
+        n = _run(model, part, probes, tally, scheme, loss_fn, first, one_example=False) if mixing < 2 else None
+        mixing = 0 if n is not None else mixing + 1
+        if n is not None:
+            return n
+        examples = _examples_of(part)
+        for number, example in enumerate(examples, first):
+            if len(tally.used) >= num_examples:
+                break
+            _run(model, example, probes, tally, scheme, loss_fn, number, one_example=True)
+        return len(examples)
+
+    def step(batch: Any) -> int:
         if device is not None:
             batch = send_to_device(batch, device)
-        first = sum(tally.batch_sizes)
-        n = _run(model, batch, probes, tally, scheme, loss_fn, first, one_example=False) if mixing < 2 else None
-        mixing = 0 if n is not None else mixing + 1
-        if n is None:
-            examples = _examples_of(batch)
-            n = len(examples)
-            for number, example in enumerate(examples, first):
-                if len(tally.used) >= num_examples:
-                    break
-                _run(model, example, probes, tally, scheme, loss_fn, number, one_example=True)
+        first, n = sum(tally.batch_sizes), 0
+        for part in [batch] if max_tokens is None or loss_fn is not None else _parts(batch, max_tokens):
+            enough = n > 0 and len(tally.used) >= num_examples
+            n += _batch_size(part) if enough else run_part(part, first + n)
         tally.batch_sizes.append(n)
         if share is not None:
             share.check(tally.batch_sizes)
@@ -393,6 +402,25 @@ def _examples_of(batch: Any) -> list[Any]:
     return [pick(batch, i) for i in range(n)]
 
 
+def _parts(batch: Any, max_tokens: float) -> list[Any]:
+    """The batch in parts of about equal size and at most `max_tokens` tokens (or one example), in its order.
+
+    Only where it is a mapping of nothing but tensors (n,) and (n, length), so that what belongs to whom is certain. No
+    part has as many examples as tokens, so that these can be told apart.
+    """
+    values = list(batch.values()) if isinstance(batch, Mapping) else []
+    if not all(isinstance(v, Tensor) and 1 <= v.ndim <= 2 for v in values) or len({len(v) for v in values}) != 1:
+        return [batch]
+    n, length = len(values[0]), max((v.shape[1] for v in values if v.ndim == 2), default=1)
+    count = math.ceil(n / max(1, max_tokens // max(1, length)))
+    while 1 < length in (n // max(1, count), math.ceil(n / max(1, count))):
+        count += 1
+    if count <= 1:
+        return [batch]
+    split = {key: torch.tensor_split(value, count) for key, value in batch.items()}
+    return [{key: parts[i] for key, parts in split.items()} for i in range(count)]
+
+
 def _batch_size(batch: Any) -> int:
     values = list(batch.values()) if isinstance(batch, Mapping) else batch
     if isinstance(values, Tensor):
@@ -450,6 +478,17 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
             module.training = training
         for parameter, requires_grad in flags:
             parameter.requires_grad_(requires_grad)
+
+
+@contextlib.contextmanager
+def activated(adapter: PeftModel, adapter_name: str) -> Iterator[None]:
+    """Make the adapter take part in the forward pass, alone if it does not already."""
+    if adapter_name in adapter.active_adapters:
+        yield
+        return
+    with preserved_state(adapter):
+        adapter.set_adapter(adapter_name)
+        yield
 
 
 @contextlib.contextmanager

@@ -20,9 +20,9 @@ LAYERS = [
     {"tuners"},
     {"adapters"},
     {"calibration"},
-    {"surgery", "export"},
+    {"fisher", "surgery", "export"},
     {"lens"},
-    {"demo"},
+    {"demo", "probing"},
     {"cli"},
     {"__main__", "__init__"},
 ]

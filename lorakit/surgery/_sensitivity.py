@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from lorakit._distributed import is_sharded, unwrapped, whole
 from lorakit.adapters.live import LiveModule, live_modules, resolve_adapter_name
-from lorakit.calibration import Collected, LossFn, collect, preserved_state
+from lorakit.calibration import Collected, LossFn, activated, collect
 from lorakit.errors import CalibrationError, SurgeryError, UnsupportedModelError
 from lorakit.surgery._policies import AGGREGATES, Aggregate
 from lorakit.surgery._reports import SensitivityReport, SensitivityRow
@@ -138,7 +138,7 @@ def measure(
             stacklevel=3,
         )
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_activated(adapter, adapter_name))
+        stack.enter_context(activated(adapter, adapter_name))
         probes = [stack.enter_context(_standing_in(item)) for item in decomposed]
         collected = collect(
             adapter,
@@ -325,14 +325,3 @@ def _standing_in(item: Decomposed) -> Iterator[_Down]:
     finally:
         layer.lora_A[name] = down
         layer.lora_B[name] = up
-
-
-@contextlib.contextmanager
-def _activated(adapter: PeftModel, adapter_name: str) -> Iterator[None]:
-    """Make the adapter take part in the forward pass, alone if it does not already."""
-    if adapter_name in adapter.active_adapters:
-        yield
-        return
-    with preserved_state(adapter):
-        adapter.set_adapter(adapter_name)
-        yield
