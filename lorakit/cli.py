@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,6 +14,16 @@ from lorakit._version import __version__
 from lorakit.errors import LorakitError
 
 app = typer.Typer(name="lorakit", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+class RuleName(StrEnum):
+    """The rules that a probe can serve; "energy" needs a trained adapter's spectra."""
+
+    fisher = "fisher"
+    fisherlora = "fisherlora"
+    spectral = "spectral"
+    prior = "prior"
+    uniform = "uniform"
 
 
 def _print_version(wanted: bool) -> None:
@@ -94,6 +106,60 @@ def audit(
         print_report(report, Console())
     if report.has_errors:
         raise typer.Exit(1)
+
+
+@app.command()
+def probe(
+    model: Annotated[str, typer.Argument(help="A causal language model: a path or Hub id.")],
+    data: Annotated[
+        Path, typer.Argument(help="Examples: .jsonl with `text`, or `prompt` and `completion`; .txt by paragraphs.")
+    ],
+    target_modules: Annotated[
+        str | None, typer.Option(help="Names with commas between, or all-linear; default: query and value.")
+    ] = None,
+    num_examples: Annotated[int, typer.Option(min=1, help="Examples to use.")] = 16,
+    length: Annotated[int, typer.Option(min=2, help="Tokens after which an example is cut off.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples a batch; the result does not depend on it.")] = 8,
+    rule: Annotated[RuleName, typer.Option(help="How ranks follow from the measurements.")] = RuleName.fisher,
+    budget: Annotated[
+        float | None, typer.Option(help="Fraction of uniform rank's parameters; default 0.625.", show_default=False)
+    ] = None,
+    params: Annotated[int | None, typer.Option(min=1, help="The budget as a number of parameters instead.")] = None,
+    rank: Annotated[int, typer.Option(min=1, help="The uniform rank that the budget is a fraction of.")] = 16,
+    min_rank: Annotated[int, typer.Option(min=1, help="The smallest rank of a module.")] = 1,
+    max_rank: Annotated[int | None, typer.Option(min=1, help="The largest rank of a module.")] = None,
+    per_role: Annotated[bool, typer.Option("--per-role", help="One rank for all modules of a role.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the temporary adapter.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write adapter_config.json into this directory.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print report and ranks as JSON on stdout.")] = False,
+) -> None:
+    """Measure the Fisher information of a model's modules, and give them ranks under a budget."""
+    if budget is not None and params is not None:
+        raise typer.BadParameter(
+            "give a fraction or a number of parameters, not both.", param_hint="--budget, --params"
+        )
+    if budget is not None and not 0 < budget <= 1:
+        raise typer.BadParameter("must be a fraction in (0, 1].", param_hint="--budget")
+    from lorakit.probing import run_probe
+
+    results, explanation = run_probe(
+        model,
+        data,
+        target_modules=target_modules,
+        num_examples=num_examples,
+        length=length,
+        batch_size=batch_size,
+        seed=seed,
+        out=out,
+        budget=budget,
+        params=params,
+        rule=rule.value,
+        r=rank,
+        min_rank=min_rank,
+        max_rank=max_rank,
+        per="role" if per_role else "module",
+    )
+    sys.stdout.write((json.dumps(results, allow_nan=False) if as_json else explanation) + "\n")
 
 
 def main() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
 import pytest
+from peft import PeftConfig, get_peft_model
 
 import lorakit
 
@@ -46,3 +48,85 @@ def test_the_command_starts_without_torch(run_python):
         print(sorted({"torch", "peft", "transformers"} & set(sys.modules)))
     """
     assert run_python(code).stdout.strip() == "[]"
+
+
+@pytest.fixture
+def base_model(tmp_path, tiny_llama):
+    """A tiny Llama on disk, with a tokenizer of its own."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["[UNK]", "[PAD]", *(f"w{i}" for i in range(62))]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    path = tmp_path / "base"
+    tiny_llama().save_pretrained(path)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(path)
+    return path
+
+
+def test_probe_writes_a_config_that_peft_takes(base_model, tmp_path, tiny_llama):
+    data = tmp_path / "data.jsonl"
+    rows = [{"text": f"w{i} w{i + 1} w{2 * i} w3"} for i in range(3)] + [{"prompt": "w1 w2", "completion": "w5 w6 w7"}]
+    data.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    out = tmp_path / "out"
+    done = run("probe", str(base_model), str(data), "--rank", "8", "--budget", "0.5", "--out", str(out), "--json")
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    assert results["report"]["num_examples"] == 4
+    model = get_peft_model(tiny_llama(), PeftConfig.from_pretrained(str(out)))
+    ranks = {row["module_name"]: row["rank"] for row in results["allocation"]["rows"]}
+    found = {name: layer.r["default"] for name, layer in model.get_base_model().named_modules() if hasattr(layer, "r")}
+    assert found == ranks
+    assert results["allocation"]["budget"] == 0.5 * 8 * sum(row["cost"] for row in results["allocation"]["rows"])
+
+
+def test_probe_prints_a_table_of_text_s_paragraphs(base_model, tmp_path):
+    data = tmp_path / "data.txt"
+    data.write_text("w1 w2 w3\n\nw4 w5\nw6\n\n\n\nw7 w8 w9 w1\n")
+    done = run(
+        "probe",
+        str(base_model),
+        str(data),
+        "--target-modules",
+        "q_proj, o_proj",
+        "--rule",
+        "uniform",
+        "--params",
+        "900",
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split()[:5] == ["module", "role", "score", "cost", "rank"]
+    assert [line.split()[0].rpartition(".")[2] for line in lines[1:5]] == ["q_proj", "o_proj"] * 2
+    assert [line.split()[4] for line in lines[1:5]] == ["3"] * 4
+    assert "768 of 900" in done.stdout
+    assert "3 examples" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "arguments", "message"),
+    [
+        ("a.jsonl", '{"words": "w1"}', (), "line 1 must be an object with the string `text`"),
+        ("a.jsonl", "w1 w2", (), "line 1 is no JSON"),
+        ("a.txt", "\n\n", (), "has no example"),
+        ("a.csv", "w1", (), "must be a .jsonl or a .txt file"),
+        ("a.txt", "w1 w2 w3", ("--params", "10"), "`budget` must cover rank 1 in all 4 modules"),
+    ],
+)
+def test_probe_says_what_is_wrong_with_its_input(base_model, tmp_path, name, text, arguments, message):
+    data = tmp_path / name
+    data.write_text(text)
+    done = run("probe", str(base_model), str(data), "--out", str(tmp_path / "out"), *arguments)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [("--budget", "2"), ("--budget", "0.5", "--params", "9"), ("--rule", "energy")])
+def test_probe_used_wrongly_is_exit_code_2(tmp_path, arguments):
+    done = run("probe", str(tmp_path), str(tmp_path / "a.txt"), *arguments)
+    assert (done.returncode, done.stdout) == (2, "")

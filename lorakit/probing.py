@@ -1,0 +1,124 @@
+"""The command ``lorakit probe``: a model and a file of examples → the modules' Fisher information, and ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lorakit import fisher
+from lorakit.adapters.files import replaced_directory
+from lorakit.calibration import IGNORED_LABEL
+from lorakit.errors import CalibrationError
+from lorakit.tuners.fisherlora import FisherLoRAConfig, allocation_of
+
+Batch = dict[str, Tensor]
+
+
+def run_probe(
+    model_name: str,
+    data: Path,
+    *,
+    target_modules: str | None,
+    num_examples: int,
+    length: int,
+    batch_size: int,
+    seed: int,
+    out: Path | None,
+    **allocation_settings: Any,
+) -> tuple[dict[str, Any], str]:
+    """The results as plain data, and a text for people; with `out`, ``adapter_config.json`` is written there.
+
+    Raises: OSError for files that cannot be read, ValueError subclasses for unfit data, targets or budgets.
+    """
+    pieces = read_examples(data, 4 * num_examples)  # some may have no label
+    tokenizer = AutoTokenizer.from_pretrained(model_name)
+    batches = make_batches(tokenizer, pieces, length, batch_size)
+    model = AutoModelForCausalLM.from_pretrained(model_name, dtype="auto")
+    targets: str | list[str] | None = target_modules
+    if target_modules is not None and target_modules != "all-linear":
+        targets = [name.strip() for name in target_modules.split(",") if name.strip()]
+    report = fisher.probe(model, batches, target_modules=targets, num_examples=num_examples, seed=seed)
+    allocation = allocation_of(report, **allocation_settings)
+    if out is not None:
+        config = FisherLoRAConfig.from_probe(
+            report, **allocation_settings, task_type="CAUSAL_LM", base_model_name_or_path=model_name
+        )
+        with replaced_directory(out) as directory:
+            config.save_pretrained(str(directory))
+    ratio = report.vq_ratio
+    lines = [allocation.explain(), f"score: mean squared gradient of lora_B's entries, {report.num_examples} examples"]
+    if ratio is not None:
+        error = "" if ratio.stderr is None else f" ± {ratio.stderr:.2g}"
+        lines.append(f"V/Q ratio: {ratio.fisher:.3g}{error}")
+    if report.num_without_labels:
+        lines.append(f"left out, having no label: {report.num_without_labels}")
+    if out is not None:
+        lines.append(f"written: {out / 'adapter_config.json'}")
+    return {"report": report.to_dict(), "allocation": allocation.to_dict()}, "\n".join(lines)
+
+
+def read_examples(path: Path, at_most: int) -> list[tuple[str, str]]:
+    """The first examples of a file, each a prompt (may be empty) and the text that is learned.
+
+    ``.jsonl``: an object a line, with `text`, or with `prompt` and `completion`. ``.txt``: paragraphs, with blank lines
+    between.
+    Raises: OSError, and CalibrationError for another suffix, a line that is none of these, or no example at all.
+    """
+    found: list[tuple[str, str]] = []
+    if path.suffix == ".txt":
+        paragraphs = path.read_text(encoding="utf-8").split("\n\n")
+        found = [("", paragraph.strip()) for paragraph in paragraphs if paragraph.strip()][:at_most]
+    elif path.suffix == ".jsonl":
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    found.append(_example(line, f"{path}, line {number}"))
+                if len(found) == at_most:
+                    break
+    else:
+        raise CalibrationError(f"The examples must be a .jsonl or a .txt file; got {str(path)!r}.")
+    if not found:
+        raise CalibrationError(f"{str(path)!r} has no example.")
+    return found
+
+
+def _example(line: str, place: str) -> tuple[str, str]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise CalibrationError(f"{place} is no JSON: {error}.") from error
+    for keys in (("text",), ("prompt", "completion")):
+        if isinstance(row, dict) and all(isinstance(row.get(key), str) for key in keys):
+            return ("", row["text"]) if keys == ("text",) else (row["prompt"], row["completion"])
+    got = f"the keys {sorted(row)}" if isinstance(row, dict) else type(row).__name__
+    raise CalibrationError(
+        f"{place} must be an object with the string `text`, or `prompt` and `completion`; got {got}."
+    )
+
+
+def make_batches(tokenizer: Any, examples: Sequence[tuple[str, str]], length: int, batch_size: int) -> list[Batch]:
+    """Examples as batches padded on the right, cut off at `length` tokens; labels are what follows the prompt."""
+    encoded = []
+    for prompt, text in examples:
+        before = tokenizer(prompt)["input_ids"] if prompt else []
+        ids = (before + tokenizer(text, add_special_tokens=not prompt)["input_ids"])[:length]
+        encoded.append((ids, [IGNORED_LABEL] * len(before[:length]) + ids[len(before) :]))
+    batches = []
+    for start in range(0, len(encoded), batch_size):
+        part = encoded[start : start + batch_size]
+        width = max(len(ids) for ids, _ in part)
+        rows = [(ids, labels, width - len(ids)) for ids, labels in part]
+        batches.append(
+            {
+                "input_ids": torch.tensor([ids + [0] * pad for ids, _, pad in rows], dtype=torch.long),
+                "attention_mask": torch.tensor([[1] * len(ids) + [0] * pad for ids, _, pad in rows]),
+                "labels": torch.tensor([labels + [IGNORED_LABEL] * pad for _, labels, pad in rows]),
+            }
+        )
+    return batches
