@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from lorakit._distributed import unwrapped, whole
 from lorakit.adapters.live import LiveModule, live_modules, read_weight, resolve_adapter_name
 from lorakit.calibration import LossFn, activated, collect, preserved_rng, preserved_state
 from lorakit.errors import CalibrationError, UnsupportedModelError
@@ -231,7 +232,7 @@ def probe(
         progress: show a progress bar on stderr.
 
     Each example's gradients belong to its own mean loss, whatever the batch size, the order and the padding. On the CPU
-    large batches are run in parts.
+    large batches are run in parts. Several processes: see `lorakit.calibration.collect`.
 
     Raises: ValueError or TypeError subclasses of lorakit's where the model, the modules or the data are unfit; what the
     loader, the model and `loss_fn` raise passes through. Either way the model, its flags, its adapters and the random
@@ -243,6 +244,7 @@ def probe(
         raise ValueError(f"`factors` must be among {', '.join(FACTORS)}; got {list(factors)!r}.")
     if isinstance(train_steps, bool) or not isinstance(train_steps, int) or train_steps < 1:
         raise ValueError(f"`train_steps` must be a positive integer; got {train_steps!r}.")
+    model = unwrapped(model)
     temporary = not isinstance(model, PeftModel)
     if not temporary and train_loader is not None:
         raise ValueError(
@@ -258,7 +260,7 @@ def probe(
                 _train(model, modules, train_loader, loss_fn, train_steps, learning_rate, progress)
         else:
             adapter_name = resolve_adapter_name(cast(PeftModel, model), adapter_name)
-            modules, unprobed = _select(cast(PeftModel, model), adapter_name, target_modules)
+            modules, unprobed = _select(cast(PeftModel, model), adapter_name, target_modules, wanted)
             stack.enter_context(activated(cast(PeftModel, model), adapter_name))
         targets = _target_names(model, [module.name for module in modules])
         taps = [stack.enter_context(_tapped(module, wanted)) for module in modules]
@@ -303,7 +305,7 @@ class _Tap(nn.Module):
         bias = getattr(up, "bias", None)
         if bias is not None and bias.is_meta:
             raise UnsupportedModelError(f"{module.name!r} has an offloaded `lora_bias`, which the probe does not read.")
-        self.bias = None if bias is None else bias.detach()
+        self.bias = None if bias is None else whole(bias.detach())
         self.scaling = module.scaling
         self.d_in = int(cast(Any, module.down).weight.shape[1])
         self.factors = factors
@@ -503,7 +505,7 @@ def _over_and_over(loader: Iterable[Any]) -> Iterator[Any]:
 
 
 def _select(
-    model: PeftModel, adapter_name: str, target_modules: str | Sequence[str] | None
+    model: PeftModel, adapter_name: str, target_modules: str | Sequence[str] | None, factors: set[str]
 ) -> tuple[list[LiveModule], list[str]]:
     """The adapter's linear modules that are meant, and the names of those meant that are none."""
     available = live_modules(model, adapter_name)
@@ -525,6 +527,11 @@ def _select(
             raise UnsupportedModelError(
                 f"Adapters {layer.merged_adapters} are merged into {module.name!r}, so that its lora_B takes no "
                 f"part in the forward pass. Call unmerge_adapter() first."
+            )
+        if "weight" in factors and module.scaling == 0:
+            raise UnsupportedModelError(
+                f"The adapter of {module.name!r} is scaled to 0, so that nothing reaches its output's gradient; leave "
+                f"'weight' out of `factors`, or set the scale back."
             )
         if layer.disable_adapters:
             raise UnsupportedModelError(f"The adapters of {module.name!r} are disabled; enable them first.")

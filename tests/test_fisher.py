@@ -234,6 +234,51 @@ def test_a_module_used_twice_adds_its_gradients_before_they_are_squared(randomiz
             assert found.fisher == pytest.approx(float(expected.mean()), rel=1e-6)
 
 
+def test_a_loss_function_and_gradient_checkpointing(tiny_llama, randomize):
+    adapted = adapt(tiny_llama(torch.float64), ["q_proj", "v_proj"], randomize)
+    examples = text_examples(lengths=(6,) * 4)
+    expected = [row.fisher for row in probe(adapted, padded(examples, 2), progress=False).modules]
+
+    def loss_fn(model, batch):
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        labels = batch["labels"][:, 1:]
+        losses = nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels, reduction="none")
+        return 3 * losses.sum(1) / (labels != -100).sum(1)
+
+    tripled = probe(adapted, padded(examples, 4), loss_fn=loss_fn, progress=False)
+    assert [row.fisher for row in tripled.modules] == pytest.approx([9 * value for value in expected], rel=1e-5)
+    adapted.train()
+    adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in adapted.get_base_model().model.layers:  # which it leaves to training mode otherwise
+        layer.train()
+        layer.eval = lambda layer=layer: layer
+    again = probe(adapted, padded(examples, 2), factors=["weight"], progress=False)
+    assert [row.fisher for row in again.modules] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_model_that_mixes_the_examples_is_run_one_at_a_time(tiny_llama, randomize, monkeypatch):
+    """Activations (examples · tokens, d) do not say whose each token is."""
+    examples = text_examples(lengths=(6,) * 3)
+    adapted = adapt(tiny_llama(torch.float64), ["q_proj", "down_proj"], randomize)
+    expected = [row.fisher for row in probe(adapted, padded(examples, 3), progress=False).modules]
+    for layer in adapted.get_base_model().model.layers:
+        mlp = layer.mlp
+        monkeypatch.setattr(mlp, "forward", lambda x, f=mlp.forward: f(x.flatten(0, 1)).view_as(x))
+    report = probe(adapted, padded(examples, 3), progress=False)
+    assert [row.fisher for row in report.modules] == pytest.approx(expected, rel=1e-6)
+
+
+def test_bfloat16_is_near_the_same_weights_in_float32(tiny_llama):
+    examples = text_examples()
+    low = tiny_llama(torch.bfloat16)
+    high = copy.deepcopy(low).float()
+    reports = [
+        probe(model, padded(examples, 5), target_modules=["v_proj", "o_proj"], progress=False) for model in (low, high)
+    ]
+    for a, b in zip(*(report.modules for report in reports), strict=True):
+        assert a.fisher == pytest.approx(b.fisher, rel=0.1)
+
+
 def snapshot(model):
     return {
         "tree": [(name, id(module), type(module)) for name, module in model.named_modules()],

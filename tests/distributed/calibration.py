@@ -23,6 +23,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 
 from lorakit.calibration import collect
 from lorakit.errors import CalibrationError
+from lorakit.fisher import probe
 from lorakit.surgery import SensitivityReport, SurgeryReport, reweight, sensitivity
 
 TOLERANCE = 1e-5
@@ -360,6 +361,23 @@ def one_process_alone() -> None:
         assert report.num_examples == 6
 
 
+def the_fisher_probe(engine: str) -> None:
+    """Of an adapter and, where processes hold all of it, of a base model."""
+    everyone = [(model(), sharded() if engine == "fsdp2" else DistributedDataParallel(model()))]
+    if engine == "ddp":
+        everyone.append((model().unload(), DistributedDataParallel(model().unload().requires_grad_(True))))
+    for one, wrapped in everyone:
+        expected = probe(one, plain(7, 3), target_modules=["q_proj", "v_proj"], factors=["weight"], progress=False)
+        loader = prepared(7, 2)
+        report = probe(wrapped, loader, target_modules=["q_proj", "v_proj"], factors=["weight"], progress=False)
+        assert (report.num_examples, report.num_without_labels) == (expected.num_examples, expected.num_without_labels)
+        for row, wanted in zip(report.modules, expected.modules, strict=True):
+            assert row.module_name == wanted.module_name
+            assert row.fisher == pytest.approx(wanted.fisher, rel=1e-5)
+            assert row.stderr == pytest.approx(wanted.stderr, rel=1e-5)
+            assert row.weight.fisher == pytest.approx(wanted.weight.fisher, rel=1e-5)
+
+
 CHECKS: dict[str, Callable[[], None]] = {
     **{f"loader-{kind}": functools.partial(every_loader, kind) for kind in LOADERS},
     "no-repeats": no_repeats,
@@ -369,6 +387,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "accelerate": surgery_by_accelerate,
     **{f"fsdp2-{tuner}": functools.partial(surgery_under_fsdp2, tuner) for tuner in CONFIGS},
     "fsdp2-accelerate": surgery_under_accelerate_s_fsdp2,
+    **{f"fisher-{engine}": functools.partial(the_fisher_probe, engine) for engine in ("ddp", "fsdp2")},
     "failing-process": a_failing_process,
     "no-data": a_loader_that_no_process_can_use,
     "unclear-loaders": unclear_loaders,

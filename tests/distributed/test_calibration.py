@@ -36,6 +36,11 @@ def test_surgery_under_fsdp2(outcome, check):
     assert outcome(check) == ["ok", "ok"]
 
 
+@pytest.mark.parametrize("check", ["fisher-ddp", "fisher-fsdp2"])
+def test_the_fisher_probe(outcome, check):
+    assert outcome(check) == ["ok", "ok"]
+
+
 def test_where_one_process_fails_all_do(outcome):
     assert outcome("failing-process") == ["ok", "ok"]
 

@@ -1,0 +1,142 @@
+"""What the Fisher probe costs against one backward pass per example.
+
+    python benchmarks/fisher_probe.py [--model llama|smollm2] [--lengths 16,48,128,256] [--threads 1] [--json]
+
+`llama` has SmolLM2-135M's widths and vocabulary with random weights and few layers; `smollm2` is the demo's model. Both
+carry a LoRA of rank 16 at initialization. The reference runs each example by itself, forward and backward, with
+gradients of the lora_B alone, and squares them. Correctness comes first: both must give the same F to 1e-5. Then, after
+a warm-up, the two alternate; medians with minimum and maximum, of wall time and of the process's CPU time (user and
+system), which other work on the machine disturbs less. The probe is timed whole, from the call to the report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lorakit.fisher import probe
+
+Batch = dict[str, Tensor]
+
+
+def make_model(name: str, layers: int, targets: str | list[str]) -> PeftModel:
+    torch.manual_seed(0)
+    if name == "smollm2":
+        from lorakit.demo import load_model
+
+        base = load_model(None)[0]
+    else:
+        base = LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=576,
+                intermediate_size=1536,
+                num_hidden_layers=layers,
+                num_attention_heads=9,
+                num_key_value_heads=3,
+                vocab_size=49152,
+                tie_word_embeddings=True,
+            )
+        )
+    return get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules=targets)).eval()
+
+
+def one_backward_each(model: PeftModel, batch: Batch) -> list[float]:
+    """Mean F of each lora_B, from the gradient of each example's own loss."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    weights = []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_B" in name)
+        if "lora_B" in name:
+            weights.append(parameter)
+    sums = [torch.zeros_like(weight) for weight in weights]
+    examples = len(batch["input_ids"])
+    for i in range(examples):
+        loss = model(**{key: value[i : i + 1] for key, value in batch.items()}, use_cache=False).loss
+        for total, gradient in zip(sums, torch.autograd.grad(loss, weights), strict=True):
+            total += gradient**2
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+    return [float(total.mean()) / examples for total in sums]
+
+
+def timed(run: Callable[[], object]) -> tuple[float, float]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", choices=["llama", "smollm2"], default="llama")
+    parser.add_argument("--layers", type=int, default=6, help="of llama")
+    parser.add_argument("--targets", default="q_proj,v_proj", help="or all-linear")
+    parser.add_argument("--examples", type=int, default=16)
+    parser.add_argument("--lengths", default="16,48,128,256")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model = make_model(
+        options.model, options.layers, options.targets if "linear" in options.targets else options.targets.split(",")
+    )
+    results = []
+    for length in map(int, options.lengths.split(",")):
+        generator = torch.Generator().manual_seed(length)
+        ids = torch.randint(0, 49152, (options.examples, length), generator=generator)
+        batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+        runs: dict[str, Callable[[], list[float]]] = {
+            "one backward each": lambda batch=batch: one_backward_each(model, batch),
+            "probe": lambda batch=batch: [
+                row.fisher for row in probe(model, [batch], num_examples=options.examples, progress=False).modules
+            ],
+        }
+        each, probed = (run() for run in runs.values())
+        worst = max(abs(a - b) / a for a, b in zip(each, probed, strict=True))
+        if worst > 1e-5:
+            raise SystemExit(f"The probe deviates from one backward per example by {worst:.1e} at {length} tokens.")
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+        for _ in range(options.repeats):
+            for name, run in runs.items():
+                times[name].append(timed(run))
+        row: dict[str, object] = {"length": length, "worst_deviation": worst}
+        for i, kind in enumerate(("wall", "cpu")):
+            values = {name: [pair[i] for pair in pairs] for name, pairs in times.items()}
+            ratios = [a / b for a, b in zip(*values.values(), strict=True)]
+            row[kind] = {
+                "seconds": {name: [statistics.median(v), min(v), max(v)] for name, v in values.items()},
+                "speed_up": [statistics.median(ratios), min(ratios), max(ratios)],
+            }
+        results.append(row)
+        if not options.json:
+            print_row(row, options)
+    if options.json:
+        print(json.dumps(results))
+
+
+def print_row(row: dict[str, object], options: argparse.Namespace) -> None:
+    what = options.model if options.model == "smollm2" else f"{options.layers} layers of SmolLM2's widths"
+    print(
+        f"{what}, {options.targets}, {options.examples} × {row['length']} tokens, torch {torch.__version__}, "
+        f"torch.set_num_threads({options.threads}), {options.repeats} repeats, "
+        f"largest deviation {row['worst_deviation']:.0e}"
+    )
+    for kind in ("wall", "cpu"):
+        table = row[kind]
+        seconds = "; ".join(
+            f"{name} {m:.2f} s ({low:.2f}–{high:.2f})" for name, (m, low, high) in table["seconds"].items()
+        )
+        median, low, high = table["speed_up"]
+        print(f"  {kind}: {seconds}; speed-up {median:.2f}x ({low:.2f}–{high:.2f})", flush=True)
+
+
+if __name__ == "__main__":
+    main()
