@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from lorakit._distributed import unwrapped, whole
 from lorakit.adapters.live import LiveModule, live_modules, read_weight, resolve_adapter_name
 from lorakit.calibration import LossFn, activated, collect, preserved_rng, preserved_state
-from lorakit.errors import CalibrationError, UnsupportedModelError
+from lorakit.errors import CalibrationError, MissingExtraError, UnsupportedModelError
 from lorakit.tuners.fisherlora import default_targets
 from lorakit.tuners.roles import ROLES, Role, layer_of, role_of
 
@@ -43,13 +43,10 @@ CPU_TOKENS = 192
 
 
 @dataclass(frozen=True)
-class FisherStatistic:
-    """Mean squared gradient of an entry: `fisher` over entries and examples, `stderr` of that over the examples.
+class Estimate:
+    """A mean over examples, or what follows from such means, and its standard error; None for a single example."""
 
-    `stderr` is None for a single example.
-    """
-
-    fisher: float
+    value: float
     stderr: float | None
 
 
@@ -58,7 +55,7 @@ class FisherRow:
     """One module. `fisher` is the mean of F over the d_out · rank entries of its lora_B; `params` are its adapter's
     parameters, rank · (d_in + d_out).
 
-    `factor_a` (the entries of lora_A) and `weight` (those of the dense weight) are None unless asked for.
+    `factor_a` and `weight` are the same for the entries of lora_A and of the dense weight, None unless asked for.
     """
 
     module_name: str
@@ -71,8 +68,8 @@ class FisherRow:
     params: int
     fisher: float
     stderr: float | None
-    factor_a: FisherStatistic | None
-    weight: FisherStatistic | None
+    factor_a: Estimate | None
+    weight: Estimate | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +127,7 @@ class FisherReport:
         return tuple(self._group([row for row in self.modules if row.layer == i], None, i) for i in present)
 
     @property
-    def vq_ratio(self) -> FisherStatistic | None:
+    def vq_ratio(self) -> Estimate | None:
         """Mean F over the value projections' lora_B entries over that of the query projections, with its standard error
         (first order, examples paired); None where one of them is missing or the queries' is 0."""
         value, query = (
@@ -139,7 +136,7 @@ class FisherReport:
         if value is None or query is None or not query.any():
             return None
         ratio = float(value.mean() / query.mean())
-        return FisherStatistic(ratio, _stderr((value - ratio * query) / query.mean()))
+        return Estimate(ratio, _stderr((value - ratio * query) / query.mean()))
 
     def _per_example(self, rows: Sequence[FisherRow]) -> Tensor | None:
         """For each example, the mean squared gradient over all the rows' lora_B entries."""
@@ -165,7 +162,7 @@ class FisherReport:
             "seed": self.seed,
             "target_modules": list(self.target_modules),
             "unprobed": list(self.unprobed),
-            "vq_ratio": None if ratio is None else {"value": ratio.fisher, "stderr": ratio.stderr},
+            "vq_ratio": None if ratio is None else {"value": ratio.value, "stderr": ratio.stderr},
             "roles": [{k: v for k, v in vars(group).items() if k != "layer"} for group in self.roles],
             "layers": [{k: v for k, v in vars(group).items() if k != "role"} for group in self.layers],
             "modules": [_plain(row) for row in self.modules],
@@ -174,12 +171,12 @@ class FisherReport:
     def plot(self) -> Figure:
         """F by layer, one line a role, with standard errors, on a logarithmic axis.
 
-        Raises: ImportError where matplotlib, lorakit's extra `plots`, is not installed.
+        Raises: MissingExtraError (an ImportError) where matplotlib, lorakit's extra `plots`, is not installed.
         """
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise ImportError("Plots need matplotlib: `pip install 'lorakit[plots]'`.") from error
+            raise MissingExtraError("Plots need matplotlib: `pip install 'lorakit[plots]'`.") from error
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.subplots()
         for role in dict.fromkeys(row.role for row in self.modules):
@@ -191,7 +188,7 @@ class FisherReport:
         ratio = self.vq_ratio
         title = f"Fisher information of lora_B, {self.num_examples} examples"
         axes.set(xlabel="layer", ylabel="mean squared gradient of an entry")
-        axes.set_title(title if ratio is None else f"{title}; V/Q = {ratio.fisher:.3g}")
+        axes.set_title(title if ratio is None else f"{title}; V/Q = {ratio.value:.3g}")
         axes.legend()
         return figure
 
@@ -558,10 +555,10 @@ def _row(module: LiveModule, tap: _Tap, statistic: Tensor) -> tuple[FisherRow, M
     widths = [1, *([1] if "A" in tap.factors else []), *([d_out, tap.d_in] if "weight" in tap.factors else [])]
     parts = list(torch.split(squares, widths, dim=1))
     per_example = parts.pop(0).squeeze(1)
-    a = _statistic(parts.pop(0).squeeze(1)) if "A" in tap.factors else None
+    a = _estimate(parts.pop(0).squeeze(1)) if "A" in tap.factors else None
     rows, columns = parts if parts else (None, None)
-    weight = None if rows is None else _statistic(rows.sum(1) / (d_out * tap.d_in))
-    found = _statistic(per_example)
+    weight = None if rows is None else _estimate(rows.sum(1) / (d_out * tap.d_in))
+    found = _estimate(per_example)
     row = FisherRow(
         module_name=module.name,
         role=role_of(module.name),
@@ -571,7 +568,7 @@ def _row(module: LiveModule, tap: _Tap, statistic: Tensor) -> tuple[FisherRow, M
         rank=rank,
         scaling=module.scaling,
         params=rank * (d_out + tap.d_in),
-        fisher=found.fisher,
+        fisher=found.value,
         stderr=found.stderr,
         factor_a=a,
         weight=weight,
@@ -580,8 +577,8 @@ def _row(module: LiveModule, tap: _Tap, statistic: Tensor) -> tuple[FisherRow, M
     return row, Moments(per_example, mean_rows, mean_columns)
 
 
-def _statistic(per_example: Tensor) -> FisherStatistic:
-    return FisherStatistic(float(per_example.mean()), _stderr(per_example))
+def _estimate(per_example: Tensor) -> Estimate:
+    return Estimate(float(per_example.mean()), _stderr(per_example))
 
 
 def _stderr(per_example: Tensor) -> float | None:
@@ -590,4 +587,4 @@ def _stderr(per_example: Tensor) -> float | None:
 
 
 def _plain(row: FisherRow) -> dict[str, Any]:
-    return {key: vars(value) if isinstance(value, FisherStatistic) else value for key, value in vars(row).items()}
+    return {key: vars(value) if isinstance(value, Estimate) else value for key, value in vars(row).items()}

@@ -55,7 +55,7 @@ def run_probe(
     lines = [allocation.explain(), f"score: mean squared gradient of lora_B's entries, {report.num_examples} examples"]
     if ratio is not None:
         error = "" if ratio.stderr is None else f" ± {ratio.stderr:.2g}"
-        lines.append(f"V/Q ratio: {ratio.fisher:.3g}{error}")
+        lines.append(f"V/Q ratio: {ratio.value:.3g}{error}")
     if report.num_without_labels:
         lines.append(f"left out, having no label: {report.num_without_labels}")
     if out is not None:

@@ -121,8 +121,8 @@ def test_it_is_one_backward_per_example(kind, tiny_llama, tiny_gpt2, randomize):
             torch.testing.assert_close(moments.per_example, B.mean((1, 2)), rtol=1e-6, atol=0)
             assert row.fisher == pytest.approx(float(B.mean()), rel=1e-6)
             assert row.stderr == pytest.approx(float(B.mean((1, 2)).std() / math.sqrt(5)), rel=1e-6)
-            assert row.factor_a.fisher == pytest.approx(float(A.mean()), rel=1e-6)
-            assert row.weight.fisher == pytest.approx(float(W.mean()), rel=1e-6)
+            assert row.factor_a.value == pytest.approx(float(A.mean()), rel=1e-6)
+            assert row.weight.value == pytest.approx(float(W.mean()), rel=1e-6)
             torch.testing.assert_close(moments.weight_rows, W.mean(0).sum(1), rtol=1e-5, atol=1e-15)
             torch.testing.assert_close(moments.weight_columns, W.mean(0).sum(0), rtol=1e-5, atol=1e-15)
             assert (row.d_out, row.d_in) == tuple(W.shape[1:])
@@ -199,7 +199,7 @@ def test_the_ratio_of_values_to_queries_by_hand(tiny_llama, randomize):
     ratio = v.mean() / q.mean()
     covariance = np.cov(v, q) / len(v)
     gradient = np.array([1 / q.mean(), -v.mean() / q.mean() ** 2])
-    assert report.vq_ratio.fisher == pytest.approx(ratio, rel=1e-6)
+    assert report.vq_ratio.value == pytest.approx(ratio, rel=1e-6)
     assert report.vq_ratio.stderr == pytest.approx(math.sqrt(gradient @ covariance @ gradient), rel=1e-6)
     by_role = {group.role: group for group in report.roles}
     assert by_role["value"].fisher == pytest.approx(v.mean(), rel=1e-6)
@@ -229,9 +229,9 @@ def test_a_module_used_twice_adds_its_gradients_before_they_are_squared(randomiz
     examples = text_examples(lengths=(6,) * 4)
     report = probe(adapted, padded(examples, 2), factors=["A", "weight"], progress=False)
     for row in report.modules:
-        for kind, found in (("lora_B", row), ("lora_A", row.factor_a), ("weight", row.weight)):
+        for kind, found in (("lora_B", row.fisher), ("lora_A", row.factor_a.value), ("weight", row.weight.value)):
             expected = one_backward_each(adapted, examples, [row.module_name], kind)[row.module_name]
-            assert found.fisher == pytest.approx(float(expected.mean()), rel=1e-6)
+            assert found == pytest.approx(float(expected.mean()), rel=1e-6)
 
 
 def test_a_loss_function_and_gradient_checkpointing(tiny_llama, randomize):
@@ -372,7 +372,7 @@ def test_the_probe_after_some_training(tiny_llama):
     ]
     assert runs[0].to_dict() == runs[1].to_dict()
     assert runs[0].train_steps == 7
-    assert all(row.factor_a.fisher > 0 for row in runs[0].modules)
+    assert all(row.factor_a.value > 0 for row in runs[0].modules)
     assert runs[0].modules[0].fisher != pytest.approx(start.modules[0].fisher, rel=1e-3)
     with pytest.raises(CalibrationError, match="`train_loader` yielded no batch"):
         probe(model, batches, train_loader=[], progress=False)
@@ -384,7 +384,7 @@ def test_the_report_is_plain_data_and_can_be_drawn(tiny_llama):
     report = probe(tiny_llama(), padded(text_examples(), 5), target_modules="all-linear", progress=False)
     plain = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert {"module_name", "role", "layer", "rank", "params", "fisher", "stderr"} <= set(plain["modules"][0])
-    assert plain["vq_ratio"]["value"] == report.vq_ratio.fisher
+    assert plain["vq_ratio"]["value"] == report.vq_ratio.value
     assert [group["role"] for group in plain["roles"]] == ["query", "key", "value", "output", "gate", "up", "down"]
     assert [group["layer"] for group in plain["layers"]] == [0, 1]
     axes = report.plot().axes[0]
