@@ -23,12 +23,14 @@ V = TypeVar("V")
 def targeted_modules(tuner: BaseTuner, config: LoraConfig, model: nn.Module) -> dict[str, nn.Module]:
     """The modules of `model` that PEFT will adapt under `config`, by name; PEFT's own rules decide.
 
-    `config.target_modules` must be set; its "all-linear" is expanded in place, as PEFT does a moment later.
+    `config.target_modules` must be set. It is left as it is: PEFT treats tied weights by what was asked for, before it
+    expands "all-linear".
     Raises: UnsupportedModelError (a ValueError) for modules that PEFT forbids to LoRA in this model (Mamba's).
     """
     from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
     from peft.utils.peft_types import PeftType
 
+    config = copy.copy(config)
     _maybe_include_all_linear_layers(config, model)
     adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
     modules = {
@@ -36,11 +38,10 @@ def targeted_modules(tuner: BaseTuner, config: LoraConfig, model: nn.Module) -> 
         for name, module in model.named_modules()
         if name and not name.startswith(adapted) and tuner._check_target_module_exists(config, name)
     }
-    plain = copy.copy(config)
-    plain.peft_type = PeftType.LORA  # PEFT's check goes by the type
+    config.peft_type = PeftType.LORA  # PEFT's check goes by the type
     for name in modules:
         try:
-            tuner._check_target_module_compatiblity(plain, model, name.rpartition(".")[2])
+            tuner._check_target_module_compatiblity(config, model, name.rpartition(".")[2])
         except ValueError as error:
             method = type(tuner).__name__.removesuffix("Model")
             raise UnsupportedModelError(f"{method} does not support {name!r}, as LoRA does not: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -407,3 +408,14 @@ def test_a_combination_that_fails_half_way_leaves_nothing():
     assert list(model.peft_config) == ["default", "b"]
     assert model.state_dict().keys() == keys
     assert model.active_adapters == ["default"]
+
+
+def test_all_linear_leaves_tied_weights_to_peft(tiny_llama):
+    """PEFT ties by the names that were given; "all-linear" names neither of the two."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for cls in (LoraConfig, FisherLoRAConfig):
+            config = cls(target_modules="all-linear", ensure_weight_tying=True)
+            model = get_peft_model(tiny_llama(tie_word_embeddings=True), config)
+            assert type(model.get_base_model().model.embed_tokens) is nn.Embedding
+            assert type(model.get_base_model().lm_head) is nn.Linear
