@@ -392,6 +392,8 @@ class SpecLoRAParamWrapper(_MaskMerged, ParamWrapper):
         return self._oriented(self.get_param())
 
     def _oriented(self: Any, weight: Tensor) -> Tensor:
+        if weight.dim() < self.get_param().dim():
+            return weight.unsqueeze(0)  # PEFT's update of a single expert has no dimension of experts
         return weight.transpose(-2, -1) if weight.dim() == 3 and not self._did_swap_in_out_features else weight
 
     def weight_is_readable(self: Any) -> bool:

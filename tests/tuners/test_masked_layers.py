@@ -23,10 +23,10 @@ K = 3
 class Experts(nn.Module):
     """Two bare parameters, of which one stacks experts; `is_transposed` says (experts, d_in, d_out) to PEFT."""
 
-    def __init__(self, is_transposed: bool) -> None:
+    def __init__(self, is_transposed: bool, number: int = 2) -> None:
         super().__init__()
         self.is_transposed = is_transposed
-        self.up = nn.Parameter(torch.randn(2, 6, 9) if is_transposed else torch.randn(2, 9, 6))
+        self.up = nn.Parameter(torch.randn(number, 6, 9) if is_transposed else torch.randn(number, 9, 6))
         self.down = nn.Parameter(torch.randn(5, 9))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,6 +54,7 @@ LAYERS = {
     "MultiheadAttention": lambda: nn.MultiheadAttention(8, 2, batch_first=True),
     "experts": lambda: Experts(False),
     "transposed experts": lambda: Experts(True),
+    "one of the experts": lambda: Experts(False, 1),
 }
 LINEAR = ("Linear", "Embedding", "ScaledEmbedding", "Conv1d", "Conv2d", "Conv2d 1x1", "Conv3d")
 
