@@ -116,6 +116,11 @@ class ResolvingLoraModel(LoraModel):
         """
         if adapter_name in self.peft_config:
             return
+        if len(adapters) != len(weights):
+            raise ValueError(
+                f"{self.tuner_name}: `weights` must have one entry for each of the {len(adapters)} adapters; got "
+                f"{len(weights)}."
+            )
         kind = "linear" if len(adapters) == 1 else combination_type
         self.combination = Combination(self.tuner_name, adapters, kind)
         try:

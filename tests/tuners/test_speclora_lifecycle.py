@@ -360,6 +360,19 @@ def test_adapters_that_have_no_combination_are_refused_and_nothing_is_left(other
     assert list(model.peft_config) == ["default", "other"]
 
 
+@pytest.mark.parametrize("cls", [SpecLoRAConfig, FisherLoRAConfig])
+def test_a_combination_needs_a_weight_for_each_adapter(cls):
+    model = get_peft_model(net(), cls(r=2, target_modules=["lin"]))
+    model.add_adapter("other", cls(r=2, target_modules=["lin"]))
+    keys = list(model.state_dict())
+    with pytest.raises(
+        ValueError, match=f"^{cls.__name__.removesuffix('Config')}: `weights` must .* 2 adapters; got 1"
+    ):
+        model.add_weighted_adapter(["default", "other"], [1.0], "both", combination_type="linear")
+    assert list(model.state_dict()) == keys
+    assert list(model.peft_config) == ["default", "other"]
+
+
 def test_modules_to_save_biases_and_patterns(tmp_path):
     model = spec(
         net(),
