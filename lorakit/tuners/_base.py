@@ -76,7 +76,7 @@ class ResolvingLoraModel(LoraModel):
             self.combination.complete(original, model)
         before = [(module, dict(module._modules)) for module in model.modules()]
         config = copy.deepcopy(original)
-        self.resolve(config, model)
+        self.resolve(config, self._prepared(config, model))
         if not self.completes_configs or vars(config) == vars(original):
             config = original
         kept = original if original.inference_mode else config
@@ -96,6 +96,16 @@ class ResolvingLoraModel(LoraModel):
             self.peft_config[adapter_name] = original
             _restore(before, adapter_name)
             raise
+
+    def _prepared(self, config: Any, model: nn.Module) -> nn.Module:
+        """The model whose modules PEFT will adapt: `model`, or with `layer_replication` what that makes of a copy of it
+        that has its tensors."""
+        if not config.layer_replication:
+            return model
+        tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        copied = copy.deepcopy(model, tensors)
+        self._prepare_model(config, copied)
+        return copied
 
     def add_weighted_adapter(
         self,

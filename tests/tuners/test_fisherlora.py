@@ -68,6 +68,15 @@ def test_query_and_value_are_found_by_role(config, model, settings, query, value
     assert f"trainable params: {expected:,} ||" in printed.getvalue()
 
 
+def test_replicated_layers_have_the_ranks_of_their_own_names(tiny_llama):
+    pattern = {r"layers\.0\..*q_proj": 7, r"layers\.3\..*v_proj": 5}
+    config = FisherLoRAConfig(r=8, r_q=2, rank_pattern=pattern, layer_replication=[[0, 2], [0, 2]])
+    layers = lora_layers(get_peft_model(tiny_llama(), config))
+    ranks = {name.removeprefix("model.layers."): layer.r["default"] for name, layer in layers.items()}
+    assert [ranks[f"{i}.self_attn.q_proj"] for i in range(4)] == [7, 2, 2, 2]
+    assert [ranks[f"{i}.self_attn.v_proj"] for i in range(4)] == [8, 8, 8, 5]
+
+
 def test_fused_attention_is_refused_by_default_and_accepted_when_asked_for(tiny_gpt2):
     with pytest.raises(ValueError, match=r"'transformer.h.0.attn.c_attn' .*target_modules=\['c_attn'\]"):
         get_peft_model(tiny_gpt2(), FisherLoRAConfig())
