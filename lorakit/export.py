@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
+from peft.tuners.lora.variants import MontecloraLinearVariant
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 from torch.nn import functional as F
@@ -148,8 +149,9 @@ def _check_mask(module: LiveModule) -> None:
         reason = "is an attention layer, where PEFT's plain LoRA adds the output projection's update twice"
     elif getattr(base, "padding_mode", "zeros") != "zeros" or any(step != 1 for step in getattr(base, "dilation", ())):
         reason = "pads or dilates as PEFT's plain LoRA of a convolution does not"
-    elif isinstance(variant, MaskInMerge):
-        reason = f"uses {type(variant).__bases__[1].__name__}, whose factors take no ranks more"
+    elif isinstance(variant, MaskInMerge | MontecloraLinearVariant):
+        name = type(variant).__name__.replace("Masked", "")
+        reason = f"uses {name.removesuffix('LinearVariant')}, whose tensors take no ranks more"
     if reason is not None:
         raise ExportError(
             f"{module.name!r} {reason}, so that SpecLoRA's mask cannot be written; use merge_and_unload()."

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import KasaConfig
+from peft.tuners.lora import KasaConfig, MontecloraConfig
 from safetensors.torch import load_file
 
 import lorakit.adapters.files as files
@@ -369,7 +369,8 @@ def test_embeddings_and_convolutions(config, randomize, tmp_path):
         (lambda: torch.nn.MultiheadAttention(8, 2), {}, "'0' is an attention layer"),
         (lambda: torch.nn.Conv1d(6, 6, 3, dilation=2), {}, "'0' pads or dilates"),
         (lambda: torch.nn.Conv1d(6, 6, 3, padding_mode="circular"), {}, "'0' pads or dilates"),
-        (lambda: torch.nn.Linear(6, 8), {"kasa_config": KasaConfig()}, "'0' uses KasaLinearVariant"),
+        (lambda: torch.nn.Linear(6, 8), {"kasa_config": KasaConfig()}, "'0' uses Kasa, whose"),
+        (lambda: torch.nn.Linear(6, 8), {"monteclora_config": MontecloraConfig()}, "'0' uses Monteclora, whose"),
         (lambda: torch.nn.Linear(6, 8), {"init_lora_weights": "olora"}, "'olora', which changed the base weights"),
     ],
 )
