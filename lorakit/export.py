@@ -77,6 +77,12 @@ def to_lora(
     tensors: dict[str, Tensor] = get_peft_model_state_dict(adapter, adapter_name=adapter_name)
     for key in [key for key in tensors if ".lora_spec." in key]:
         del tensors[key]
+    for module in modules:
+        if module.layer.merged and f"base_model.model.{module.name}.base_layer.weight" in tensors:
+            raise ExportError(
+                f"{module.name!r} is an adapted embedding, whose base weight PEFT writes beside the adapter, and "
+                f"{module.layer.merged_adapters} are merged into it; call unmerge_adapter() first."
+            )
 
     common = _common_scaling(modules)
     exported, discarded, energy = [], 0.0, 0.0

@@ -197,6 +197,20 @@ def test_a_merged_or_scaled_adapter_exports_what_it_does(tiny_llama, randomize, 
     assert relative(plain(input_ids=token_ids).logits, expected) <= 1e-5
 
 
+@pytest.mark.parametrize("config", [SpecLoRAConfig, FisherLoRAConfig])
+def test_an_embedding_s_base_weight_is_not_written_merged(config, tiny_llama, randomize, token_ids, tmp_path):
+    model = randomize(get_peft_model(tiny_llama(), config(r=3, target_modules=["embed_tokens"], **TASK))).eval()
+    expected = model(input_ids=token_ids).logits
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="'model.embed_tokens' is an adapted embedding, .* call unmerge_adapter"):
+        to_lora(model, tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
+    model.unmerge_adapter()
+    to_lora(model, tmp_path / "plain")
+    plain = PeftModel.from_pretrained(tiny_llama(), tmp_path / "plain").eval()
+    assert relative(plain(input_ids=token_ids).logits, expected) <= 1e-5
+
+
 def test_the_model_and_one_of_several_adapters(tiny_llama, randomize, token_ids, tmp_path):
     model = get_peft_model(tiny_llama(), CONFIGS["fisherlora"]())
     model.add_adapter("b", FisherLoRAConfig(r=3, r_q=1, **TASK))
