@@ -42,8 +42,11 @@ class ResolvingLoraModel(LoraModel):
     tuner_name: str
     combination: Combination | None = None  # while add_weighted_adapter makes one
 
-    def resolve(self, config: Any, model: nn.Module) -> None:
-        """Complete `config`, a copy, for `model`; raise where they do not fit. Nothing has been changed yet."""
+    def resolve(self, config: Any, model: nn.Module, state_dict: dict[str, Tensor] | None) -> None:
+        """Complete `config`, a copy, for `model`; raise where they do not fit. Nothing has been changed yet.
+
+        A `state_dict` says which modules are adapted, where there is one.
+        """
         raise NotImplementedError
 
     def complete(self, model: nn.Module, adapter_name: str) -> None:
@@ -76,7 +79,7 @@ class ResolvingLoraModel(LoraModel):
             self.combination.complete(original, model)
         before = [(module, dict(module._modules)) for module in model.modules()]
         config = copy.deepcopy(original)
-        self.resolve(config, self._prepared(config, model))
+        self.resolve(config, self._prepared(config, model), state_dict)
         if not self.completes_configs or vars(config) == vars(original):
             config = original
         kept = original if original.inference_mode else config

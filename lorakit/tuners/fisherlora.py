@@ -176,7 +176,7 @@ class FisherLoRAModel(ResolvingLoraModel):
             warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
             super().inject_adapter(*args, **kwargs)
 
-    def resolve(self, config: Any, model: nn.Module) -> None:
+    def resolve(self, config: Any, model: nn.Module, state_dict: dict[str, Tensor] | None) -> None:
         if config.peft_type != PeftType.FISHERLORA:
             return
         if config.target_modules is None:
@@ -185,7 +185,8 @@ class FisherLoRAModel(ResolvingLoraModel):
             except UnsupportedModelError:
                 if not config.target_parameters:
                     raise
-        names: list[str] = [] if config.target_modules is None else list(targeted_modules(self, config, model))
+        modules = {} if config.target_modules is None else targeted_modules(self, config, model, state_dict)
+        names = list(modules)
         names += targeted_parameters(config, model)
         given_ranks, given_alphas = dict(config.rank_pattern or {}), dict(config.alpha_pattern or {})
         if self.combination is not None:

@@ -15,16 +15,18 @@ from lorakit.errors import UnsupportedModelError
 if TYPE_CHECKING:
     from peft import LoraConfig
     from peft.tuners.tuners_utils import BaseTuner
-    from torch import nn
+    from torch import Tensor, nn
 
 V = TypeVar("V")
 
 
-def targeted_modules(tuner: BaseTuner, config: LoraConfig, model: nn.Module) -> dict[str, nn.Module]:
+def targeted_modules(
+    tuner: BaseTuner, config: LoraConfig, model: nn.Module, state_dict: Mapping[str, Tensor] | None = None
+) -> dict[str, nn.Module]:
     """The modules of `model` that PEFT will adapt under `config`, by name; PEFT's own rules decide.
 
     `config.target_modules` must be set. It is left as it is: PEFT treats tied weights by what was asked for, before it
-    expands "all-linear".
+    expands "all-linear". With a `state_dict` the modules are those that it has entries of, whatever the config says.
     Raises: UnsupportedModelError (a ValueError) for modules that PEFT forbids to LoRA in this model (Mamba's).
     """
     from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
@@ -33,10 +35,13 @@ def targeted_modules(tuner: BaseTuner, config: LoraConfig, model: nn.Module) -> 
     config = copy.copy(config)
     _maybe_include_all_linear_layers(config, model)
     adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    given = {key.rsplit(f".{tuner.prefix}", 1)[0].removeprefix("_orig_mod.") for key in state_dict or ()}
     modules = {
         name: module
         for name, module in model.named_modules()
-        if name and not name.startswith(adapted) and tuner._check_target_module_exists(config, name)
+        if name
+        and not name.startswith(adapted)
+        and (tuner._check_target_module_exists(config, name) if state_dict is None else name in given)
     }
     config.peft_type = PeftType.LORA  # PEFT's check goes by the type
     for name in modules:

@@ -25,7 +25,7 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils import merge_utils
 from peft.utils.peft_types import PeftType
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lorakit._registration import register_tuner
@@ -130,11 +130,11 @@ class SpecLoRAModel(ResolvingLoraModel):
     tuner_name = "SpecLoRA"
     completes_configs = False  # PEFT fills in the default target modules itself, in the config that it was given
 
-    def resolve(self, config: Any, model: nn.Module) -> None:
+    def resolve(self, config: Any, model: nn.Module, state_dict: dict[str, Tensor] | None) -> None:
         if config.peft_type != PeftType.SPECLORA:
             return
         self._prepare_adapter_config(config, self.get_model_config(model))
-        modules = targeted_modules(self, config, model) if config.target_modules is not None else {}
+        modules = {} if config.target_modules is None else targeted_modules(self, config, model, state_dict)
         _check_targets(modules, config)
         names = [*modules, *targeted_parameters(config, model)]
         warn_of_unmatched("SpecLoRA", "k_pattern", config.k_pattern, names)

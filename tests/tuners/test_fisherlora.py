@@ -13,8 +13,9 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 from lorakit import FisherLoRAConfig
@@ -75,6 +76,17 @@ def test_replicated_layers_have_the_ranks_of_their_own_names(tiny_llama):
     ranks = {name.removeprefix("model.layers."): layer.r["default"] for name, layer in layers.items()}
     assert [ranks[f"{i}.self_attn.q_proj"] for i in range(4)] == [7, 2, 2, 2]
     assert [ranks[f"{i}.self_attn.v_proj"] for i in range(4)] == [8, 8, 8, 5]
+
+
+def test_modules_found_by_a_state_dict_have_the_ranks_of_their_roles(tiny_llama, randomize, token_ids):
+    config = FisherLoRAConfig(r=8, r_q=2, target_modules=["q_proj", "v_proj"])
+    model = randomize(inject_adapter_in_model(config, tiny_llama(), "a"))
+    entries = get_peft_model_state_dict(model, adapter_name="a")
+    config = FisherLoRAConfig(r=8, r_q=2, target_modules=["o_proj"])
+    with pytest.warns(RuntimeWarning, match="additional target modules"):
+        other = inject_adapter_in_model(config, tiny_llama(), "b", state_dict=entries)
+    set_peft_model_state_dict(other, entries, adapter_name="b")
+    assert torch.equal(other(input_ids=token_ids).logits, model(input_ids=token_ids).logits)
 
 
 def test_fused_attention_is_refused_by_default_and_accepted_when_asked_for(tiny_gpt2):
