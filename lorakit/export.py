@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from lorakit.adapters.files import replaced_directory, write_adapter
 from lorakit.adapters.live import LiveModule, live_modules, resolve_adapter_name
 from lorakit.adapters.record import edits_of, write_record
-from lorakit.adapters.settings import CHANGES_BASE
 from lorakit.errors import ExportError
 from lorakit.spectral import LowRank
+from lorakit.tuners import CHANGES_BASE
 from lorakit.tuners._masked_layers import SpecLoRAOutProjection
 from lorakit.tuners._masked_variants import MaskInMerge
 from lorakit.tuners.patterns import compact_pattern

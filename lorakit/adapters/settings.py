@@ -10,11 +10,10 @@ from typing import Any
 
 from lorakit.adapters.keys import parse_key
 from lorakit.errors import AdapterFileError, UnsupportedModelError
+from lorakit.tuners import CHANGES_BASE
 from lorakit.tuners.patterns import lookup, unmatched
 
 SUPPORTED_TYPES = ("LORA", "SPECLORA", "FISHERLORA", "ADALORA")
-# Inits that change the base weight: the factors are an update of the changed weight, not of the original.
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Variants under which B A is not the update, nor a part of it that means something alone.
 _REFUSED = ("use_qalora", "use_bdlora", "kasa_config", "arrow_config", "monteclora_config")
 

@@ -9,6 +9,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from lorakit.tuners import CHANGES_BASE
 from lorakit.tuners._combination import Combination
 
 _FSDP1 = "._fsdp_wrapped_module"
@@ -41,6 +42,7 @@ class ResolvingLoraModel(LoraModel):
     completes_configs = True
     tuner_name: str
     combination: Combination | None = None  # while add_weighted_adapter makes one
+    weights_before: dict[nn.Module, tuple[nn.Parameter, Tensor]] | None = None  # while an initialization changes them
 
     def resolve(self, config: Any, model: nn.Module, state_dict: dict[str, Tensor] | None) -> None:
         """Complete `config`, a copy, for `model`; raise where they do not fit. Nothing has been changed yet.
@@ -84,6 +86,7 @@ class ResolvingLoraModel(LoraModel):
             config = original
         kept = original if original.inference_mode else config
         self.peft_config[adapter_name] = config
+        self.weights_before = {} if _changes_base(config) else None
         try:
             super().inject_adapter(
                 model,
@@ -98,7 +101,22 @@ class ResolvingLoraModel(LoraModel):
         except BaseException:
             self.peft_config[adapter_name] = original
             _restore(before, adapter_name)
+            for module, (parameter, values) in (self.weights_before or {}).items():
+                parameter.data = values.to(parameter.device)
+                module.weight = parameter
             raise
+        finally:
+            self.weights_before = None
+
+    def _create_and_replace(
+        self, lora_config: Any, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any
+    ) -> None:
+        base: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if self.weights_before is not None and isinstance(getattr(base, "weight", None), nn.Parameter):
+            # not on the device, whose memory may be just enough for the model
+            values = base.weight.detach().to("cpu", copy=True)
+            self.weights_before.setdefault(base, (base.weight, values))
+        super()._create_and_replace(lora_config, adapter_name, target, *args, **kwargs)
 
     def _prepared(self, config: Any, model: nn.Module) -> nn.Module:
         """The model whose modules PEFT will adapt: `model`, or with `layer_replication` what that makes of a copy of it
@@ -194,3 +212,9 @@ def _restore(before: list[tuple[nn.Module, dict[str, nn.Module | None]]], adapte
                     del container[adapter_name]
         module._modules.clear()
         module._modules.update(children)
+
+
+def _changes_base(config: Any) -> bool:
+    init = config.init_lora_weights
+    by_init = isinstance(init, str) and init.lower().startswith(CHANGES_BASE)
+    return by_init or getattr(config, "kasa_config", None) is not None

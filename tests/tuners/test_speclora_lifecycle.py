@@ -228,6 +228,24 @@ def test_every_initialization(init, tmp_path):
         torch.testing.assert_close(loaded(IDS), model(IDS), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
+        *([{"kasa_config": lora.KasaConfig()}] if hasattr(lora, "KasaConfig") else []),  # since PEFT 0.21
+    ],
+)
+@pytest.mark.parametrize("cls", [SpecLoRAConfig, FisherLoRAConfig])
+def test_a_failed_injection_leaves_the_base_weights_as_they_were(cls, options):
+    base = nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6))
+    before = copy.deepcopy(base.state_dict())
+    with pytest.raises(ValueError, match="LayerNorm"):
+        get_peft_model(base, cls(r=2, target_modules=["0", "1"], **options))
+    assert base.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+
+
 @pytest.mark.parametrize("cls", [SpecLoRAConfig, FisherLoRAConfig])
 def test_an_adapter_of_a_changed_weight_is_saved_as_one_of_the_original_or_refused(cls, tmp_path):
     settings = {"r": 2, "target_modules": ["q_proj", "v_proj"]} | ({"k": K} if cls is SpecLoRAConfig else {"r_q": 1})
