@@ -16,7 +16,7 @@ from peft.utils.other import transpose
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorakit.tuners._masked_variants import MaskInForward, masked_variant
+from lorakit.tuners._masked_variants import MaskInDora, MaskInForward, masked_variant
 
 Mode = Literal["hadamard", "hadamard_bottom", "svd", "svd_bottom"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -258,19 +258,33 @@ class SpecLoRALayer:
         if self.disable_adapters or self.merged:
             return result
         if adapter_names is not None:
-            for name in self._masked(dict.fromkeys(adapter_names)):
+            for name in dict.fromkeys(adapter_names):
+                if not self.masks_due([name]):
+                    continue
                 rows = [i for i, other in enumerate(adapter_names) if other == name]
-                result[rows] = self._add_mask_term(name, x[rows], result[rows])
+                result[rows] = self.add_mask_term(name, x[rows], result[rows])
             return result
-        for name in self._masked(self.active_adapters):
-            result = self._add_mask_term(name, x, result)
+        for name in self.masks_due(self.active_adapters):
+            result = self.add_mask_term(name, x, result)
         return result
 
-    def _masked(self: Any, names: Any) -> list[str]:
-        """Those whose term is still to be added: some LoRA variants' forward has it in it."""
-        return [n for n in names if n in self.lora_spec and not isinstance(self.lora_variant.get(n), MaskInForward)]
+    def masks_due(self: Any, names: list[str], before: str | None = None) -> list[str]:
+        """Those of the adapters `names` whose mask's term is to be added before the adapter `before`, or in the end.
 
-    def _add_mask_term(self: Any, adapter_name: str, x: Tensor, result: Tensor) -> Tensor:
+        Some LoRA variants' forward has it in it; and DoRA's scales all that the adapters before it have added.
+        """
+        due: list[str] = []
+        for name in names:
+            variant = self.lora_variant.get(name)
+            if name == before:
+                break
+            if isinstance(variant, MaskInDora):
+                due = []
+            elif name in self.lora_spec and not isinstance(variant, MaskInForward):
+                due.append(name)
+        return due
+
+    def add_mask_term(self: Any, adapter_name: str, x: Tensor, result: Tensor) -> Tensor:
         mask = self.lora_spec[adapter_name]
         block = self.block_of(adapter_name)
         channels = 1 - block.dim()  # -1, or before the spatial dimensions of a convolution

@@ -113,6 +113,15 @@ class MaskInForward(LoraVariant):
         return super().forward(seen, active_adapter=active_adapter, x=x, result=result, **kwargs)
 
 
+class MaskInDora(MaskInForward):
+    """DoRA, which scales what the adapters before it have added to the result: their masks' terms must be in it."""
+
+    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        for name in module.masks_due(module.active_adapters, before=active_adapter):
+            result = module.add_mask_term(name, x, result)
+        return super().forward(module, active_adapter, x, result, **kwargs)
+
+
 class MaskInMerge(LoraVariant):
     """A variant that merges an update of its own making: the mask's is added beside it."""
 
@@ -131,23 +140,23 @@ class MaskInMerge(LoraVariant):
         return unmerged
 
 
-class MaskedDoraLinear(MaskInForward, variants.DoraLinearVariant):
+class MaskedDoraLinear(MaskInDora, variants.DoraLinearVariant):
     pass
 
 
-class MaskedDoraEmbedding(MaskInForward, variants.DoraEmbeddingVariant):
+class MaskedDoraEmbedding(MaskInDora, variants.DoraEmbeddingVariant):
     pass
 
 
-class MaskedDoraConv1d(MaskInForward, variants.DoraConv1dVariant):
+class MaskedDoraConv1d(MaskInDora, variants.DoraConv1dVariant):
     pass
 
 
-class MaskedDoraConv2d(MaskInForward, variants.DoraConv2dVariant):
+class MaskedDoraConv2d(MaskInDora, variants.DoraConv2dVariant):
     pass
 
 
-class MaskedDoraConv3d(MaskInForward, variants.DoraConv3dVariant):
+class MaskedDoraConv3d(MaskInDora, variants.DoraConv3dVariant):
     pass
 
 

@@ -321,7 +321,7 @@ def test_a_convolution_s_mask_pads_and_dilates_as_the_layer_does():
     layer, x = spec_layers(model)[0], torch.randn(2, 5, 9, dtype=torch.float64)
     with torch.no_grad():
         d_minus_1 = layer.lora_spec["default"].weight.normal_()
-        term = layer._add_mask_term("default", x, torch.zeros(2, 6, 9, dtype=torch.float64))
+        term = layer.add_mask_term("default", x, torch.zeros(2, 6, 9, dtype=torch.float64))
         base.weight.copy_(masked(base.weight, 1 + d_minus_1, "hadamard") - base.weight)
         base.bias.zero_()
         torch.testing.assert_close(term, base(x), rtol=1e-12, atol=1e-12)

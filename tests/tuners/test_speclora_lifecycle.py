@@ -117,6 +117,23 @@ def test_dora_normalizes_the_masked_weight_with_the_low_rank_update():
         torch.testing.assert_close(model(IDS), without, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("target", ["emb", "lin", "conv2"])
+@pytest.mark.parametrize("dora", [("b",), ("a", "c"), ("b", "c"), ("c",)])
+def test_dora_beside_other_adapters_computes_what_merging_them_in_turn_writes(dora, target):
+    model = spec(net(), [target], use_dora="a" in dora)
+    for name in "bc":
+        model.add_adapter(
+            name, SpecLoRAConfig(r=2, k=2, mode="hadamard_bottom", target_modules=[target], use_dora=name in dora)
+        )
+        model.set_adapter(name)
+    model.base_model.set_adapter(["default", "b", "c"])
+    fill(model)
+    with torch.no_grad():
+        expected = model(IDS)
+        model.merge_adapter()
+        torch.testing.assert_close(model(IDS), expected, rtol=1e-9, atol=1e-9)
+
+
 def test_dora_starts_as_the_base_and_trains_everything(tmp_path):
     base = net()
     expected = base(IDS).detach()
