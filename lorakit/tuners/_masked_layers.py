@@ -44,13 +44,19 @@ class SpectralMask(nn.Module):
         self.weight = nn.Parameter(torch.zeros(*experts, k))
         self.register_buffer("block", None, persistent=False)
 
-    def forward(self, projected: Tensor, factor: float, spatial: int = 0) -> Tensor:
-        """(d − 1) ⊙ `projected` along its channels, times `factor`: (…, k, *spatial), k last where `spatial` is 0.
+    def forward(self, result: Tensor, projected: Tensor, factor: float, row: int, channels: int = -1) -> Tensor:
+        """`result` with (d − 1) ⊙ `projected`, times `factor`, added in place to its channels from `row` on.
 
-        A call, so that accelerate's hooks bring an offloaded d in.
+        `channels` is their dimension in both, of which `projected` has k. A call of the module, so that accelerate's
+        hooks bring an offloaded d in.
         """
         weight = self.weight if isinstance(factor, float) and factor == 1.0 else self.weight * factor
-        return projected * weight.reshape(-1, *[1] * spatial)
+        weight = weight.reshape(-1, *[1] * (-1 - channels))
+        if is_plain_training():
+            added: Tensor = AddTerm.apply(result, projected, weight, row, channels)  # type: ignore[no-untyped-call]
+            return added
+        result.narrow(channels, row, self.k).add_(projected * weight)
+        return result
 
     def region(self, d_out: int, d_in: int) -> tuple[int, int, int]:
         """First row, first column and number of columns of what d rescales."""
@@ -62,6 +68,62 @@ class SpectralMask(nn.Module):
 
     def extra_repr(self) -> str:
         return f"k={self.k}, mode={self.mode}"
+
+
+class TapInput(torch.autograd.Function):
+    """x itself, for the rest of the layer, and P x: what flows back from P x is added to a few columns of the rest's.
+
+    Autograd by itself would pad it with zeros to the whole width, and then add two tensors of that width. What comes
+    back from the rest is a sum that autograd has just made, of the base layer's part and A's: nobody else has it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: Tensor, column: int) -> tuple[Tensor, Tensor]:
+        projected = F.linear(x.narrow(-1, column, block.shape[1]).to(block.dtype), block)
+        ctx.save_for_backward(block.to(projected.dtype))  # which autocast chooses
+        ctx.column = column
+        return x.view_as(x), projected
+
+    @staticmethod
+    def backward(ctx: Any, from_rest: Tensor, from_projected: Tensor) -> tuple[Tensor, None, None]:
+        (block,) = ctx.saved_tensors
+        gradient = (
+            from_rest.clone() if torch.is_grad_enabled() else from_rest
+        )  # recorded itself, for a second derivative
+        gradient.narrow(-1, ctx.column, block.shape[1]).add_(from_projected @ block)
+        return gradient, None, None
+
+
+class AddTerm(torch.autograd.Function):
+    """`result` with `projected` ⊙ `weight` added in place to some of its channels.
+
+    Autograd by itself would copy the gradient of the whole result, as for any change of a view.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, projected: Tensor, weight: Tensor, row: int, channels: int) -> Tensor:
+        result.narrow(channels, row, weight.shape[0]).add_(projected * weight)
+        ctx.mark_dirty(result)
+        ctx.save_for_backward(projected, weight)
+        ctx.row, ctx.channels = row, channels
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        projected, weight = ctx.saved_tensors
+        dtype = torch.promote_types(projected.dtype, weight.dtype)
+        rows = gradient.narrow(ctx.channels, ctx.row, weight.shape[0]).to(dtype)
+        of_weight = (rows * projected).sum_to_size(weight.shape)
+        return gradient, (rows * weight).to(projected.dtype), of_weight, None, None
+
+
+def is_plain_training() -> bool:
+    """Whether autograd records eagerly: neither does a compiler trace, nor does `torch.func` transform."""
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 class SpecLoRALayer:
@@ -254,6 +316,7 @@ class SpecLoRALayer:
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter_names = kwargs.get("adapter_names")
+        x, projected = self._tap(x)
         result: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
         if self.disable_adapters or self.merged:
             return result
@@ -265,8 +328,21 @@ class SpecLoRALayer:
                 result[rows] = self.add_mask_term(name, x[rows], result[rows])
             return result
         for name in self.masks_due(self.active_adapters):
-            result = self.add_mask_term(name, x, result)
+            result = self.add_mask_term(name, x, result, projected.get(name))
         return result
+
+    def _tap(self: Any, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """In training of a linear layer, P x for each mask, and x as the rest is to see it, for cheaper gradients."""
+        projected: dict[str, Tensor] = {}
+        if not x.requires_grad or self.disable_adapters or self.merged or self.lora_variant or not is_plain_training():
+            return x, projected
+        for name in self.active_adapters:
+            if name in self.lora_spec:
+                block = self.block_of(name)
+                if block.dim() == 2:
+                    column = self.lora_spec[name].region(self.out_features, self.in_features)[1]
+                    x, projected[name] = TapInput.apply(x, block, column)  # type: ignore[no-untyped-call]
+        return x, projected
 
     def masks_due(self: Any, names: list[str], before: str | None = None) -> list[str]:
         """Those of the adapters `names` whose mask's term is to be added before the adapter `before`, or in the end.
@@ -284,14 +360,15 @@ class SpecLoRALayer:
                 due.append(name)
         return due
 
-    def add_mask_term(self: Any, adapter_name: str, x: Tensor, result: Tensor) -> Tensor:
-        mask = self.lora_spec[adapter_name]
-        block = self.block_of(adapter_name)
-        channels = 1 - block.dim()  # -1, or before the spatial dimensions of a convolution
+    def add_mask_term(self: Any, name: str, x: Tensor, result: Tensor, projected: Tensor | None = None) -> Tensor:
+        """Add the mask's term to `result`, in place; `projected` is P x where that is known."""
+        mask, block = self.lora_spec[name], self.block_of(name)
         row = mask.region(self.out_features, self.in_features)[0]
-        term = mask(self.project(adapter_name, x, block), self.mask_factor(adapter_name), block.dim() - 2)
-        result.narrow(channels, row, mask.k).add_(term)
-        return result
+        channels = 1 - block.dim()  # -1, or before the spatial dimensions of a convolution
+        if projected is None:
+            projected = self.project(name, x, block)
+        added: Tensor = mask(result, projected, self.mask_factor(name), row, channels)
+        return added
 
     def project(self: Any, adapter_name: str, x: Tensor, block: Tensor) -> Tensor:
         """P applied to the layer's input: (…, k), and the spatial dimensions of a convolution's output after it."""

@@ -228,6 +228,50 @@ def test_a_merge_that_fails_leaves_nothing_behind():
     assert layer.lora_spec["default"].block is None
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_second_derivatives_and_functional_gradients(mode):
+    """Where training's own way of adding gradients up is not taken, or is itself differentiated."""
+    model, layer = adapted(6, 8, mode=mode, k=3, r=2)
+    names = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    x = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
+
+    def loss(parameters, x):
+        return torch.func.functional_call(model, parameters, (x,)).pow(3).sum()
+
+    expected = literal_forward(model, layer, x).pow(3).sum()
+    leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
+    first = torch.autograd.grad(model(x).pow(3).sum(), leaves, create_graph=True)
+    wanted = torch.autograd.grad(expected, leaves, create_graph=True)
+    second, wanted_second = (torch.autograd.grad(sum(g.square().sum() for g in f), leaves) for f in (first, wanted))
+    for a, b in zip([*first, *second], [*wanted, *wanted_second], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    of_parameters, of_x = torch.func.grad(loss, argnums=(0, 1))(names, x.detach())
+    torch.testing.assert_close(of_x, wanted[0].detach(), rtol=1e-9, atol=1e-9)
+    for (name, gradient), b in zip(of_parameters.items(), wanted[1:], strict=True):
+        torch.testing.assert_close(gradient, b.detach(), rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_gradients_that_hooks_have_seen_stay_as_they_were():
+    model, layer = adapted(6, 8, k=3, r=2)
+    seen, kept = [], []
+
+    def look(module, inputs, outputs):
+        for gradient in (*inputs, *outputs):
+            if gradient is not None:
+                seen.append(gradient)
+                kept.append(gradient.clone())
+
+    handles = [m.register_full_backward_hook(look) for m in (layer.base_layer, layer.lora_A["default"], layer)]
+    x = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
+    model(x).square().sum().backward()
+    assert len(seen) == 6
+    assert all(torch.equal(a, b) for a, b in zip(seen, kept, strict=True))
+    for handle in handles:
+        handle.remove()
+    expected = torch.autograd.grad(literal_forward(model, layer, x).square().sum(), x)[0]
+    torch.testing.assert_close(x.grad, expected, rtol=1e-9, atol=1e-9)
+
+
 def _memory(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
