@@ -28,13 +28,14 @@ $(STAMP): pyproject.toml constraints.txt
 lint: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files --show-diff-on-failure
 
+# Two files at a time, with one thread each: threads of two processes would wait for each other.
 unit: setup
-	$(BIN)/python -m pytest --ignore=tests/backends
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/backends
 
 # Quantized bases, in an environment of their own: PEFT and transformers import these backends wherever they find them.
 test-backends: $(BACKENDS_STAMP)
 	$(BACKENDS_VENV)/bin/python -c "import bitsandbytes, hqq.core.quantize, torchao"
-	$(BACKENDS_VENV)/bin/python -m pytest tests/backends
+	OMP_NUM_THREADS=1 $(BACKENDS_VENV)/bin/python -m pytest -n 2 tests/backends
 
 $(BACKENDS_STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(BACKENDS_VENV)
