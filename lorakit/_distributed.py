@@ -155,12 +155,12 @@ def unwrapped(model: Any) -> Any:
     Raises: CalibrationError where the model is wrapped by FullyShardedDataParallel (FSDP1), whose weights are only
     there within its own forward passes.
     """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
     if not is_distributed():
         return model
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
     if isinstance(model, nn.Module) and any(isinstance(one, FullyShardedDataParallel) for one in model.modules()):
         raise CalibrationError(
             "The model's weights are sharded by FullyShardedDataParallel (FSDP1). Gather them first: save the adapter "
