@@ -162,6 +162,63 @@ def probe(
     sys.stdout.write((json.dumps(results, allow_nan=False) if as_json else explanation) + "\n")
 
 
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(help="A directory, a .safetensors or .bin file, or a Hub id.")],
+    b: Annotated[str, typer.Argument(help="The other one.")],
+    energy: Annotated[float, typer.Option(help="Share of each update's energy in the directions compared.")] = 1.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
+    plots: Annotated[
+        str | None, typer.Option(help="Also write figures into this directory (needs matplotlib).")
+    ] = None,
+) -> None:
+    """Shared directions, agreement and balance of two adapters; exit code 1 if one of the findings is an error."""
+    if not 0 < energy <= 1:
+        raise typer.BadParameter("must be a share in (0, 1].", param_hint="--energy")
+    from lorakit import lens
+
+    report = lens.compare(a, b, energy=energy)
+    if plots is not None:
+        lens.write_plots(report, plots)
+    if as_json:
+        sys.stdout.write(json.dumps(report.to_dict(), allow_nan=False) + "\n")
+    else:
+        from rich.console import Console
+
+        from lorakit.lens._table import print_comparison
+
+        print_comparison(report, Console())
+    if report.has_errors:
+        raise typer.Exit(1)
+
+
+@app.command()
+def alignment(
+    adapter: Annotated[str, typer.Argument(help="A directory, a .safetensors or .bin file, or a Hub id.")],
+    k: Annotated[int, typer.Option(min=1, help="How many leading directions of each update.")] = 4,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
+    plots: Annotated[
+        str | None, typer.Option(help="Also write heatmaps into this directory (needs matplotlib).")
+    ] = None,
+) -> None:
+    """Output directions across and within layers; exit code 1 if one of the findings is an error."""
+    from lorakit import lens
+
+    report = lens.alignment(adapter, k=k)
+    if plots is not None:
+        lens.write_plots(report, plots)
+    if as_json:
+        sys.stdout.write(json.dumps(report.to_dict(), allow_nan=False) + "\n")
+    else:
+        from rich.console import Console
+
+        from lorakit.lens._table import print_alignment
+
+        print_alignment(report, Console())
+    if report.has_errors:
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Run the command; exit code 0, 1 for bad input, 2 for wrong usage."""
     try:

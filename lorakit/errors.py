@@ -35,7 +35,7 @@ class ExportError(LorakitError, ValueError):
 
 
 class AdapterFileError(LorakitError, ValueError):
-    """An adapter on disk that cannot be read, or whose parts do not fit together."""
+    """An adapter, or a model's checkpoint, on disk that cannot be read, or whose parts do not fit together."""
 
 
 class MissingExtraError(LorakitError, ImportError):

@@ -13,7 +13,7 @@ from lorakit.adapters import Adapter, open_adapter
 from lorakit.allocation import read_budget
 from lorakit.errors import Finding
 from lorakit.lens._measure import check_extras, measure
-from lorakit.lens._report import AuditedModule, AuditReport, summarize
+from lorakit.lens._report import AuditedModule, AuditReport, ordered, summarize
 from lorakit.lens._suggestions import suggest
 
 if TYPE_CHECKING:
@@ -23,8 +23,6 @@ THRESHOLDS = (0.9, 0.95, 0.99)
 UNUSED_BELOW = 0.25  # utilization: much room
 DOMINANT_ABOVE = 0.5  # of Σ ‖ΔW‖_F², with MANY modules or more
 MANY = 4
-
-_SEVERITIES = ("error", "warning", "info")
 
 
 def audit(
@@ -58,15 +56,14 @@ def audit(
     view = open_adapter(adapter, adapter_name=adapter_name)
     findings = list(view.findings)
     thresholds = {str(q): q for q in sorted({*THRESHOLDS, float(energy)})}
-    ordered = measure(view, thresholds, findings)
+    rows = measure(view, thresholds, findings)
     check_extras(view, findings)
-    findings += _about_modules(ordered)
-    findings.sort(key=lambda finding: _SEVERITIES.index(finding.severity))
+    findings += _about_modules(rows)
     wanted = suggest_ranks or budget is not None
-    finite = [row for row in ordered if row.energy_rank is not None]
+    finite = [row for row in rows if row.energy_rank is not None]
     groups: dict[str, list[AuditedModule]] = {}
     layers: dict[int, list[AuditedModule]] = {}
-    for row in ordered:
+    for row in rows:
         groups.setdefault(row.group, []).append(row)
         if row.layer is not None:
             layers.setdefault(row.layer, []).append(row)
@@ -75,14 +72,14 @@ def audit(
         peft_type=view.settings.peft_type,
         base_model=view.settings.base_model,
         energy=energy,
-        modules=ordered,
-        total=summarize("all", ordered, ordered),
-        roles=tuple(summarize(name, group, ordered) for name, group in groups.items()),
-        layers=tuple(summarize(str(layer), layers[layer], ordered) for layer in sorted(layers)),
+        modules=rows,
+        total=summarize("all", rows, rows),
+        roles=tuple(summarize(name, group, rows) for name, group in groups.items()),
+        layers=tuple(summarize(str(layer), layers[layer], rows) for layer in sorted(layers)),
         parameters_beside=sum(extra.info.numel for extra in view.extras)
         + sum(info.numel for module in view.modules for info in module.extras),
         suggestions=tuple(suggest(finite, str(float(energy)), budget)) if wanted else (),
-        findings=tuple(findings),
+        findings=ordered(findings),
     )
 
 

@@ -1,11 +1,13 @@
-"""What an audit's figures show, as numbers: drawn as SVG in `_html`, by matplotlib in `_plots`."""
+"""What the figures of audits and comparisons show, as numbers: drawn as SVG in `_html`, by matplotlib in `_plots`."""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
+from lorakit.lens._compare import ComparedModule, ComparisonReport
 from lorakit.lens._report import AuditedModule, AuditReport
 
 
@@ -52,10 +54,35 @@ def heatmaps(report: AuditReport) -> list[Heatmap]:
         ("‖ΔW‖_F", lambda m: m.frobenius_norm),
         (f"Rank that keeps {report.energy:.0%} of the energy", lambda m: (m.energy_rank or {}).get(threshold)),
     ]
-    placed = [m for m in report.modules if m.layer is not None and m.frobenius_norm is not None]
+    return _by_place([m for m in report.modules if m.frobenius_norm is not None], quantities)
+
+
+def comparison_heatmaps(report: ComparisonReport) -> list[Heatmap]:
+    """Cosine, the overlaps and the share of A; none where no module lies in a layer."""
+    quantities: list[tuple[str, Callable[[ComparedModule], float | None]]] = [
+        ("Cosine of the updates", lambda m: m.cosine),
+        ("Overlap of the output subspaces", lambda m: m.output_overlap),
+        ("Overlap of the input subspaces", lambda m: m.input_overlap),
+        ("Share of A in ‖ΔW_A‖_F + ‖ΔW_B‖_F", lambda m: m.share_a),
+    ]
+    return _by_place([m for m in report.modules if m.verdict is not None], quantities)
+
+
+class _Placed(Protocol):
+    @property
+    def group(self) -> str: ...
+    @property
+    def layer(self) -> int | None: ...
+
+
+_Row = TypeVar("_Row", bound=_Placed)
+
+
+def _by_place(modules: list[_Row], quantities: list[tuple[str, Callable[[_Row], float | None]]]) -> list[Heatmap]:
+    placed = [m for m in modules if m.layer is not None]
     groups = list(dict.fromkeys(m.group for m in placed))
     layers = sorted({m.layer for m in placed if m.layer is not None})
-    cells: dict[tuple[str, int | None], list[AuditedModule]] = {}
+    cells: dict[tuple[str, int | None], list[_Row]] = {}
     for module in placed:
         cells.setdefault((module.group, module.layer), []).append(module)
     return [
@@ -67,7 +94,7 @@ def heatmaps(report: AuditReport) -> list[Heatmap]:
     ]
 
 
-def _mean(quantity: Callable[[AuditedModule], float | None], modules: list[AuditedModule]) -> float | None:
+def _mean(quantity: Callable[[_Row], float | None], modules: list[_Row]) -> float | None:
     values = [value for module in modules if (value := quantity(module)) is not None]
     return sum(value / len(values) for value in values) if values else None
 

@@ -11,7 +11,7 @@ from typing import Any
 from lorakit.adapters.view import Kind
 from lorakit.errors import Finding
 from lorakit.lens._suggestions import RankSuggestion, covering
-from lorakit.tuners.roles import Role
+from lorakit.tuners.roles import Role, role_of
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,7 @@ class AuditedModule:
 
     @property
     def group(self) -> str:
-        """The module's role, or the last component of its name where that says nothing."""
-        return self.role or self.module_name.rpartition(".")[2]
+        return group_of(self.module_name)
 
     @property
     def bytes_per_entry(self) -> int:
@@ -100,7 +99,7 @@ class AuditReport:
 
     @property
     def has_errors(self) -> bool:
-        return any(finding.severity == "error" for finding in self.findings)
+        return has_errors(self.findings)
 
     def to_dict(self) -> dict[str, Any]:
         """`modules`, `summary` and `findings` as JSON has them: no NaN, no infinity."""
@@ -122,6 +121,26 @@ class AuditReport:
         }
 
 
+def group_of(module_name: str) -> str:
+    """The module's role, or the last component of its name where that says nothing."""
+    return role_of(module_name) or module_name.rpartition(".")[2]
+
+
+def some(names: Sequence[str]) -> str:
+    """The first two of many names."""
+    return ", ".join(names[:2]) + (", …" if len(names) > 2 else "")
+
+
+def has_errors(findings: Iterable[Finding]) -> bool:
+    return any(finding.severity == "error" for finding in findings)
+
+
+def ordered(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """Errors first, then warnings."""
+    severities = ("error", "warning", "info")
+    return tuple(sorted(findings, key=lambda finding: severities.index(finding.severity)))
+
+
 def summarize(name: str, modules: Sequence[AuditedModule], everything: Sequence[AuditedModule]) -> GroupSummary:
     """The summary of some modules, out of all."""
     layers = [module.layer for module in modules if module.layer is not None]
@@ -141,11 +160,11 @@ def summarize(name: str, modules: Sequence[AuditedModule], everything: Sequence[
         parameters=sum(module.parameters for module in modules),
         frobenius_norm=norm if finite else None,
         energy_share=((norm / all_norm) ** 2 if all_norm else 0.0) if finite else None,
-        spectral_norm_mean=_mean(module.spectral_norm for module in finite),
-        stable_rank_mean=_mean(module.stable_rank for module in finite),
-        effective_rank_mean=_mean(module.effective_rank for module in finite),
-        capacity_utilization_mean=_mean(module.capacity_utilization for module in finite),
-        utilization_mean=_mean(module.utilization for module in finite),
+        spectral_norm_mean=mean(module.spectral_norm for module in finite),
+        stable_rank_mean=mean(module.stable_rank for module in finite),
+        effective_rank_mean=mean(module.effective_rank for module in finite),
+        capacity_utilization_mean=mean(module.capacity_utilization for module in finite),
+        utilization_mean=mean(module.utilization for module in finite),
         energy_rank_median={q: covering(values, 0.5) for q, values in ks.items()} if finite else None,
         energy_rank_p90={q: covering(values, 0.9) for q, values in ks.items()} if finite else None,
     )
@@ -156,7 +175,8 @@ def total_norm(modules: Iterable[AuditedModule]) -> float:
     return math.hypot(*(module.frobenius_norm or 0.0 for module in modules))
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
+def mean(values: Iterable[float | None]) -> float | None:
+    """The mean of those that are not None; None where there are none."""
     numbers = [value for value in values if value is not None]
     if not numbers:
         return None
