@@ -187,7 +187,7 @@ def test_an_adapter_beside_itself(write_adapter):
 def test_the_random_baselines_are_what_random_adapters_give(r_a, r_b):
     """The cosine has the standard deviation 1/√(d_out d_in) for any ranks; its mean size is between 2/π and √(2/π)
     times that, for ranks from 1 up."""
-    modules, d_out, d_in = 600, 24, 20
+    modules, d_out, d_in = 400, 24, 20
     one = {f"m{i}": factors(r_a, d_out, d_in, seed=i) for i in range(modules)}
     other = {f"m{i}": factors(r_b, d_out, d_in, seed=modules + i) for i in range(modules)}
     report = compare(view(one), view(other))
