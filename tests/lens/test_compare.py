@@ -183,6 +183,12 @@ def test_an_adapter_beside_itself(write_adapter):
     assert report.findings == ()
 
 
+def near(values, expected):
+    """Whether the mean is within four standard errors of what is expected, and these are small."""
+    error = numpy.std(values) / math.sqrt(len(values))
+    return abs(numpy.mean(values) - expected) < 4 * error < 0.8 * expected
+
+
 @pytest.mark.parametrize(("r_a", "r_b"), [(1, 1), (1, 8), (5, 8)])
 def test_the_random_baselines_are_what_random_adapters_give(r_a, r_b):
     """The cosine has the standard deviation 1/√(d_out d_in) for any ranks; its mean size is between 2/π and √(2/π)
@@ -191,13 +197,17 @@ def test_the_random_baselines_are_what_random_adapters_give(r_a, r_b):
     one = {f"m{i}": factors(r_a, d_out, d_in, seed=i) for i in range(modules)}
     other = {f"m{i}": factors(r_b, d_out, d_in, seed=modules + i) for i in range(modules)}
     report = compare(view(one), view(other))
-    cosines = torch.tensor([row.cosine for row in report.modules])
     chance = report.modules[0].random_cosine
     assert chance == (d_out * d_in) ** -0.5
-    assert float(cosines.square().mean().sqrt()) == pytest.approx(chance, rel=0.12)
-    assert 0.93 * 2 / math.pi < float(cosines.abs().mean()) / chance < 1.07 * math.sqrt(2 / math.pi)
-    assert report.total.output_overlap_mean == pytest.approx(report.modules[0].random_output_overlap, rel=0.06)
-    assert report.total.input_overlap_mean == pytest.approx(report.modules[0].random_input_overlap, rel=0.06)
+    cosines = [row.cosine for row in report.modules]
+    assert near([c**2 for c in cosines], chance**2)
+    size = numpy.mean(numpy.abs(cosines)) / chance
+    slack = 4 * numpy.std(numpy.abs(cosines)) / chance / math.sqrt(modules)
+    assert 2 / math.pi - slack < size < math.sqrt(2 / math.pi) + slack
+    assert near([row.output_overlap for row in report.modules], report.modules[0].random_output_overlap)
+    assert near([row.input_overlap for row in report.modules], report.modules[0].random_input_overlap)
+    if r_a == r_b == 1:
+        assert size == pytest.approx(2 / math.pi, abs=slack)
 
 
 def test_a_group_s_baseline_is_what_random_groups_give():
@@ -211,8 +221,7 @@ def test_a_group_s_baseline_is_what_random_groups_give():
                 {f"m{i}": (factors(2, seed=seeds[i])[0] * s, factors(2, seed=seeds[i])[1]) for i, s in scale.items()}
             )
         totals.append(compare(*map(view, parts)).total)
-    ratios = torch.tensor([total.cosine / total.random_cosine for total in totals])
-    assert float(ratios.square().mean().sqrt()) == pytest.approx(1, abs=0.15)
+    assert near([(total.cosine / total.random_cosine) ** 2 for total in totals], 1)
 
 
 def test_summaries_are_of_the_updates_as_one_vector():
