@@ -461,3 +461,17 @@ def test_bad_input_and_wrong_usage(write_adapter, tmp_path):
     for arguments in ((one,), (one, one, "--energy", "2"), (one, one, "--no")):
         done = run(*arguments)
         assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_the_commands_import_neither_transformers_nor_peft_nor_matplotlib(write_adapter, run_python):
+    one = str(write_adapter("a", {Q.format(i): factors(2, seed=i) for i in range(2)}))
+    for arguments in (["compare", one, one], ["alignment", one, "--json"]):
+        code = f"""
+            import io, sys
+            from lorakit.cli import app
+            out, sys.stdout = sys.stdout, io.StringIO()
+            app({arguments!r}, standalone_mode=False)
+            heavy = {{"transformers", "peft", "accelerate", "matplotlib", "huggingface_hub", "scipy"}}
+            print(sorted(heavy & set(sys.modules)), file=out)
+        """
+        assert run_python(code).stdout.strip() == "[]"

@@ -118,6 +118,27 @@ def test_an_intruder_is_found_where_it_was_put(compared):
     assert (outside.intruders, outside.input_intruders) == ((0,), (0,))
 
 
+def test_intruders_are_those_of_peft_s_own_tool(randomize, tiny_llama):
+    from peft.tuners.lora.intruders import reduce_intruder_dimension
+
+    config = LoraConfig(r=3, lora_alpha=6, target_modules="all-linear")
+    model = randomize(get_peft_model(tiny_llama(), config), std=0.15)
+    lines = []
+    merged = copy.deepcopy(model).merge_and_unload()
+    reduce_intruder_dimension(model, logging_sink=lines.append)
+    expected = {}
+    for line in lines:
+        name, _, found = line.partition(": ")
+        if "proj" in name:
+            expected[name.removeprefix("base_model.model.")] = int(
+                found.removeprefix("Intruders: ").replace("No intruders", "0")
+            )
+    report = compare_weights(tiny_llama(), merged)
+    assert {row.module_name: len(row.intruders) for row in report.modules} == expected
+    assert len(set(expected.values())) > 2
+    assert report.total.intruders == sum(expected.values())
+
+
 def test_the_top_k_alone_are_looked_at(compared):
     W, tuned = random(D_OUT, D_IN), random(D_OUT, D_IN, seed=1)
     every = compared(W, tuned, top_k=D_IN, intruder_below=0.7).intruders
