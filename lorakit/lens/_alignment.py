@@ -49,10 +49,13 @@ class AlignedGroup:
 
     @property
     def labels(self) -> list[str]:
-        """The layers, where these tell the modules apart; else their names."""
+        """The layers, where these tell the modules apart; else their names, without what these end in alike."""
         if None not in self.layers and len(set(self.layers)) == len(self.layers):
             return [str(layer) for layer in self.layers]
-        return list(self.modules)
+        steps = [name.split(".") for name in self.modules]
+        while len(steps) > 1 and all(len(s) > 1 and s[-1] == steps[0][-1] for s in steps):
+            steps = [s[:-1] for s in steps]
+        return [".".join(s) for s in steps]
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,7 @@ def _without_diagonal(square: Sequence[Sequence[float]]) -> list[list[float]]:
 def _ticks(group: AlignedGroup) -> tuple[list[int], list[str]]:
     every = max(1, len(group.labels) // 8)
     places = list(range(0, len(group.labels), every))
-    return places, [_plain(group.labels[place][-24:]) for place in places]
+    return places, [_plain(group.labels[place]) for place in places]
 
 
 def _short(labels: list[str]) -> bool:
