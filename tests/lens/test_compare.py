@@ -279,6 +279,8 @@ def test_verdicts_of_known_pairs():
 def test_a_cosine_within_chance_is_no_verdict():
     assert judge(-0.9, 0.5, 0.0, 1.0, Thresholds()) == ("safe", "apart")
     assert judge(-0.9, 0.2, 0.0, 1.0, Thresholds()) == ("conflicting", "opposed")
+    assert judge(0.9, 0.5, 0.0, 1.0, Thresholds()) == ("safe", "apart")
+    assert judge(0.9, 0.2, 0.0, 1.0, Thresholds()) == ("redundant", "aligned")
 
 
 def codes(report):
