@@ -13,7 +13,19 @@ from lorakit import _registration
 from lorakit._version import __version__
 
 if TYPE_CHECKING:
-    from lorakit import adapters, allocation, calibration, errors, export, fisher, lens, spectral, surgery, tuners
+    from lorakit import (
+        adapters,
+        allocation,
+        calibration,
+        compress,
+        errors,
+        export,
+        fisher,
+        lens,
+        spectral,
+        surgery,
+        tuners,
+    )
     from lorakit.tuners.fisherlora import FisherLoRAConfig, FisherLoRAModel
     from lorakit.tuners.speclora import SpecLoRAConfig, SpecLoRAModel
 
@@ -26,6 +38,7 @@ __all__ = [
     "adapters",
     "allocation",
     "calibration",
+    "compress",
     "errors",
     "export",
     "fisher",
@@ -45,6 +58,7 @@ _MODULES = (
     "adapters",
     "allocation",
     "calibration",
+    "compress",
     "errors",
     "export",
     "fisher",

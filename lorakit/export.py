@@ -15,15 +15,17 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 from torch.nn import functional as F
 
+from lorakit.adapters import open_adapter
 from lorakit.adapters.files import replaced_directory, write_adapter
 from lorakit.adapters.live import LiveModule, live_modules, resolve_adapter_name
+from lorakit.adapters.plain import common_scaling, plain_fields
 from lorakit.adapters.record import edits_of, write_record
+from lorakit.compress import truncate
 from lorakit.errors import ExportError
 from lorakit.spectral import LowRank
 from lorakit.tuners import CHANGES_BASE
 from lorakit.tuners._masked_layers import SpecLoRAOutProjection
 from lorakit.tuners._masked_variants import MaskInMerge
-from lorakit.tuners.patterns import compact_pattern
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,13 @@ class ExportReport:
 
 
 def to_lora(
-    adapter: PeftModel, out: str | os.PathLike[str], *, rank: int | None = None, adapter_name: str | None = None
+    adapter: PeftModel | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    rank: int | None = None,
+    adapter_name: str | None = None,
 ) -> ExportReport:
-    """Write an adapter of a PeftModel as a vanilla LORA checkpoint; the model is not changed.
+    """Write an adapter, of a PeftModel or at rest, as a vanilla LORA checkpoint; the model is not changed.
 
     FISHERLORA and LORA keep their tensors. SPECLORA's mask is itself an update of rank ≤ k, so the whole is written
     exactly at its own rank, at most r + k, a module. With `rank` every module is cut to at most that, optimally
@@ -64,12 +70,16 @@ def to_lora(
     that reads only `r` and `lora_alpha` and ignores the patterns applies the same update. `r` is the largest rank.
 
     Args:
-        adapter: the model, or a PeftModel with several adapters and `adapter_name` saying which.
+        adapter: a PeftModel, `adapter_name` saying which of its adapters, if not the active one; or a directory, a file
+            or a Hub id, unless it is a SPECLORA, whose mask is an update of the base weight.
         out: a directory, made if need be; the adapter's files in it are replaced, and only if all goes well.
-    Raises: ExportError (a ValueError) for what no plain LoRA can say; ValueError for a bad `rank`.
+    Raises: ExportError (a ValueError) for what no plain LoRA can say; ValueError for a bad `rank`; of adapters at rest
+        also what `lorakit.compress.truncate` raises.
     """
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"`rank` must be a positive integer or None; got {rank!r}.")
+    if isinstance(adapter, str | os.PathLike):
+        return _at_rest(adapter, out, rank, adapter_name)
     adapter_name = resolve_adapter_name(adapter, adapter_name)
     config = adapter.peft_config[adapter_name]
     modules = live_modules(adapter, adapter_name)
@@ -84,7 +94,7 @@ def to_lora(
                 f"{module.layer.merged_adapters} are merged into it; call unmerge_adapter() first."
             )
 
-    common = _common_scaling(modules)
+    common = common_scaling(module.scaling for module in modules)
     exported, discarded, energy = [], 0.0, 0.0
     for module in modules:
         if not module.is_linear():
@@ -115,6 +125,29 @@ def to_lora(
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         discarded_energy=discarded / energy if energy > 0 else 0.0,
         modules=exported,
+    )
+
+
+def _at_rest(
+    adapter: str | os.PathLike[str], out: str | os.PathLike[str], rank: int | None, adapter_name: str | None
+) -> ExportReport:
+    view = open_adapter(adapter, adapter_name=adapter_name)
+    if view.settings.peft_type == "SPECLORA":
+        raise ExportError(
+            f"{view.path} is a SPECLORA adapter, whose mask is an update of the base weight: load it into its model, "
+            f"and export that (`lorakit export --base MODEL`)."
+        )
+    if rank is not None and any(module.magnitude is not None for module in view.modules):
+        raise ExportError(f"{view.path} has DoRA magnitudes, which `rank` cannot truncate; leave `rank` out.")
+    largest = max((module.rank for module in view.modules), default=1)
+    report = truncate(adapter, out, max_rank=largest if rank is None else rank)
+    return ExportReport(
+        path=report.path,
+        r=report.r,
+        lora_alpha=report.lora_alpha,
+        parameters=report.parameters + report.parameters_beside,
+        discarded_energy=1 - report.energy_kept,
+        modules=[ExportedModule(m.module_name, m.kept_rank, m.rank, 1 - m.energy_kept) for m in report.modules],
     )
 
 
@@ -215,29 +248,7 @@ def _write_as_it_is(tensors: dict[str, Tensor], module: LiveModule, common: floa
     return ExportedModule(module.name, rank, rank, 0.0)
 
 
-def _common_scaling(modules: list[LiveModule]) -> float:
-    """The scaling of most modules, to which the others' factors are rescaled."""
-    scalings = [module.scaling for module in modules if module.scaling != 0]
-    return max(set(scalings), key=scalings.count) if scalings else 1.0
-
-
 def _plain_config(config: LoraConfig, modules: list[ExportedModule], scaling: float) -> LoraConfig:
     ranks = {module.module_name: module.rank for module in modules}
-    r = max(ranks.values())
-    alphas = {name: _integral(scaling * rank) for name, rank in ranks.items()}
     values = {f.name: copy.deepcopy(getattr(config, f.name)) for f in fields(LoraConfig) if f.init}
-    values |= {
-        "peft_type": None,
-        "r": r,
-        "lora_alpha": _integral(scaling * r),
-        "use_rslora": False,
-        "rank_pattern": compact_pattern(ranks, {name for name in ranks if ranks[name] == r}),
-        "alpha_pattern": compact_pattern(alphas, {name for name in alphas if ranks[name] == r}),
-        "init_lora_weights": True,
-        "inference_mode": True,
-    }
-    return LoraConfig(**values)
-
-
-def _integral(value: float) -> float:
-    return round(value) if abs(value - round(value)) < 1e-9 * max(1.0, abs(value)) else value
+    return LoraConfig(**values | {"peft_type": None, **plain_fields(ranks, scaling)})

@@ -20,6 +20,7 @@ LAYERS = [
     {"tuners"},
     {"adapters"},
     {"calibration"},
+    {"compress"},
     {"fisher", "surgery", "export"},
     {"lens"},
     {"demo", "probing"},

@@ -14,7 +14,7 @@ from lorakit.adapters.view import Adapter, AdapterModule, ExtraTensor, TensorInf
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Adapter", "AdapterModule", "ExtraTensor", "TensorInfo", "open_adapter"]
+__all__ = ["Adapter", "AdapterModule", "ExtraTensor", "TensorInfo", "open_adapter", "open_checkpoint"]
 
 
 def open_adapter(adapter: str | os.PathLike[str] | nn.Module | Adapter, *, adapter_name: str | None = None) -> Adapter:
@@ -34,3 +34,17 @@ def open_adapter(adapter: str | os.PathLike[str] | nn.Module | Adapter, *, adapt
     from lorakit.adapters.live import live_adapter
 
     return live_adapter(adapter, adapter_name)
+
+
+def open_checkpoint(
+    adapter: str | os.PathLike[str] | nn.Module | Adapter, *, adapter_name: str | None = None
+) -> Adapter:
+    """The view that `open_adapter` gives; of a PeftModel with all that its checkpoint would hold beside the updates.
+
+    For whoever writes another adapter of this one. Raises: as `open_adapter`.
+    """
+    if isinstance(adapter, str | os.PathLike | Adapter):
+        return open_adapter(adapter, adapter_name=adapter_name)
+    from lorakit.adapters.live import saved_adapter
+
+    return saved_adapter(adapter, adapter_name)

@@ -52,3 +52,9 @@ def parse_key(name: str) -> Key | None:
     if part is None:
         return None
     return Key(match["module"], part, match["part"].startswith("lora_embedding"), match["adapter"])
+
+
+def tensor_name(module_name: str, part: Part, embedding: bool = False) -> str:
+    """The name that a part of a LoRA has in a checkpoint of PEFT's."""
+    leaf = {"A": "lora_A.weight", "B": "lora_B.weight", "bias": "lora_B.bias", "magnitude": "lora_magnitude_vector"}
+    return f"{_PREFIX}{module_name}.{f'lora_embedding_{part}' if embedding and part in 'AB' else leaf[part]}"

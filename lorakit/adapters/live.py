@@ -12,10 +12,13 @@ from accelerate.utils import align_module_device
 from peft import PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
+from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from lorakit._distributed import fill, whole
 from lorakit.adapters.assemble import assemble
+from lorakit.adapters.disk import TensorDict
+from lorakit.adapters.keys import parse_key
 from lorakit.adapters.settings import AdapterSettings
 from lorakit.adapters.view import Adapter, TensorInfo, row_slices
 from lorakit.errors import UnsupportedModelError
@@ -139,6 +142,34 @@ def live_adapter(model: Any, adapter_name: str | None = None) -> Adapter:
         for module in adapter.modules
     ]
     return replace(adapter, modules=tuple(modules))
+
+
+def saved_adapter(model: Any, adapter_name: str | None = None) -> Adapter:
+    """The view over all that a checkpoint of an adapter in a model would hold, modules_to_save and the like too.
+
+    Scalings are the layers' present ones. Raises: as `live_adapter`; UnsupportedModelError for offloaded tensors beside
+    the updates.
+    """
+    live = live_adapter(model, adapter_name)
+    name = resolve_adapter_name(model, adapter_name)
+    updates = {info.key for m in live.modules for info in (m.A, m.B, *m.extras)}
+    tensors = {info: live.tensor(live.source.infos()[info]) for info in updates}
+    for key, tensor in get_peft_model_state_dict(model, adapter_name=name).items():
+        if parse_key(key) is not None:
+            continue
+        if tensor.is_meta:
+            raise UnsupportedModelError(f"{key} is offloaded; save the adapter and name its directory.")
+        tensors[key] = whole(tensor.detach())
+    raw = {**live.settings.raw}
+    raw["base_model_name_or_path"] = raw.get("base_model_name_or_path") or getattr(
+        model.get_base_model(), "name_or_path", None
+    )
+    saved = assemble(live.path, replace(live.settings, raw=raw), TensorDict(tensors))
+    own = {module.name: module for module in live.modules}
+    modules = [
+        replace(m, scaling=own[m.name].scaling, fan_in_fan_out=own[m.name].fan_in_fan_out) for m in saved.modules
+    ]
+    return replace(saved, modules=tuple(modules))
 
 
 class _LiveTensors:

@@ -24,6 +24,15 @@ def set_edits(config: object, edits: list[dict[str, Any]]) -> None:
     vars(config)[_ATTRIBUTE] = edits
 
 
+def read_edits(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The edits recorded beside the adapter in `directory`; none where there is no record that can be read."""
+    try:
+        edits = json.loads(Path(directory, RECORD_NAME).read_bytes())["edits"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    return edits if isinstance(edits, list) else []
+
+
 def write_record(directory: str | os.PathLike[str], config: object) -> None:
     """Write the edits that `config` carries beside the adapter in `directory`; take an old record away if none.
 
