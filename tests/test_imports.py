@@ -20,7 +20,7 @@ LAYERS = [
     {"tuners"},
     {"adapters"},
     {"calibration"},
-    {"compress"},
+    {"compress", "merging"},
     {"fisher", "surgery", "export"},
     {"lens"},
     {"demo", "probing"},
