@@ -50,23 +50,6 @@ def test_the_command_starts_without_torch(run_python):
     assert run_python(code).stdout.strip() == "[]"
 
 
-@pytest.fixture
-def base_model(tmp_path, tiny_llama):
-    """A tiny Llama on disk, with a tokenizer of its own."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["[UNK]", "[PAD]", *(f"w{i}" for i in range(62))]
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = Whitespace()
-    path = tmp_path / "base"
-    tiny_llama().save_pretrained(path)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(path)
-    return path
-
-
 def test_probe_writes_a_config_that_peft_takes(base_model, tmp_path, tiny_llama):
     data = tmp_path / "data.jsonl"
     rows = [{"text": f"w{i} w{i + 1} w{2 * i} w3"} for i in range(3)] + [{"prompt": "w1 w2", "completion": "w5 w6 w7"}]

@@ -13,7 +13,7 @@ from lorakit.surgery._policies import (
 )
 from lorakit.surgery._reports import EditedRow, SensitivityReport, SensitivityRow
 from lorakit.surgery._reweight import SurgeryReport, reweight
-from lorakit.surgery._sensitivity import sensitivity
+from lorakit.surgery._sensitivity import select_modules, sensitivity
 
 __all__ = [
     "POLICIES",
@@ -30,5 +30,6 @@ __all__ = [
     "SurgeryReport",
     "ZScore",
     "reweight",
+    "select_modules",
     "sensitivity",
 ]

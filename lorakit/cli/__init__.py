@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from lorakit._version import __version__
+from lorakit.cli import at_rest, operate
 from lorakit.errors import LorakitError
 
 app = typer.Typer(name="lorakit", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -217,6 +218,10 @@ def alignment(
         print_alignment(report, Console())
     if report.has_errors:
         raise typer.Exit(1)
+
+
+for _command in (at_rest.compress, at_rest.merge, at_rest.export, operate.surgery):
+    app.command()(_command)
 
 
 def main() -> None:

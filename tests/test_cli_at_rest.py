@@ -1,0 +1,242 @@
+"""compress, merge, export and surgery in a shell: what they write, print, and refuse."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tokenizers import processors
+from transformers import AutoTokenizer
+
+from lorakit import FisherLoRAConfig, SpecLoRAConfig
+from lorakit.adapters import open_adapter
+from lorakit.cli import main
+from lorakit.compress import truncate
+from lorakit.errors import CalibrationError
+from lorakit.export import to_lora
+from lorakit.probing import make_batches, read_examples
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def run(*arguments):
+    """The command in this process; `run_apart` runs it in its own."""
+    out, err = io.StringIO(), io.StringIO()
+    code: object = 0
+    with mock.patch.object(sys, "argv", ["lorakit", *map(str, arguments)]), redirect_stdout(out), redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def run_apart(*arguments):
+    command = [sys.executable, "-W", "ignore", "-m", "lorakit", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def adapter(tiny_llama, randomize, tmp_path):
+    def make(config=None, name="adapter", seed=2):
+        config = config or LoraConfig(r=4, task_type="CAUSAL_LM", target_modules="all-linear")
+        model = randomize(get_peft_model(tiny_llama(), config), seed=seed)
+        model.save_pretrained(tmp_path / name)
+        return model.eval()
+
+    return make
+
+
+def test_compress(adapter, tmp_path):
+    adapter()
+    done = run_apart("compress", tmp_path / "adapter", tmp_path / "out", "--ranks", "q_proj=1,v_proj=2", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    results = json.loads(done.stdout)
+    expected = truncate(tmp_path / "adapter", tmp_path / "again", ranks={"q_proj": 1, "v_proj": 2}).to_dict()
+    assert results["modules"] == json.loads(json.dumps(expected["modules"]))
+    new, again = (load_file(tmp_path / name / WEIGHTS) for name in ("out", "again"))
+    assert all(torch.equal(new[key], again[key]) for key in again)
+    done = run("compress", tmp_path / "adapter", tmp_path / "out", "--energy", "0.5")
+    assert done.returncode == 0
+    first = {line.split()[0] for line in done.stdout.splitlines() if line.strip()}
+    assert {"query", "down", "all"} < first
+    assert "of the energy kept" in " ".join(done.stdout.split())
+
+
+def test_compress_imports_neither_peft_nor_transformers(adapter, tmp_path, run_python):
+    adapter()
+    code = f"""
+        import sys
+        from lorakit.compress import truncate
+        from lorakit.merging import merge
+        truncate({str(tmp_path / "adapter")!r}, {str(tmp_path / "out")!r}, ranks=2)
+        merge([{str(tmp_path / "adapter")!r}] * 2, {str(tmp_path / "merged")!r}, rank=2)
+        print(sorted({{"peft", "transformers"}} & set(sys.modules)))
+    """
+    assert run_python(code).stdout.strip() == "[]"
+
+
+def test_merge(adapter, tmp_path):
+    adapter()
+    adapter(LoraConfig(r=2, target_modules=["q_proj"]), "other", seed=3)
+    paths = (tmp_path / "adapter", tmp_path / "other", tmp_path / "out")
+    done = run_apart("merge", *paths, "--weights", "1,-0.5", "--method", "svd", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    summary = json.loads(done.stdout)["summary"]
+    assert (summary["weights"], summary["method"], summary["r"]) == ([1.0, -0.5], "svd", 4)
+    done = run("merge", *paths, "--method", "dare", "--density", "0.5", "--seed", "7")
+    assert done.returncode == 0, done.stderr
+    assert "dare of weights 0.5, 0.5; r 4" in " ".join(done.stdout.split())
+    assert "partial_modules" in done.stdout
+
+
+def test_export_from_a_path(adapter, tiny_llama, token_ids, tmp_path):
+    model = adapter(FisherLoRAConfig(r=4, r_q=2, use_rslora=True, task_type="CAUSAL_LM"))
+    done = run("export", tmp_path / "adapter", tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["r"] == 4
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "out").eval()
+    assert type(loaded.peft_config["default"]) is LoraConfig
+    assert torch.allclose(loaded(token_ids).logits, model(token_ids).logits, atol=1e-5)
+    to_lora(model, tmp_path / "live")
+    one, two = (load_file(tmp_path / name / WEIGHTS) for name in ("out", "live"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    done = run("export", tmp_path / "adapter", tmp_path / "out", "--rank", "1")
+    assert done.returncode == 0
+    assert "of the energy left out" in " ".join(done.stdout.split())
+    assert {module.rank for module in open_adapter(tmp_path / "out").modules} == {1}
+
+
+def test_export_of_speclora_needs_its_base(adapter, base_model, tiny_llama, token_ids, tmp_path):
+    model = adapter(SpecLoRAConfig(r=2, k=6, task_type="CAUSAL_LM", target_modules=["q_proj", "o_proj"]))
+    done = run("export", tmp_path / "adapter", tmp_path / "out")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "lorakit export --base MODEL" in done.stderr
+    assert not (tmp_path / "out").exists()
+    done = run("export", tmp_path / "adapter", tmp_path / "out", "--base", base_model, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["r"] == 8
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "out").eval()
+    assert torch.allclose(loaded(token_ids).logits, model(token_ids).logits, atol=1e-5)
+
+
+TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+
+
+@pytest.fixture
+def data(tmp_path):
+    rows = [{"text": f"w{i} w{i + 1} w{2 * i} w3"} for i in range(6)]
+    rows += [{"prompt": "w1 w2", "completion": "w5 w6 w7"}]
+    path = tmp_path / "calib.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_surgery_edits_the_layers_asked_for(adapter, base_model, data, tmp_path):
+    adapter()
+    common = ("--base", base_model, "--adapter", tmp_path / "adapter", "--data", data, "--out", tmp_path / "out")
+    done = run_apart("surgery", *common, "--policy", "abs_select", "--layers", "1", "--batch-size", "3", "--json")
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    assert (results["policy"], results["num_examples"]) == ("abs_select", 7)
+    edited = {row["module_name"] for row in results["modules"]}
+    assert edited == {"model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj"}
+    old, new = (load_file(tmp_path / name / WEIGHTS) for name in ("adapter", "out"))
+    changed = {key.split(".lora_")[0].removeprefix("base_model.model.") for key in old if not old[key].equal(new[key])}
+    assert changed == edited
+    record = json.loads((tmp_path / "out" / "lorakit_surgery.json").read_text())
+    assert [edit["policy"] for edit in record["edits"]] == ["abs_select"]
+    done = run("surgery", *common, "--modules", "q_proj,k_proj", "--aggregate", "mean", "--num-examples", "2")
+    assert done.returncode == 0, done.stderr
+    assert "smooth_abs on 2 examples, mean, energy l1, seed 0" in " ".join(done.stdout.split())
+
+
+def test_the_seed_of_surgery_is_the_control_s(adapter, base_model, data, tmp_path):
+    adapter()
+    common = ("--base", base_model, "--adapter", tmp_path / "adapter", "--data", data, "--policy", "random_index")
+    gates = []
+    for seed in (1, 1, 2):
+        done = run("surgery", *common, "--out", tmp_path / "out", "--seed", seed, "--json")
+        gates.append([row["gate"] for row in json.loads(done.stdout)["modules"]])
+    assert gates[0] == gates[1] != gates[2]
+
+
+def test_chats_are_read_by_the_template(base_model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single="w9 $A", special_tokens=[("w9", 11)])
+    path = tmp_path / "chat.jsonl"
+    chat = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3 w4"}]
+    path.write_text("\n".join(json.dumps({"messages": messages}) for messages in (chat, chat[:1])))
+    examples = read_examples(path, 9)
+    with pytest.raises(CalibrationError, match="no chat template"):
+        make_batches(tokenizer, examples, 64, 2)
+    tokenizer.chat_template = TEMPLATE
+    (batch,) = make_batches(tokenizer, examples, 64, 2)
+    ids = tokenizer.convert_tokens_to_ids(["[UNK]", "w1", "w2", "[UNK]", "w3", "w4"])
+    assert batch["input_ids"][0].tolist() == ids  # no w9: the template says what is special
+    assert batch["labels"][0].tolist() == [-100] * 4 + ids[4:]
+    assert batch["labels"][1].tolist() == [*ids[:3], -100, -100, -100]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("compress", "a", "out"),
+        ("compress", "a", "out", "--energy", "0.5", "--max-rank", "2"),
+        ("compress", "a", "out", "--energy", "1.5"),
+        ("compress", "a", "out", "--ranks", "many"),
+        ("compress", "a", "out", "--ranks", "q_proj=many"),
+        ("compress", "a", "out", "--max-rank", "0"),
+        ("merge", "a"),
+        ("merge", "a", "b", "out", "--weights", "1,x"),
+        ("merge", "a", "b", "out", "--method", "mean"),
+        ("merge", "a", "b", "out", "--method", "ties"),
+        ("merge", "a", "b", "out", "--density", "0.5"),
+        ("merge", "a", "b", "out", "--method", "ties", "--density", "0"),
+        ("merge", "a", "b", "out", "--rank", "2", "--energy", "0.5"),
+        ("export", "a", "out", "--rank", "0"),
+        ("surgery", "--adapter", "a", "--data", "d", "--out", "out"),
+        ("surgery", "--base", "b", "--adapter", "a", "--data", "d", "--out", "out", "--layers", "5-2"),
+        ("surgery", "--base", "b", "--adapter", "a", "--data", "d", "--out", "out", "--policy", "best"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(arguments):
+    done = run(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_bad_input_is_exit_code_1_and_the_target_is_untouched(adapter, base_model, data, tmp_path):
+    adapter()
+    adapter(name="out", seed=3)
+    out = tmp_path / "out"
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    (tmp_path / "file").write_text("mine")
+    operate = ("surgery", "--base", base_model, "--data", data, "--out", out, "--adapter", tmp_path / "adapter")
+    bad = {
+        ("compress", tmp_path / "nowhere" / "x", out, "--energy", "0.5"): "neither a directory nor a file",
+        ("compress", tmp_path / "adapter", tmp_path / "file", "--energy", "0.5"): "is a file",
+        ("compress", tmp_path / "adapter", out, "--ranks", "9"): "must not exceed a module's own rank",
+        ("compress", tmp_path / "adapter", out, "--budget", "7"): "must cover rank 1",
+        ("merge", tmp_path / "adapter", tmp_path / "adapter", out, "--weights", "1"): "one weight for each",
+        ("merge", tmp_path / "adapter", tmp_path / "nowhere" / "x", out): "neither a directory nor a file",
+        ("export", tmp_path / "file", out): "must end in",
+        (*operate, "--layers", "7-9"): "they are in [0, 1]",
+        (*operate, "--modules", "nothing"): "nothing that matches",
+        (*operate[:3], "--data", tmp_path / "no.jsonl", *operate[5:]): "No such file",
+    }
+    for arguments, message in bad.items():
+        done = run(*arguments)
+        assert (done.returncode, done.stdout) == (1, ""), arguments
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
