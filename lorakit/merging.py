@@ -324,7 +324,7 @@ def _merged(
     if total.scaling != 1:
         total = LowRank(total.B * float(total.scaling), total.A)
     if rank is None and energy is None:
-        energies = float(total.frobenius_norm()) ** 2
+        energies = max(0.0, float(total.inner(total)))
         return _Merged(total, total.rank, energies, energies)
     sigma = total.singular_values().double()
     kept = _cut_at(sigma, rank, energy)

@@ -157,20 +157,35 @@ def _verified(directory: Path, intended: Mapping[str, LowRank]) -> dict[str, flo
     if modules.keys() != intended.keys():
         raise AdapterFileError(f"What was written has other modules: {sorted(modules.keys() ^ intended.keys())[0]!r}.")
     errors = {}
-    for name, update in intended.items():
-        exact = update.to(dtype=torch.float64, device="cpu")
-        got = written.factors(modules[name]).to(dtype=torch.float64)
-        # Rounding moves each factor by eps/2 of its norm.
-        norms = torch.linalg.matrix_norm(exact.B) * torch.linalg.matrix_norm(exact.A)
-        allowed = 2 * torch.finfo(_narrower(modules[name])).eps * abs(float(exact.scaling)) * float(norms)
-        error, norm = float((got - exact).frobenius_norm()), float(exact.frobenius_norm())
-        if not error <= allowed + 1e-12 * norm:
-            raise AdapterFileError(
-                f"{name}: the update would be written as {_narrower(modules[name])} with an error of {error:.2g}, at a "
-                f"norm of {norm:.2g}. Nothing was written."
-            )
-        errors[name] = error / norm if norm > 0 else 0.0
+    with written.source.reader() as read:
+        for name, update in intended.items():
+            module = modules[name]
+            exact = update.to(dtype=torch.float64, device="cpu")
+            B, A = (factor.double() for factor in module.read(read))
+            error, norm = _difference(B, A, module.scaling, exact), _norm(exact)
+            # Rounding moves each factor by eps/2 of its norm.
+            factors = torch.linalg.matrix_norm(exact.B) * torch.linalg.matrix_norm(exact.A)
+            allowed = 2 * torch.finfo(_narrower(module)).eps * abs(float(exact.scaling)) * float(factors)
+            if not error <= allowed + 1e-12 * norm:
+                raise AdapterFileError(
+                    f"{name}: the update would be written as {_narrower(module)} with an error of {error:.2g}, at a "
+                    f"norm of {norm:.2g}. Nothing was written."
+                )
+            errors[name] = error / norm if norm > 0 else 0.0
     return errors
+
+
+def _difference(B: Tensor, A: Tensor, scaling: float, exact: LowRank) -> float:
+    """‖scaling · B A − exact‖_F, as (B − B₀) A + B₀ (A − A₀): without the cancellation of the two updates."""
+    own = float(exact.scaling)
+    if B.shape != exact.B.shape or A.shape != exact.A.shape or own == 0:
+        return _norm(LowRank(B, A, scaling) - exact)
+    moved = torch.cat([B * (scaling / own) - exact.B, exact.B], dim=1)
+    return _norm(LowRank(moved, torch.cat([A, A - exact.A]), own))
+
+
+def _norm(update: LowRank) -> float:
+    return float(update.inner(update).clamp(min=0).sqrt())
 
 
 def _narrower(module: AdapterModule) -> torch.dtype:
