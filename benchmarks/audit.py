@@ -38,9 +38,9 @@ SHAPES = {  # (d_out, d_in)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def make(directory: Path, rank: int, dtype: torch.dtype) -> Path:
+def make(directory: Path, rank: int, dtype: torch.dtype, seed: int = 0) -> Path:
     """An adapter whose spectra decay faster in later layers."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for layer in range(LAYERS):
         decay = torch.logspace(0, -1 - layer / LAYERS, rank)
