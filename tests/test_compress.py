@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 
@@ -477,3 +478,50 @@ def test_what_was_written_wrongly_never_takes_its_place(trained, tmp_path, monke
     assert not (tmp_path / "out").exists()
     truncate(directory, tmp_path / "out", ranks=2, verify=False)
     assert (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_disk_that_takes_no_more_leaves_the_target_as_it_was(trained, tmp_path, monkeypatch, code):
+    _, other = trained(CONFIGS["patterns"](), name="out")
+    _, directory = trained(CONFIGS["plain"]())
+    before = snapshot(other)
+
+    def fail(*args, **options):
+        raise OSError(code, os.strerror(code))
+
+    for part in ("save_file", "_plain_json"):
+        with monkeypatch.context() as patched:
+            patched.setattr(files, part, fail)
+            with pytest.raises(OSError, match=os.strerror(code)):
+                truncate(directory, other, ranks=2)
+        assert snapshot(other) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "out"]
+
+
+def test_a_model_with_merged_embeddings_is_refused(tiny_llama, tmp_path, randomize):
+    model = randomize(get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["embed_tokens"])))
+    report = truncate(model, tmp_path / "out", ranks=2)
+    assert report.parameters_beside == 64 * 32  # PEFT saves the base weight of an adapted embedding
+    model.merge_adapter()
+    with pytest.raises(UnsupportedModelError, match="unmerge first"):
+        truncate(model, tmp_path / "again", ranks=2)
+    assert not (tmp_path / "again").exists()
+
+
+def test_the_adapter_named_is_the_one_cut(trained, tmp_path):
+    model, directory = trained(LoraConfig(r=4, target_modules=["q_proj"]))
+    model.load_adapter(directory, "other")
+    for layer in model.base_model.modules():
+        if hasattr(layer, "set_scale"):
+            layer.set_scale("other", 3.0)  # the present scaling counts
+    truncate(model, tmp_path / "out", ranks=2, adapter_name="other")
+    expected = updates(model, "other")
+    adapter = open_adapter(tmp_path / "out")
+    for module in adapter.modules:
+        W = expected[module.name]
+        error = np.linalg.norm(adapter.factors(module).dense().double().numpy() - W)
+        assert error == pytest.approx(optimal_error(W, 2), abs=1e-5 * np.linalg.norm(W))
+    with pytest.raises(ValueError, match="`adapter_name` must be one of"):
+        truncate(model, tmp_path / "out", ranks=2, adapter_name="nobody")
+    with pytest.raises(TypeError, match="`adapter_name` is for adapters in a model"):
+        truncate(directory, tmp_path / "out", ranks=2, adapter_name="other")

@@ -152,11 +152,14 @@ def saved_adapter(model: Any, adapter_name: str | None = None) -> Adapter:
     """
     live = live_adapter(model, adapter_name)
     name = resolve_adapter_name(model, adapter_name)
+    live_layers = [module.layer for module in live_modules(model, name)]
     updates = {info.key for m in live.modules for info in (m.A, m.B, *m.extras)}
     tensors = {info: live.tensor(live.source.infos()[info]) for info in updates}
     for key, tensor in get_peft_model_state_dict(model, adapter_name=name).items():
         if parse_key(key) is not None:
             continue
+        if key.endswith(".base_layer.weight") and any(layer.merged for layer in live_layers):
+            raise UnsupportedModelError(f"{key} would be saved with what is merged into it; unmerge first.")
         if tensor.is_meta:
             raise UnsupportedModelError(f"{key} is offloaded; save the adapter and name its directory.")
         tensors[key] = whole(tensor.detach())
