@@ -481,3 +481,17 @@ def test_peft_s_own_conversion_to_lora_has_the_mask_in_it():
     layer = layers(model)["base_model.model.lin"]
     delta = layer.get_delta_weight("default").detach()
     torch.testing.assert_close(config.lora_alpha / config.r * B @ A, delta, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cls", [SpecLoRAConfig, FisherLoRAConfig])
+def test_ephemeral_offload_changes_nothing_where_there_is_no_accelerator(cls):
+    """It is about where DoRA's and PiSSA's set-up computes; here all of it is on the CPU."""
+    x, outputs = torch.randn(3, 8), []
+    for ephemeral in (False, True):
+        torch.manual_seed(0)
+        runtime = lora.LoraRuntimeConfig(ephemeral_gpu_offload=ephemeral)
+        config = cls(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights="pissa", runtime_config=runtime)
+        model = get_peft_model(Projections().float(), config)
+        assert model.get_base_model().q_proj.ephemeral_gpu_offload is ephemeral
+        outputs.append(fill(model)(x).detach())
+    assert torch.equal(*outputs)
