@@ -8,6 +8,7 @@ from typing import Any
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lorakit.tuners import CHANGES_BASE
 from lorakit.tuners._combination import Combination
@@ -140,8 +141,8 @@ class ResolvingLoraModel(LoraModel):
         """As `peft.LoraModel.add_weighted_adapter`, with a rank for each module, which the new config records.
 
         A module's rank is the sum of its ranks in `adapters` for "cat"; `svd_rank`, or the largest rank anywhere in
-        `adapters`, for the types that end in "svd", but at most min(d_in, d_out); for the other types, the one rank
-        that all of them have there.
+        `adapters`, for the types that end in "svd" (of a Conv2d at most what its matrix has); for the other types, the
+        one rank that all of them have there.
         Raises: ValueError where the result would not be the combination that was asked for, or where PEFT refuses;
         the model is then as it was before.
         """
@@ -183,10 +184,11 @@ class ResolvingLoraModel(LoraModel):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         rank = target_lora_A.shape[0]
-        factors: tuple[Tensor, Tensor] = super()._svd_generalized_task_arithmetic_weighted_adapter(
+        A, B = super()._svd_generalized_task_arithmetic_weighted_adapter(
             combination_type, adapters, weights, rank, target, target_lora_A, *args, **kwargs
         )
-        return factors
+        missing = rank - A.shape[0]  # a matrix of fewer singular values than ranks were asked for
+        return (F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))) if missing > 0 else (A, B)
 
 
 def _share_modules_to_save(kept: Any, original: Any) -> None:

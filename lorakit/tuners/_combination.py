@@ -76,8 +76,10 @@ class Combination:
         for name, layer, ranks in self._layers(model):
             rank = sum(ranks) if self.type == "cat" else max(ranks)
             if self.type.endswith("svd"):
-                A, B = _factors(layer, next(adapter for adapter in self.adapters if adapter in layer.r))
-                rank = min(svd_rank, A.numel() // A.shape[0], B.numel() // A.shape[0])
+                rank = svd_rank
+                if isinstance(layer.get_base_layer(), nn.Conv2d):  # whose kernels PEFT cannot fill up with zeros
+                    A, B = _factors(layer, next(adapter for adapter in self.adapters if adapter in layer.r))
+                    rank = min(svd_rank, A.numel() // A.shape[0], B.numel() // A.shape[0])
             if ".base_layer." not in name:  # the output projection of an attention layer goes by its name
                 combined["^" + re.escape(name)] = rank
         return combined

@@ -35,14 +35,13 @@ def targeted_modules(
     config = copy.copy(config)
     _maybe_include_all_linear_layers(config, model)
     adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-    given = {key.rsplit(f".{tuner.prefix}", 1)[0].removeprefix("_orig_mod.") for key in state_dict or ()}
-    modules = {
-        name: module
-        for name, module in model.named_modules()
-        if name
-        and not name.startswith(adapted)
-        and (tuner._check_target_module_exists(config, name) if state_dict is None else name in given)
-    }
+    named = {name: module for name, module in model.named_modules() if name and not name.startswith(adapted)}
+    if state_dict is None:
+        modules = {n: module for n, module in named.items() if tuner._check_target_module_exists(config, n)}
+    else:  # by the names without what torch.compile puts before them, as in PEFT
+        given = {key.rsplit(f".{tuner.prefix}", 1)[0].removeprefix("_orig_mod.") for key in state_dict}
+        named = {name.removeprefix("_orig_mod."): module for name, module in named.items()}
+        modules = {name: module for name, module in named.items() if name in given}
     config.peft_type = PeftType.LORA  # PEFT's check goes by the type
     for name in modules:
         try:

@@ -9,7 +9,14 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import hotswap_adapter
@@ -378,13 +385,19 @@ def test_a_weighted_combination_of_other_layers(kind, combination, tmp_path):
 
 
 @pytest.mark.parametrize("svd_rank", [None, 3, 100])
-def test_svd_ranks_stay_within_the_layers(svd_rank, tmp_path):
+def test_svd_combinations_have_the_rank_asked_for(svd_rank, tmp_path):
+    """Ranks beyond those of the matrix are zero, and are there: what is saved can be loaded."""
     model = adapted(fisher(r=16, r_q=4, init_lora_weights=False))
     model.add_weighted_adapter(["default"], [1.0], "one")
-    model.add_adapter("b", fisher(r=16, r_q=4))
+    model.add_adapter("b", fisher(r=16, r_q=4, init_lora_weights=False))
     model.add_weighted_adapter(["default", "b"], WEIGHTS, "both", "svd", svd_rank)
-    ranks = {name: layer.r["both"] for name, layer in layers(model).items()}
-    assert ranks == {"q_proj": min(svd_rank or 8, 6), "v_proj": min(svd_rank or 16, 6)}
+    rank = svd_rank or 16
+    for layer in layers(model).values():
+        assert layer.r["both"] == layer.lora_A["both"].weight.shape[0] == rank
+        total = sum(w * layer.get_delta_weight(a).detach() for w, a in zip(WEIGHTS, ("default", "b"), strict=True))
+        U, s, Vh = np.linalg.svd(total.double().numpy(), full_matrices=False)
+        best = (U[:, :rank] * s[:rank]) @ Vh[:rank]
+        np.testing.assert_allclose(layer.get_delta_weight("both").detach().double().numpy(), best, atol=2e-5)
     round_trip(model, "linear", tmp_path)
 
 
@@ -419,3 +432,16 @@ def test_all_linear_leaves_tied_weights_to_peft(tiny_llama):
             model = get_peft_model(tiny_llama(tie_word_embeddings=True), config)
             assert type(model.get_base_model().model.embed_tokens) is nn.Embedding
             assert type(model.get_base_model().lm_head) is nn.Linear
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_injection_by_the_state_dict_of_a_compiled_model(tiny_llama, compiled):
+    """torch.compile puts `_orig_mod.` before the names, in the model or in the state dict."""
+    config = FisherLoRAConfig(r=6, r_q=2, target_modules=["q_proj", "v_proj"])
+    source = inject_adapter_in_model(config, tiny_llama())
+    state = get_peft_model_state_dict(source)
+    prefixed = {f"_orig_mod.{name}": value for name, value in state.items()}
+    target = torch.compile(tiny_llama()) if compiled else tiny_llama()
+    model = inject_adapter_in_model(config, target, state_dict=state if compiled else prefixed)
+    shapes = {name.removeprefix("_orig_mod."): v.shape for name, v in get_peft_model_state_dict(model).items()}
+    assert shapes == {name: value.shape for name, value in state.items()}
