@@ -180,14 +180,17 @@ class ResolvingLoraModel(LoraModel):
         new_rank: int,
         target: LoraLayer,
         target_lora_A: Tensor,
+        target_lora_B: Tensor,
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         rank = target_lora_A.shape[0]
+        # PEFT's own fails where a matrix has fewer singular values than ranks were asked for
+        fitting = min(rank, target_lora_A.numel() // rank, target_lora_B.numel() // rank)
         A, B = super()._svd_generalized_task_arithmetic_weighted_adapter(
-            combination_type, adapters, weights, rank, target, target_lora_A, *args, **kwargs
+            combination_type, adapters, weights, fitting, target, target_lora_A, target_lora_B, *args, **kwargs
         )
-        missing = rank - A.shape[0]  # a matrix of fewer singular values than ranks were asked for
+        missing = rank - fitting
         return (F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))) if missing > 0 else (A, B)
 
 

@@ -365,6 +365,20 @@ def test_combinations_of_different_modules_ranks_and_ks(kind, tmp_path):
         torch.testing.assert_close(layer.get_delta_weight("default").detach(), expected[name], rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("shape", [(4, 40), (40, 4), (5, 5)])
+def test_an_svd_combination_of_more_ranks_than_the_matrix_has(shape):
+    torch.manual_seed(0)
+    model = fill(spec(nn.Sequential(nn.Linear(shape[1], shape[0])).double(), ["0"]))
+    model.add_adapter("other", SpecLoRAConfig(r=2, lora_alpha=6, k=K, target_modules=["0"]))
+    model.set_adapter("other")
+    fill(model, seed=5)
+    layer = layers(model)["base_model.model.0"]
+    model.add_weighted_adapter(["default", "other"], [0.5, 2.0], "both", svd_rank=20)
+    assert layer.r["both"] == layer.lora_A["both"].weight.shape[0] == layer.lora_B["both"].weight.shape[1] == 20
+    expected = 0.5 * layer.get_delta_weight("default") + 2 * layer.get_delta_weight("other")
+    torch.testing.assert_close(layer.get_delta_weight("both").detach(), expected.detach(), rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("kind", ["dare_linear", "dare_ties_svd"])
 def test_weighted_adapters_by_chance(kind):
     """Dropped at random: kept entries are rescaled, the others zero."""
