@@ -13,7 +13,6 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.lora.variants import MontecloraLinearVariant
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
-from torch.nn import functional as F
 
 from lorakit.adapters import open_adapter
 from lorakit.adapters.files import replaced_directory, write_adapter
@@ -217,13 +216,8 @@ def _mask_update(layer: Any, adapter_name: str, dtype: torch.dtype) -> tuple[Ten
 
     A is (k, d_in), of a convolution (k, d_in, *kernel), and B (d_out, k).
     """
-    mask = layer.lora_spec[adapter_name]
-    row, column, width = mask.region(layer.out_features, layer.in_features)
     rows = layer.mask_rows(adapter_name, dtype=torch.promote_types(dtype, torch.float32))
-    after = layer.in_features - column - width
-    A = F.pad(rows, (0, 0) * (rows.dim() - 2) + (column, after))
-    B = torch.eye(layer.out_features, dtype=rows.dtype, device=rows.device)[:, row : row + mask.k]
-    return A, B
+    return layer.over_all_columns(adapter_name, rows), layer.row_selection(adapter_name, rows)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 from peft.tuners.lora import LoraLayer, LoraModel
@@ -14,6 +15,15 @@ from lorakit.tuners import CHANGES_BASE
 from lorakit.tuners._combination import Combination
 
 _FSDP1 = "._fsdp_wrapped_module"
+
+
+def not_positive_integers(values: Mapping[str, Any]) -> list[str]:
+    """What to say of those of a config's values, by name, that are no positive integers."""
+    return [
+        f"`{name}` must be a positive integer; got {value!r}."
+        for name, value in values.items()
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1
+    ]
 
 
 class NamesItsInit:
@@ -129,6 +139,11 @@ class ResolvingLoraModel(LoraModel):
         self._prepare_model(config, copied)
         return copied
 
+    def combine_more(
+        self, adapters: list[str], weights: list[float], adapter_name: str, kind: str, **settings: Any
+    ) -> None:
+        """Combine what adapters have beside the factors; where it raises, the new adapter is taken out again."""
+
     def add_weighted_adapter(
         self,
         adapters: list[str],
@@ -157,6 +172,7 @@ class ResolvingLoraModel(LoraModel):
         self.combination = Combination(self.tuner_name, adapters, kind)
         try:
             super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, svd_rank, **kwargs)
+            self.combine_more(adapters, weights, adapter_name, kind, **kwargs)
         except BaseException:
             if adapter_name in self.peft_config:
                 self.delete_adapter(adapter_name)

@@ -87,9 +87,8 @@ class TapInput(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, from_rest: Tensor, from_projected: Tensor) -> tuple[Tensor, None, None]:
         (block,) = ctx.saved_tensors
-        gradient = (
-            from_rest.clone() if torch.is_grad_enabled() else from_rest
-        )  # recorded itself, for a second derivative
+        # where the backward pass is itself recorded, for a second derivative, nothing may be changed in place
+        gradient = from_rest.clone() if torch.is_grad_enabled() else from_rest
         gradient.narrow(-1, ctx.column, block.shape[1]).add_(from_projected @ block)
         return gradient, None, None
 
@@ -260,6 +259,18 @@ class SpecLoRALayer:
             d_minus_1 = mask.weight.to(dtype) * self.mask_factor(adapter_name)
         return d_minus_1.reshape(*d_minus_1.shape, *[1] * (block.dim() - d_minus_1.dim())) * block.to(dtype)
 
+    def over_all_columns(self: Any, adapter_name: str, rows: Tensor) -> Tensor:
+        """`rows`, of the columns that the adapter's mask rescales, with zeros in the weight's other columns."""
+        _, column, width = self.lora_spec[adapter_name].region(self.out_features, self.in_features)
+        kernel = rows.dim() - 2 - len(self._experts())
+        return F.pad(rows, (0, 0) * kernel + (column, self.in_features - column - width))
+
+    def row_selection(self: Any, adapter_name: str, like: Tensor) -> Tensor:
+        """(d_out, k) of zeros and ones, in the dtype and place of `like`: puts the mask's rows in their place."""
+        mask = self.lora_spec[adapter_name]
+        row = mask.region(self.out_features, self.in_features)[0]
+        return torch.eye(self.out_features, dtype=like.dtype, device=like.device)[:, row : row + mask.k]
+
     def add_mask_delta(self: Any, weight: Tensor, adapter_name: str, sign: int = 1) -> None:
         """Add the mask's update, in place, to a tensor laid out as the base weight is."""
         mask, oriented, axis = self.lora_spec[adapter_name], self._oriented(weight), len(self._experts())
@@ -306,7 +317,9 @@ class SpecLoRALayer:
             prepare = getattr(self.lora_variant.get(name), "prepare_weight", None)
             if prepare is not None:
                 prepare(self, name)
-            mask.block = self.block_of(name).detach().clone()
+            block = self.block_of(name)
+            if mask.reads_weight:
+                mask.block = block.detach().clone()
 
     def _release_blocks(self: Any) -> None:
         if not self.merged:
@@ -362,10 +375,11 @@ class SpecLoRALayer:
 
     def add_mask_term(self: Any, name: str, x: Tensor, result: Tensor, projected: Tensor | None = None) -> Tensor:
         """Add the mask's term to `result`, in place; `projected` is P x where that is known."""
-        mask, block = self.lora_spec[name], self.block_of(name)
+        mask, channels = self.lora_spec[name], -1
         row = mask.region(self.out_features, self.in_features)[0]
-        channels = 1 - block.dim()  # -1, or before the spatial dimensions of a convolution
         if projected is None:
+            block = self.block_of(name)
+            channels = 1 - block.dim()  # before the spatial dimensions of a convolution
             projected = self.project(name, x, block)
         added: Tensor = mask(result, projected, self.mask_factor(name), row, channels)
         return added
@@ -506,12 +520,10 @@ class SpecLoRAParamWrapper(_MaskMerged, ParamWrapper):
     def get_delta_factors(self: Any, adapter_name: str) -> tuple[Tensor, Tensor, float]:
         """As PEFT's, the mask being k ranks more: rows picked by a selection matrix."""
         lhs, rhs, scaling = super().get_delta_factors(adapter_name)
-        mask = self.lora_spec[adapter_name]
-        row, column, width = mask.region(self.out_features, self.in_features)
-        rows = self.mask_rows(adapter_name, dtype=lhs.dtype)
-        update = F.pad(rows, (column, self.in_features - column - width))  # (experts, k, d_in)
-        pick = torch.eye(self.out_features, dtype=lhs.dtype, device=lhs.device)[:, row : row + mask.k]
-        pick = pick.expand(*self._experts(), -1, -1)  # (experts, d_out, k)
+        update = self.over_all_columns(
+            adapter_name, self.mask_rows(adapter_name, dtype=lhs.dtype)
+        )  # (experts, k, d_in)
+        pick = self.row_selection(adapter_name, lhs).expand(*self._experts(), -1, -1)  # (experts, d_out, k)
         left, right = (pick, update) if self._did_swap_in_out_features else (update.mT, pick.mT)
         return torch.cat([lhs * scaling, left], dim=-1), torch.cat([rhs, right], dim=-2), 1.0
 

@@ -37,13 +37,11 @@ class _DownWithMask:
     @property
     def weight(self) -> Tensor:
         """(r + k, d_in, *kernel); of a linear layer A alone, of which variants ask only dtype, device and d_in."""
-        layer, down = self.layer, self.layer.lora_A[self.name].weight
-        block = layer.block_of(self.name).to(down.dtype)
-        if block.dim() == 2:
+        down: Tensor = self.layer.lora_A[self.name].weight
+        if down.dim() == 2:
             return down
-        _, column, width = layer.lora_spec[self.name].region(layer.out_features, layer.in_features)
-        after = layer.in_features - column - width
-        return torch.cat([down, F.pad(block, (0, 0) * (block.dim() - 2) + (column, after))])
+        block = self.layer.block_of(self.name).to(down.dtype)
+        return torch.cat([down, self.layer.over_all_columns(self.name, block)])
 
 
 class _UpWithMask:
@@ -52,18 +50,22 @@ class _UpWithMask:
     def __init__(self, layer: Any, adapter_name: str) -> None:
         self.layer, self.name = layer, adapter_name
 
-    def _rows(self) -> tuple[Tensor, int, int]:
-        """d − 1 in units of the adapter's scaling, by which everything is multiplied in the end; and where it goes."""
-        mask = self.layer.lora_spec[self.name]
-        row = mask.region(self.layer.out_features, self.layer.in_features)[0]
-        values = mask.weight / self.layer.initial_scaling(self.name)
-        return values, row, self.layer.out_features - row - mask.k
+    def _values(self) -> Tensor:
+        """d − 1 in units of the adapter's scaling, by which everything is multiplied in the end."""
+        values: Tensor = self.layer.lora_spec[self.name].weight / self.layer.initial_scaling(self.name)
+        return values
+
+    def columns(self, like: Tensor) -> Tensor:
+        """D (d_out, k), in the dtype of `like`."""
+        selected: Tensor = self.layer.row_selection(self.name, like)
+        return selected * self._values().to(like.dtype)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         up, spatial = self.layer.lora_B[self.name], self.layer.block_of(self.name).dim() - 2
-        values, before, after = self._rows()
-        rank, channels = hidden.shape[-1 - spatial] - values.numel(), -1 - spatial
-        low_rank, projected = torch.split(hidden, [rank, values.numel()], channels)
+        values, mask = self._values(), self.layer.lora_spec[self.name]
+        before = mask.region(self.layer.out_features, self.layer.in_features)[0]
+        after = self.layer.out_features - before - mask.k
+        low_rank, projected = torch.split(hidden, [hidden.shape[-1 - spatial] - mask.k, mask.k], -1 - spatial)
         term = projected * values.reshape(-1, *[1] * spatial)
         result: Tensor = up(low_rank) + F.pad(term, (0, 0) * spatial + (before, after))
         return result
@@ -72,9 +74,8 @@ class _UpWithMask:
     def weight(self) -> Tensor:
         """(d_out, r + k, 1, …)."""
         up = self.layer.lora_B[self.name].weight
-        values, before, after = self._rows()
-        selected = F.pad(torch.diag(values), (0, 0, before, after)).to(up.dtype)
-        return torch.cat([up, selected.reshape(*selected.shape, *[1] * (up.dim() - 2))], dim=1)
+        columns = self.columns(up)
+        return torch.cat([up, columns.reshape(*columns.shape, *[1] * (up.dim() - 2))], dim=1)
 
 
 class _LayerWithMask:
@@ -84,14 +85,10 @@ class _LayerWithMask:
         self._layer = layer
         if adapter_name in layer.lora_embedding_A:
             # here PEFT's factors are bare tensors: (r, ids) and (features, r)
-            block = layer.block_of(adapter_name)
-            _, column, width = layer.lora_spec[adapter_name].region(layer.out_features, layer.in_features)
             A, B = layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
-            rows = F.pad(block.to(A.dtype), (column, layer.in_features - column - width))
-            values, before, after = _UpWithMask(layer, adapter_name)._rows()
-            selected = F.pad(torch.diag(values), (0, 0, before, after)).to(B.dtype)
+            rows = layer.over_all_columns(adapter_name, layer.block_of(adapter_name).to(A.dtype))
             self.lora_embedding_A = {adapter_name: torch.cat([A, rows])}
-            self.lora_embedding_B = {adapter_name: torch.cat([B, selected], dim=1)}
+            self.lora_embedding_B = {adapter_name: torch.cat([B, _UpWithMask(layer, adapter_name).columns(B)], dim=1)}
             return
         dropout = layer.lora_dropout[adapter_name]
         self.lora_A = {adapter_name: _DownWithMask(layer, adapter_name, dropout if dropout_in_a else None)}

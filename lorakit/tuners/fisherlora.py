@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from lorakit._registration import register_tuner
 from lorakit.allocation import Allocation, Per, Rule, allocate
 from lorakit.errors import AllocationError, UnsupportedModelError
-from lorakit.tuners._base import NamesItsInit, ResolvingLoraModel
+from lorakit.tuners._base import NamesItsInit, ResolvingLoraModel, not_positive_integers
 from lorakit.tuners.patterns import (
     alpha_of,
     compact_pattern,
@@ -72,11 +72,7 @@ class FisherLoRAConfig(NamesItsInit, LoraConfig):
             self.lora_alpha = 2 * self.r
         ranks: dict[str, Any] = {"r": self.r, "r_q": self.r_q, "r_v": self.r if self.r_v is None else self.r_v}
         ranks |= {f"rank_pattern[{key!r}]": value for key, value in (self.rank_pattern or {}).items()}
-        wrong = [
-            f"`{name}` must be a positive integer; got {value!r}."
-            for name, value in ranks.items()
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1
-        ]
+        wrong = not_positive_integers(ranks)
         if wrong:
             raise ValueError("FisherLoRA: " + " ".join(wrong))
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from lorakit._registration import register_tuner
 from lorakit.errors import UnsupportedModelError
-from lorakit.tuners._base import NamesItsInit, ResolvingLoraModel
+from lorakit.tuners._base import NamesItsInit, ResolvingLoraModel, not_positive_integers
 from lorakit.tuners._masked_layers import (
     MODES,
     Mode,
@@ -107,11 +107,7 @@ class SpecLoRAConfig(NamesItsInit, LoraConfig):
         super().__post_init__()
         self.peft_type = PeftType.SPECLORA
         self.k_pattern = dict(self.k_pattern or {})
-        wrong = [
-            f"`{name}` must be a positive integer; got {value!r}."
-            for name, value in [("k", self.k), *((f"k_pattern[{key!r}]", k) for key, k in self.k_pattern.items())]
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1
-        ]
+        wrong = not_positive_integers({"k": self.k} | {f"k_pattern[{key!r}]": k for key, k in self.k_pattern.items()})
         if self.mode not in MODES:
             wrong.append(f"`mode` must be one of {', '.join(MODES)}; got {self.mode!r}.")
         wrong += [
@@ -184,40 +180,46 @@ class SpecLoRAModel(ResolvingLoraModel):
         layer.__class__ = cls
         layer.add_mask(adapter_name, lookup(lora_config.k_pattern, current_key, lora_config.k), lora_config.mode)
 
-    def add_weighted_adapter(
-        self,
-        adapters: list[str],
-        weights: list[float],
-        adapter_name: str,
-        combination_type: str = "svd",
-        svd_rank: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """As for plain low-rank factors, for adapters with the same k and mode in every module.
+    def _check_add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> tuple[str, int, Any]:
+        """As for plain low-rank factors.
 
-        The masks' d − 1 are combined beside the factors, exactly: weighted and added for "linear", "cat" and "svd", by
-        PEFT's own pruning and election of signs for the other types.
-        Raises: ValueError as for the factors; NotImplementedError where the masks differ in k or mode, so that no one
-        mask is their combination.
+        Raises: NotImplementedError where the masks differ in k or mode, so that no one mask is their combination.
         """
-        if adapter_name in self.peft_config:
-            return
-        layers = [module for module in self.model.modules() if isinstance(module, SpecLoRALayer)]
-        masks = [[layer.lora_spec[name] for name in adapters if name in layer.lora_spec] for layer in layers]
+        masks = [[layer.lora_spec[name] for name in adapters if name in layer.lora_spec] for layer in self._layers()]
         if any(len({mask.k for mask in of_one}) > 1 for of_one in masks) or len({m.mode for o in masks for m in o}) > 1:
             raise NotImplementedError(
                 "SpecLoRA does not support add_weighted_adapter between adapters of different k or mode. Export each "
                 "as a plain LoRA with lorakit.export.to_lora and combine those."
             )
-        with ExitStack() as stack:
-            for layer in layers:
-                stack.enter_context(layer.mask_off())
-            super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, svd_rank, **kwargs)
-        kind = "linear" if len(adapters) == 1 else combination_type
-        density, election = kwargs.get("density"), kwargs.get("majority_sign_method", "total")
-        for layer in layers:
+        return super()._check_add_weighted_adapter(adapters, *args, **kwargs)
+
+    def _svd_generalized_task_arithmetic_weighted_adapter(
+        self,
+        combination_type: str,
+        adapters: list[str],
+        weights: list[float],
+        new_rank: int,
+        target: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        with target.mask_off() if isinstance(target, SpecLoRALayer) else nullcontext():
+            return super()._svd_generalized_task_arithmetic_weighted_adapter(
+                combination_type, adapters, weights, new_rank, target, *args, **kwargs
+            )
+
+    def combine_more(
+        self, adapters: list[str], weights: list[float], adapter_name: str, kind: str, **settings: Any
+    ) -> None:
+        """Combine the masks' d − 1: weighted and added, exactly, for "linear", "cat" and "svd"; by PEFT's own pruning
+        and election of signs for the other types."""
+        density, election = settings.get("density"), settings.get("majority_sign_method", "total")
+        for layer in self._layers():
             if adapter_name in layer.lora_spec:
                 _combine_masks(layer, adapters, weights, adapter_name, kind, density, election)
+
+    def _layers(self) -> list[Any]:
+        return [module for module in self.model.modules() if isinstance(module, SpecLoRALayer)]
 
     def subtract_mutated_init(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(
