@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from lorakit.adapters import Adapter, AdapterModule, TensorInfo, open_checkpoint
 from lorakit.adapters.keys import tensor_name
 from lorakit.adapters.plain import (
+    WrittenReport,
     carried_tensors,
     check_finite,
     check_rewritable,
@@ -59,7 +60,7 @@ class CompressedModule:
 
 
 @dataclass(frozen=True)
-class CompressReport:
+class CompressReport(WrittenReport):
     """What `truncate` wrote; the energies are of all modules, Σ ‖·‖_F².
 
     Parameters are those of the factors, `parameters_beside` those of all else in the file.
@@ -78,15 +79,6 @@ class CompressReport:
     verified: bool
     modules: tuple[CompressedModule, ...]
     findings: tuple[Finding, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data: `modules`, `summary` and `findings`."""
-        summary = {key: value for key, value in vars(self).items() if key not in ("modules", "findings")}
-        return {
-            "modules": [asdict(module) for module in self.modules],
-            "summary": summary,
-            "findings": [asdict(finding) for finding in self.findings],
-        }
 
 
 def truncate(

@@ -27,6 +27,7 @@ from lorakit.adapters.live import LiveModule, live_modules, read_weight, resolve
 from lorakit.calibration import LossFn, activated, collect, preserved_rng, preserved_state
 from lorakit.errors import CalibrationError, MissingExtraError, UnsupportedModelError
 from lorakit.tuners.fisherlora import default_targets
+from lorakit.tuners.module_tree import module_tree, restore
 from lorakit.tuners.roles import ROLES, Role, layer_of, role_of
 
 if TYPE_CHECKING:
@@ -429,7 +430,7 @@ def temporary_lora(
     targets = sorted(default_targets(model)) if target_modules is None else target_modules
     targets = targets if isinstance(targets, str) else list(targets)
     config = LoraConfig(r=TEMPORARY_RANK, lora_alpha=TEMPORARY_ALPHA, target_modules=targets)
-    trees = [(module, dict(module._modules)) for module in model.modules()]
+    tree = module_tree(model)
     attributes = dict(vars(model))
     name = "default"
     with preserved_state(model):
@@ -448,9 +449,7 @@ def temporary_lora(
                 )
             yield modules
         finally:
-            for module, children in trees:
-                module._modules.clear()
-                module._modules.update(children)
+            restore(tree)
             for attribute in set(vars(model)) - set(attributes):
                 delattr(model, attribute)
 

@@ -12,7 +12,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from lorakit.adapters import Adapter, AdapterModule, open_checkpoint
 from lorakit.adapters.plain import (
+    WrittenReport,
     carried_tensors,
     check_finite,
     check_rewritable,
@@ -63,7 +64,7 @@ class MergedModule:
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class MergeReport(WrittenReport):
     """What `merge` wrote; `energy_kept` is of all modules, Σ ‖ΔW‖_F²."""
 
     path: str
@@ -79,15 +80,6 @@ class MergeReport:
     verified: bool
     modules: tuple[MergedModule, ...]
     findings: tuple[Finding, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data: `modules`, `summary` and `findings`."""
-        summary = {key: value for key, value in vars(self).items() if key not in ("modules", "findings")}
-        return {
-            "modules": [asdict(module) for module in self.modules],
-            "summary": summary,
-            "findings": [asdict(finding) for finding in self.findings],
-        }
 
 
 def merge(

@@ -42,10 +42,9 @@ def run_probe(
     tokenizer = AutoTokenizer.from_pretrained(model_name)
     batches = make_batches(tokenizer, pieces, length, batch_size)
     model = AutoModelForCausalLM.from_pretrained(model_name, dtype="auto")
-    targets: str | list[str] | None = target_modules
-    if target_modules is not None and target_modules != "all-linear":
-        targets = [name.strip() for name in target_modules.split(",") if name.strip()]
-    report = fisher.probe(model, batches, target_modules=targets, num_examples=num_examples, seed=seed)
+    report = fisher.probe(
+        model, batches, target_modules=named_targets(target_modules), num_examples=num_examples, seed=seed
+    )
     allocation = allocation_of(report, **allocation_settings)
     if out is not None:
         config = FisherLoRAConfig.from_probe(
@@ -63,6 +62,13 @@ def run_probe(
     if out is not None:
         lines.append(f"written: {out / 'adapter_config.json'}")
     return {"report": report.to_dict(), "allocation": allocation.to_dict()}, "\n".join(lines)
+
+
+def named_targets(text: str | None) -> str | list[str] | None:
+    """Target modules as the shell has them: names with commas between, "all-linear", or None."""
+    if text is None or text == "all-linear":
+        return text
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def read_examples(path: Path, at_most: int) -> list[Example]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,29 @@ from lorakit.adapters.files import CONFIG_NAME, replaced_directory, write_adapte
 from lorakit.adapters.keys import tensor_name
 from lorakit.adapters.record import RECORD_NAME, set_edits, write_record
 from lorakit.adapters.view import Adapter, AdapterModule
-from lorakit.errors import AdapterFileError, UnsupportedModelError
+from lorakit.errors import AdapterFileError, Finding, UnsupportedModelError
 from lorakit.spectral import LowRank
 from lorakit.tuners.patterns import compact_pattern
 
 # Fields of FisherLoRA's and AdaLoRA's configs that LoRA's has not.
 _FOREIGN = {"r_q", "r_v", "target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"}
 _FOREIGN.add("total_step")
+
+
+class WrittenReport:
+    """A report, frozen, of what was written: `modules`, `findings`, and what is said of all of it."""
+
+    modules: tuple[Any, ...]
+    findings: tuple[Finding, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: `modules`, `summary` and `findings`."""
+        summary = {key: value for key, value in vars(self).items() if key not in ("modules", "findings")}
+        return {
+            "modules": [asdict(module) for module in self.modules],
+            "summary": summary,
+            "findings": [asdict(finding) for finding in self.findings],
+        }
 
 
 def check_rewritable(adapter: Adapter) -> None:

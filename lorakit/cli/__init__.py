@@ -12,6 +12,7 @@ import typer
 
 from lorakit._version import __version__
 from lorakit.cli import at_rest, operate
+from lorakit.cli.output import check_share, print_json, show
 from lorakit.errors import LorakitError
 
 app = typer.Typer(name="lorakit", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -88,8 +89,7 @@ def audit(
     ] = None,
 ) -> None:
     """Spectra, ranks and findings of an adapter at rest; exit code 1 if one of the findings is an error."""
-    if not 0 < energy <= 1:
-        raise typer.BadParameter("must be a share in (0, 1].", param_hint="--energy")
+    check_share("--energy", energy)
     from lorakit import lens
 
     report = lens.audit(adapter, energy=energy, suggest_ranks=suggest_ranks, budget=budget)
@@ -97,16 +97,7 @@ def audit(
         lens.write_html(report, html)
     if plots is not None:
         lens.write_plots(report, plots)
-    if as_json:
-        sys.stdout.write(json.dumps(report.to_dict(), allow_nan=False) + "\n")
-    else:
-        from rich.console import Console
-
-        from lorakit.lens._table import print_report
-
-        print_report(report, Console())
-    if report.has_errors:
-        raise typer.Exit(1)
+    show(report, as_json, "print_report")
 
 
 @app.command()
@@ -160,7 +151,10 @@ def probe(
         max_rank=max_rank,
         per="role" if per_role else "module",
     )
-    sys.stdout.write((json.dumps(results, allow_nan=False) if as_json else explanation) + "\n")
+    if as_json:
+        print_json(results)
+    else:
+        sys.stdout.write(explanation + "\n")
 
 
 @app.command()
@@ -174,23 +168,13 @@ def compare(
     ] = None,
 ) -> None:
     """Shared directions, agreement and balance of two adapters; exit code 1 if one of the findings is an error."""
-    if not 0 < energy <= 1:
-        raise typer.BadParameter("must be a share in (0, 1].", param_hint="--energy")
+    check_share("--energy", energy)
     from lorakit import lens
 
     report = lens.compare(a, b, energy=energy)
     if plots is not None:
         lens.write_plots(report, plots)
-    if as_json:
-        sys.stdout.write(json.dumps(report.to_dict(), allow_nan=False) + "\n")
-    else:
-        from rich.console import Console
-
-        from lorakit.lens._table import print_comparison
-
-        print_comparison(report, Console())
-    if report.has_errors:
-        raise typer.Exit(1)
+    show(report, as_json, "print_comparison")
 
 
 @app.command()
@@ -208,16 +192,7 @@ def alignment(
     report = lens.alignment(adapter, k=k)
     if plots is not None:
         lens.write_plots(report, plots)
-    if as_json:
-        sys.stdout.write(json.dumps(report.to_dict(), allow_nan=False) + "\n")
-    else:
-        from rich.console import Console
-
-        from lorakit.lens._table import print_alignment
-
-        print_alignment(report, Console())
-    if report.has_errors:
-        raise typer.Exit(1)
+    show(report, as_json, "print_alignment")
 
 
 for _command in (at_rest.compress, at_rest.merge, at_rest.export, operate.surgery):

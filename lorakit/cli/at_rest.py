@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorakit.cli.output import Column, print_folded, print_json, print_lines
+from lorakit.cli.output import Column, check_share, print_folded, print_json, print_lines
 
 if TYPE_CHECKING:
     from lorakit.errors import Finding
@@ -42,8 +42,7 @@ def compress(
     given = {"ranks": ranks, "energy": energy, "budget": budget, "max_rank": max_rank}
     if sum(value is not None for value in given.values()) != 1:
         raise typer.BadParameter("give exactly one.", param_hint="--ranks, --energy, --budget, --max-rank")
-    if energy is not None and not 0 < energy <= 1:
-        raise typer.BadParameter("must be a share in (0, 1].", param_hint="--energy")
+    check_share("--energy", energy)
     if ranks is not None:
         given["ranks"] = _ranks(ranks)  # type: ignore[assignment]
     from lorakit.compress import truncate
@@ -80,10 +79,8 @@ def merge(
     dense = method in (MethodName.ties, MethodName.dare)
     if dense != (density is not None):
         raise typer.BadParameter("is for ties and dare, which need it.", param_hint="--density")
-    shares = [("--energy", energy), ("--density", density)]
-    for name, share in shares:
-        if share is not None and not 0 < share <= 1:
-            raise typer.BadParameter("must be a share in (0, 1].", param_hint=name)
+    check_share("--energy", energy)
+    check_share("--density", density)
     try:
         chosen = None if weights is None else [float(weight) for weight in weights.split(",")]
     except ValueError:

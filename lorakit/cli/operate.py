@@ -116,12 +116,11 @@ def _targets(model: Any, modules: str | None, bounds: tuple[int, float] | None) 
     """The modules meant, by name where layers are asked for. Raises: SurgeryError where there are none."""
     from lorakit.adapters.live import resolve_adapter_name
     from lorakit.errors import SurgeryError
+    from lorakit.probing import named_targets
     from lorakit.surgery import select_modules
     from lorakit.tuners.roles import layer_of
 
-    targets: str | list[str] | None = modules
-    if modules is not None and modules != "all-linear":
-        targets = [name.strip() for name in modules.split(",") if name.strip()]
+    targets = named_targets(modules)
     if bounds is None:
         return targets
     first, last = bounds

@@ -13,7 +13,7 @@ from lorakit.adapters import Adapter, open_adapter
 from lorakit.allocation import read_budget
 from lorakit.errors import Finding
 from lorakit.lens._measure import check_extras, measure
-from lorakit.lens._report import AuditedModule, AuditReport, ordered, summarize
+from lorakit.lens._report import AuditedModule, AuditReport, grouped, ordered, summarize
 from lorakit.lens._suggestions import suggest
 
 if TYPE_CHECKING:
@@ -61,12 +61,7 @@ def audit(
     findings += _about_modules(rows)
     wanted = suggest_ranks or budget is not None
     finite = [row for row in rows if row.energy_rank is not None]
-    groups: dict[str, list[AuditedModule]] = {}
-    layers: dict[int, list[AuditedModule]] = {}
-    for row in rows:
-        groups.setdefault(row.group, []).append(row)
-        if row.layer is not None:
-            layers.setdefault(row.layer, []).append(row)
+    groups, layers = grouped(rows)
     return AuditReport(
         path=view.path,
         peft_type=view.settings.peft_type,
@@ -75,7 +70,7 @@ def audit(
         modules=rows,
         total=summarize("all", rows, rows),
         roles=tuple(summarize(name, group, rows) for name, group in groups.items()),
-        layers=tuple(summarize(str(layer), layers[layer], rows) for layer in sorted(layers)),
+        layers=tuple(summarize(name, group, rows) for name, group in layers.items()),
         parameters_beside=sum(extra.info.numel for extra in view.extras)
         + sum(info.numel for module in view.modules for info in module.extras),
         suggestions=tuple(suggest(finite, str(float(energy)), budget)) if wanted else (),

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from lorakit.adapters import Adapter, AdapterModule, open_adapter
 from lorakit.errors import Finding
-from lorakit.lens._report import group_of, has_errors, mean, ordered, some
+from lorakit.lens._report import group_of, grouped, has_errors, mean, ordered, some
 from lorakit.spectral import (
     LowRank,
     dominance,
@@ -222,12 +222,7 @@ def compare(
     if partial:
         message = f"Of {partial} modules only the low-rank part is compared: the whole update needs the base weight."
         findings.append(Finding("info", "low_rank_part_only", None, message))
-    groups: dict[str, list[ComparedModule]] = {}
-    layers: dict[int, list[ComparedModule]] = {}
-    for row in rows:
-        groups.setdefault(row.group, []).append(row)
-        if row.layer is not None:
-            layers.setdefault(row.layer, []).append(row)
+    groups, layers = grouped(rows)
     names_a, names_b = ({module.name for module in view.modules} for view in (one, other))
     return ComparisonReport(
         path_a=one.path,
@@ -241,7 +236,7 @@ def compare(
         only_b=tuple(module.name for module in other.modules if module.name not in names_a),
         total=_summarize("all", rows),
         roles=tuple(_summarize(name, group) for name, group in groups.items()),
-        layers=tuple(_summarize(str(layer), layers[layer]) for layer in sorted(layers)),
+        layers=tuple(_summarize(name, group) for name, group in layers.items()),
         findings=ordered(findings),
     )
 

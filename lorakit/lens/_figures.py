@@ -5,10 +5,9 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
 from lorakit.lens._compare import ComparedModule, ComparisonReport
-from lorakit.lens._report import AuditedModule, AuditReport
+from lorakit.lens._report import AuditedModule, AuditReport, Row
 
 
 @dataclass(frozen=True)
@@ -68,21 +67,11 @@ def comparison_heatmaps(report: ComparisonReport) -> list[Heatmap]:
     return _by_place([m for m in report.modules if m.verdict is not None], quantities)
 
 
-class _Placed(Protocol):
-    @property
-    def group(self) -> str: ...
-    @property
-    def layer(self) -> int | None: ...
-
-
-_Row = TypeVar("_Row", bound=_Placed)
-
-
-def _by_place(modules: list[_Row], quantities: list[tuple[str, Callable[[_Row], float | None]]]) -> list[Heatmap]:
+def _by_place(modules: list[Row], quantities: list[tuple[str, Callable[[Row], float | None]]]) -> list[Heatmap]:
     placed = [m for m in modules if m.layer is not None]
     groups = list(dict.fromkeys(m.group for m in placed))
     layers = sorted({m.layer for m in placed if m.layer is not None})
-    cells: dict[tuple[str, int | None], list[_Row]] = {}
+    cells: dict[tuple[str, int | None], list[Row]] = {}
     for module in placed:
         cells.setdefault((module.group, module.layer), []).append(module)
     return [
@@ -94,7 +83,7 @@ def _by_place(modules: list[_Row], quantities: list[tuple[str, Callable[[_Row], 
     ]
 
 
-def _mean(quantity: Callable[[_Row], float | None], modules: list[_Row]) -> float | None:
+def _mean(quantity: Callable[[Row], float | None], modules: list[Row]) -> float | None:
     values = [value for module in modules if (value := quantity(module)) is not None]
     return sum(value / len(values) for value in values) if values else None
 

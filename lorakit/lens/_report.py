@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from lorakit.adapters.view import Kind
 from lorakit.errors import Finding
@@ -124,6 +124,29 @@ class AuditReport:
 def group_of(module_name: str) -> str:
     """The module's role, or the last component of its name where that says nothing."""
     return role_of(module_name) or module_name.rpartition(".")[2]
+
+
+class Placed(Protocol):
+    """What has a role, or a name in its stead, and a layer, or none."""
+
+    @property
+    def group(self) -> str: ...
+    @property
+    def layer(self) -> int | None: ...
+
+
+Row = TypeVar("Row", bound=Placed)
+
+
+def grouped(rows: Iterable[Row]) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
+    """Rows by role, in the order in which roles come, and by layer, in theirs; those without a layer in none."""
+    groups: dict[str, list[Row]] = {}
+    layers: dict[int, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.group, []).append(row)
+        if row.layer is not None:
+            layers.setdefault(row.layer, []).append(row)
+    return groups, {str(layer): layers[layer] for layer in sorted(layers)}
 
 
 def some(names: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from lorakit.adapters import Adapter, AdapterModule, open_adapter
 from lorakit.adapters.checkpoints import Checkpoint, open_checkpoint, readable
 from lorakit.errors import Finding
-from lorakit.lens._report import group_of, has_errors, mean, ordered, some
+from lorakit.lens._report import group_of, grouped, has_errors, mean, ordered, some
 from lorakit.spectral import effective_rank, energy_rank, residual_ratio, stable_rank
 from lorakit.tuners.roles import Role, layer_of, role_of
 
@@ -199,9 +199,7 @@ def compare_weights(
                 rows.append(_row(key, W, tuned, view, adapted.get(_module_of(key)), options, findings))
             progress.update()
     _about_adapter(adapted, rows, unchanged, findings)
-    groups: dict[str, list[ComparedWeight]] = {}
-    for row in rows:
-        groups.setdefault(row.group, []).append(row)
+    groups, _ = grouped(rows)
     return WeightsReport(
         base=before.path,
         fine_tuned=after.path,

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lorakit.tuners import CHANGES_BASE
 from lorakit.tuners._combination import Combination
+from lorakit.tuners.module_tree import Tree, module_tree, restore
 
 _FSDP1 = "._fsdp_wrapped_module"
 
@@ -90,7 +91,7 @@ class ResolvingLoraModel(LoraModel):
         original = self.peft_config[adapter_name]
         if self.combination is not None:
             self.combination.complete(original, model)
-        before = [(module, dict(module._modules)) for module in model.modules()]
+        before = module_tree(model)
         config = copy.deepcopy(original)
         self.resolve(config, self._prepared(config, model), state_dict)
         if not self.completes_configs or vars(config) == vars(original):
@@ -111,7 +112,8 @@ class ResolvingLoraModel(LoraModel):
             _share_modules_to_save(kept, original)
         except BaseException:
             self.peft_config[adapter_name] = original
-            _restore(before, adapter_name)
+            _forget(before, adapter_name)
+            restore(before)
             for module, (parameter, values) in (self.weights_before or {}).items():
                 parameter.data = values.to(parameter.device)
                 module.weight = parameter
@@ -222,17 +224,15 @@ def _share_modules_to_save(kept: Any, original: Any) -> None:
     kept.modules_to_save = original.modules_to_save
 
 
-def _restore(before: list[tuple[nn.Module, dict[str, nn.Module | None]]], adapter_name: str) -> None:
-    """Take a half-injected adapter out again, given every module of the model with the children it had."""
-    for module, children in before:
-        if isinstance(module, BaseTunerLayer):
+def _forget(before: Tree, adapter_name: str) -> None:
+    """Take what there is of a half-injected adapter out of the layers that were there before."""
+    for layer, _ in before:
+        if isinstance(layer, BaseTunerLayer):
             for container in (
-                getattr(module, name, None) for name in module.adapter_layer_names + module.other_param_names
+                getattr(layer, name, None) for name in layer.adapter_layer_names + layer.other_param_names
             ):
                 if isinstance(container, dict | nn.ModuleDict | nn.ParameterDict) and adapter_name in container:
                     del container[adapter_name]
-        module._modules.clear()
-        module._modules.update(children)
 
 
 def _changes_base(config: Any) -> bool:
