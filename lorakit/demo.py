@@ -130,7 +130,7 @@ def load_model(name: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     weights = next(Path(found.origin).parent.glob("*.gguf"))
     directory = str(weights.parent)
     model = AutoModelForCausalLM.from_pretrained(directory, gguf_file=weights.name)
-    del model.config.quantization_config  # it is dequantized, and is to be saved and loaded as such
+    model.hf_quantizer.remove_quantization_config(model)  # it is dequantized: to be trained, saved and loaded as such
     return model, AutoTokenizer.from_pretrained(directory, gguf_file=weights.name)
 
 
