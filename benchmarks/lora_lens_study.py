@@ -128,10 +128,19 @@ def train(run: Run, base: Any, data: dict[str, Tensor], out: Path) -> Any:
         dataloader_pin_memory=False,
     )
     examples = [{"input_ids": ids, "labels": ids} for ids in data["train"]]
-    callbacks = [Probing(as_batches(data["calibration"][:PROBED]), directory / "fisher.json")] if run.probed else []
+    callbacks: list[TrainerCallback] = []
+    if run.r_q == run.r_v:
+        path = directory / "spectra.jsonl"
+        callbacks.append(lorakit.lens.SpectralCallback(every=5, also=range(16), path=path))
+    if run.probed:
+        callbacks.append(Probing(as_batches(data["calibration"][:PROBED]), directory / "fisher.json"))
     trainer = Trainer(model=model, args=arguments, train_dataset=examples, callbacks=callbacks)
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(arguments.output_dir) if directory.joinpath("checkpoints").exists() else None)
+    trainer.train(
+        resume_from_checkpoint=get_last_checkpoint(arguments.output_dir)
+        if directory.joinpath("checkpoints").exists()
+        else None
+    )
     losses = held_out_losses(model, torch.split(data["held_out"], BATCH))
     model.save_pretrained(str(directory / "adapter"))
     write(
@@ -152,7 +161,9 @@ def train(run: Run, base: Any, data: dict[str, Tensor], out: Path) -> Any:
 def train_all(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     out = Path(options.directory)
-    todo = [run for run in runs() if re.search(options.only, run.name) and not (out / run.name / "result.json").exists()]
+    todo = [
+        run for run in runs() if re.search(options.only, run.name) and not (out / run.name / "result.json").exists()
+    ]
     if not todo:
         return
     base, tokenizer = load_model(None)

@@ -224,6 +224,33 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 @torch.no_grad()
+def gram(matrices: Sequence[Tensor], long: int) -> Tensor:
+    """The Gram matrices (n, r, r), in float64, of n matrices of one shape and sharding, summed over dimension `long`.
+
+    Where every process has some of the rows that are summed over, r × r sums are all that is exchanged; where it has
+    some of the r others, the matrices are gathered.
+    """
+    first: Any = matrices[0]
+    parts: list[Any] = list(matrices)
+    placements = None
+    if is_sharded(first):
+        if all(placement.is_replicate() or placement.is_shard(long) for placement in first.placements):
+            placements = first.placements
+            parts = [part.to_local() for part in parts]
+        else:
+            parts = [whole(part) for part in parts]
+    rows = torch.stack(parts).double()
+    rows = rows if long == 0 else rows.mT
+    sums = rows.mT @ rows
+    if placements is None:
+        return sums
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    kinds = [Partial() if placement.is_shard() else Replicate() for placement in placements]
+    return DTensor.from_local(sums, first.device_mesh, kinds, run_check=False).full_tensor()
+
+
+@torch.no_grad()
 def fill(tensor: Tensor, value: Tensor) -> None:
     """Copy `value` into `tensor`, of a sharded one each process its part."""
     if is_sharded(tensor):

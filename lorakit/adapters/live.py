@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
+from accelerate.utils import align_module_device, extract_model_from_parallel
 from peft import PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
@@ -104,6 +104,34 @@ def live_modules(model: PeftModel, adapter_name: str) -> list[LiveModule]:
         LiveModule(name, layer, adapter_name)
         for name, layer in model.get_base_model().named_modules()
         if isinstance(layer, LoraLayer) and (adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A)
+    ]
+
+
+def find_adapter(model: Any, adapter_name: str | None = None) -> tuple[str, list[LiveModule]]:
+    """An adapter's name and the modules it adapts, in a PeftModel or in a model that add_adapter of transformers gave
+    one; of a model wrapped for training, in what is inside.
+
+    Raises: as `resolve_adapter_name`.
+    """
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
+    if isinstance(model, PeftModel) or not layers:
+        name = resolve_adapter_name(model, adapter_name)
+        return name, live_modules(model, name)
+    names = sorted({name for _, layer in layers for name in (*layer.lora_A, *layer.lora_embedding_A)})
+    active = sorted({name for _, layer in layers for name in layer.active_adapters})
+    if adapter_name is None and len(active) != 1:
+        raise ValueError(
+            f"`adapter_name` is needed where not exactly one adapter is active; active are {active}, and the model has "
+            f"{names}."
+        )
+    name = active[0] if adapter_name is None else adapter_name
+    if name not in names:
+        raise ValueError(f"`adapter_name` must be one of {names}; got {name!r}.")
+    return name, [
+        LiveModule(path, layer, name)
+        for path, layer in layers
+        if name in layer.lora_A or name in layer.lora_embedding_A
     ]
 
 

@@ -1,0 +1,217 @@
+"""How much of the loss's gradient lies in an adapter's subspaces, seen while a training step's passes run.
+
+κ = ‖UᵀGV‖_F / ‖G‖_F, G = Σ_t δ_t x_tᵀ being the gradient with respect to a module's weight, δ and x its output
+gradients and inputs, U and V the singular vectors of its ΔW. G is never formed: with ΔW = scaling · B A, UᵀGV comes
+from BᵀGAᵀ = Σ_t (Bᵀδ_t)(A x_t)ᵀ, and ‖G‖_F² is the mean of ‖Gω‖² over vectors ω of random signs (Hutchinson). Both are
+sums over tokens, so they add up over micro-batches and processes as G does.
+
+Reference: "The low-rank assumption", section on diagnostics, gradient-subspace overlap.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, distributed, nn
+
+from lorakit.spectral.gram import svd_from_grams
+
+if TYPE_CHECKING:
+    from lorakit.adapters.live import LiveModule
+    from lorakit.lens._factors import Factors
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Of one module: ‖UᵀGV‖_F, an estimate of ‖G‖_F, and their ratio κ with its standard error; None where ΔW is 0."""
+
+    seen_norm: float
+    gradient_norm: float
+    kappa: float | None
+    kappa_stderr: float | None
+
+
+@dataclass
+class GradientWatch:
+    """What `watch_gradients` saw: one `Overlap` for every module that a gradient reached, once the block has ended."""
+
+    overlaps: dict[str, Overlap] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def watch_gradients(
+    model: nn.Module, *, projections: int = 16, seed: int = 0, adapter_name: str | None = None
+) -> Iterator[GradientWatch]:
+    """Watch the gradients of whatever forward and backward passes run in the block, for `lorakit.lens.snapshot`.
+
+    Put it around one training step's passes, all its micro-batches, and end it before the optimizer's step. It costs
+    two products with (r + projections) columns a token and module. ‖G‖_F² is estimated with a relative standard
+    deviation of √(2 / projections) or less. Linear modules only; nothing of the passes changes, with gradient
+    checkpointing, mixed precision, a loss that is scaled, and fully_shard too. In half precision the products are in
+    bfloat16 where the gradients are, in float32 otherwise.
+
+    Of several processes all must do this together, each with its part of the batch: what they see is summed.
+    Modules that torch.compile has compiled do not let themselves be watched: they have no overlap.
+    Raises: as `lorakit.lens.snapshot`; ValueError for `projections` below 2.
+    """
+    taps = GradientTaps(model, projections=projections, seed=seed, adapter_name=adapter_name)
+    watch = GradientWatch()
+    try:
+        yield watch
+    finally:
+        taps.remove()
+    watch.overlaps = taps.overlaps()
+
+
+class GradientTaps:
+    """Hooks that watch, from when this is made until `remove`."""
+
+    def __init__(self, model: nn.Module, *, projections: int, seed: int, adapter_name: str | None) -> None:
+        if isinstance(projections, bool) or not isinstance(projections, int) or projections < 2:
+            raise ValueError(f"`projections` must be an integer of at least 2; got {projections!r}.")
+        from lorakit._distributed import unwrapped
+        from lorakit.adapters.live import find_adapter
+
+        _, modules = find_adapter(unwrapped(model), adapter_name)
+        if is_compiled(model):
+            modules = []
+        self._projections = projections
+        signs = _Signs(projections, seed)
+        self._taps = [_Tap(module, signs) for module in modules if module.is_linear()]
+        self._handles = [tap.module.layer.register_forward_hook(tap.see, with_kwargs=True) for tap in self._taps]
+
+    def remove(self) -> None:
+        """Take the hooks out."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    @torch.no_grad()
+    def overlaps(self) -> dict[str, Overlap]:
+        """What was seen until now, of every module that a gradient reached. Of several processes all must ask."""
+        from lorakit._distributed import is_distributed
+        from lorakit.lens._factors import batches, factors_of
+
+        taps = {tap.module.name: tap for tap in self._taps}
+        factors = [pair for tap in self._taps if (pair := factors_of(tap.module)) is not None]
+        if factors and is_distributed():
+            _sum_over_processes(self._taps, factors, self._projections)
+        parts = [_numbers(batch, taps) for batch in batches(factors)]
+        found = {}
+        for names, columns in parts:
+            for name, numbers in zip(names, columns.tolist(), strict=True):
+                overlap = _overlap(*numbers)
+                if overlap is not None:
+                    found[name] = overlap
+        return found
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile compiled it, or a module in it: hooks that come later are not called."""
+    return any(
+        isinstance(module, torch._dynamo.OptimizedModule) or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+
+
+class _Signs:
+    """Random signs (d, projections), the same for all modules of one width and in all processes."""
+
+    def __init__(self, projections: int, seed: int) -> None:
+        self.projections, self.seed = projections, seed
+        self._made: dict[tuple[int, torch.device], Tensor] = {}
+
+    def of(self, x: Tensor) -> Tensor:
+        key = (x.shape[-1], x.device)
+        if key not in self._made:
+            generator = torch.Generator(x.device).manual_seed(self.seed)
+            shape = (x.shape[-1], self.projections)
+            bits = torch.randint(2, shape, generator=generator, device=x.device, dtype=torch.int8)
+            self._made[key] = 2 * bits - 1
+        return self._made[key].to(x.dtype)
+
+
+class _Tap:
+    """Sums BᵀGAᵀ (r, r) and GΩ (d_out, projections) of one module over whatever runs."""
+
+    def __init__(self, module: LiveModule, signs: _Signs) -> None:
+        self.module, self.signs = module, signs
+        self.core: Tensor | None = None
+        self.sketch: Tensor | None = None
+
+    def see(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if not (isinstance(output, Tensor) and output.requires_grad and isinstance(x, Tensor) and x.ndim):
+            return
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            dtype = output.dtype if output.dtype == torch.bfloat16 else torch.promote_types(output.dtype, torch.float32)
+            x = x.detach().flatten(0, -2).to(dtype)
+            A: Any = self.module.down.weight
+            projected = x @ torch.cat([A.detach().to(x.dtype).mT, self.signs.of(x)], dim=1)
+        cast(Any, output).register_hook(lambda gradient: self._receive(projected, gradient))
+
+    @torch.no_grad()
+    def _receive(self, projected: Tensor, gradient: Tensor) -> None:
+        with torch.autocast(gradient.device.type, enabled=False):
+            B: Any = self.module.up.weight
+            delta = gradient.flatten(0, -2).to(projected.dtype)
+            sums = delta.mT @ projected
+            sums = sums.to(torch.promote_types(sums.dtype, torch.float32))
+            core = B.detach().to(sums.dtype).mT @ sums[:, : B.shape[1]]
+        sketch = sums[:, B.shape[1] :]
+        self.core = core if self.core is None else self.core + core
+        self.sketch = sketch if self.sketch is None else self.sketch + sketch
+
+
+def _numbers(batch: list[Factors], taps: dict[str, _Tap]) -> tuple[list[str], Tensor]:
+    """‖UᵀGV‖_F, the mean of ‖Gω‖² and its standard error, and whether ΔW has any direction: (n, 4)."""
+    from lorakit.lens._factors import grams, scalings
+
+    of_B, of_A = grams(batch)
+    names, places, cores, sketches = [], [], [], []
+    for place, one in enumerate(batch):
+        tap = taps[one.name]
+        if tap.core is not None and tap.sketch is not None:
+            names.append(one.name)
+            places.append(place)
+            cores.append(tap.core.double())
+            sketches.append(tap.sketch.double())
+    if not names:
+        return [], of_B.new_zeros(0, 4)
+    _, X, Y = svd_from_grams(of_B[places], of_A[places], scalings(batch)[places])
+    seen = torch.linalg.matrix_norm(X.mT @ torch.stack(cores) @ Y)
+    squares = torch.stack(sketches).square().sum(1)  # each is ‖G‖_F² in expectation
+    spread = squares.std(1) / math.sqrt(squares.shape[1])
+    return names, torch.stack([seen, squares.mean(1), spread, X.flatten(1).any(1).double()], 1)
+
+
+def _overlap(seen: float, mean: float, spread: float, defined: float) -> Overlap | None:
+    if not all(map(math.isfinite, (seen, mean, spread))) or mean == 0:
+        return None
+    norm = max(math.sqrt(mean), seen)  # G is at least as large as what is seen of it
+    if not defined:
+        return Overlap(0.0, norm, None, None)
+    return Overlap(seen, norm, seen / norm, seen / norm * spread / (2 * mean))
+
+
+def _sum_over_processes(taps: list[_Tap], factors: list[Factors], projections: int) -> None:
+    """One exchange for all modules; a module that did not run in one process counts as 0 there."""
+    device = factors[0].B.device
+    dtype = torch.promote_types(factors[0].B.dtype, torch.float32)
+    shapes = {one.name: ((one.rank, one.rank), (one.B.shape[0], projections)) for one in factors}
+    pieces = []
+    for tap in taps:
+        core, sketch = shapes[tap.module.name]
+        pieces.append(torch.zeros(core) if tap.core is None else tap.core)
+        pieces.append(torch.zeros(sketch) if tap.sketch is None else tap.sketch)
+    ran = torch.tensor([float(tap.core is not None) for tap in taps])
+    total = torch.cat([piece.flatten().to(device, dtype) for piece in (ran, *pieces)])
+    distributed.all_reduce(total)
+    somewhere, *sums = torch.split(total, [len(taps), *(piece.numel() for piece in pieces)])
+    for i, (tap, ran_somewhere) in enumerate(zip(taps, somewhere.tolist(), strict=True)):
+        if ran_somewhere:
+            tap.core, tap.sketch = (sums[2 * i + j].view(pieces[2 * i + j].shape) for j in range(2))
