@@ -1,9 +1,9 @@
 """How much of the loss's gradient lies in an adapter's subspaces, seen while a training step's passes run.
 
-κ = ‖UᵀGV‖_F / ‖G‖_F, G = Σ_t δ_t x_tᵀ being the gradient with respect to a module's weight, δ and x its output
-gradients and inputs, U and V the singular vectors of its ΔW. G is never formed: with ΔW = scaling · B A, UᵀGV comes
-from BᵀGAᵀ = Σ_t (Bᵀδ_t)(A x_t)ᵀ, and ‖G‖_F² is the mean of ‖Gω‖² over vectors ω of random signs (Hutchinson). Both are
-sums over tokens, so they add up over micro-batches and processes as G does.
+κ = ‖UᵀGV‖_F / ‖G‖_F, G = Σ_t δ_t x_tᵀ being the gradient with respect to a module's weight as it is in effect, δ and x
+its output gradients and inputs, U and V the singular vectors of its ΔW. G is never formed: with ΔW = scaling · B A,
+UᵀGV comes from BᵀGAᵀ = Σ_t (Bᵀδ_t)(A x_t)ᵀ, and ‖G‖_F² is the mean of ‖Gω‖² over vectors ω of random signs
+(Hutchinson). Both are sums over tokens, so they add up over micro-batches and processes as G does.
 
 Reference: "The low-rank assumption", section on diagnostics, gradient-subspace overlap.
 """

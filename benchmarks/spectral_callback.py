@@ -1,0 +1,134 @@
+"""What lorakit.lens.SpectralCallback adds to training SmolLM2-135M-Instruct: to a step at which it looks, and to all.
+
+    python benchmarks/spectral_callback.py [--targets q_proj,v_proj | all-linear] [--every 10] [--pairs 12]
+                                           [--batch 4] [--length 128] [--threads 2] [--json]
+
+Correctness comes first: a few steps with the callback give the same parameters, bit for bit, as without it. Then,
+after a warm-up, steps at which the callback looks (hooks in the passes, spectra of all modules, logging, a line of
+JSONL) take turns with plain ones. The overhead is the mean of the paired differences over `every` plain steps; its
+standard error, and the same for plain steps against plain ones, say what is noise. Wall time, and CPU time of the
+process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import TrainerControl, TrainerState, TrainingArguments, set_seed
+
+from lorakit.demo import load_model
+from lorakit.lens import SpectralCallback
+
+
+class Loop:
+    """Training steps as Trainer makes them, with the callback's events around them."""
+
+    def __init__(self, model: Any, ids: torch.Tensor, out: Path, every: int) -> None:
+        self.model, self.ids = model, ids
+        self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        self.callback = SpectralCallback(every=1, path=out / f"{time.monotonic_ns()}.jsonl")
+        self.state = TrainerState(max_steps=10**9)
+        self.arguments = TrainingArguments(output_dir=str(out), report_to=[])
+        self.control = TrainerControl()
+        self.event("on_train_begin")
+
+    def event(self, name: str) -> None:
+        getattr(self.callback, name)(self.arguments, self.state, self.control, model=self.model)
+
+    def step(self, *, looks: bool) -> tuple[float, float]:
+        """Wall and CPU seconds of one step."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        if looks:
+            self.event("on_step_begin")
+        self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss.backward()
+        if looks:
+            self.event("on_pre_optimizer_step")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.state.global_step += 1
+        if looks:
+            self.event("on_step_end")
+        return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def check(base: Any, config: LoraConfig, ids: torch.Tensor, out: Path) -> None:
+    """With the callback training is what it is without."""
+    trained = []
+    for looks in (True, False):
+        set_seed(0)
+        model = get_peft_model(base, config)
+        loop = Loop(model, ids[:1, :16], out, 1)
+        for _ in range(3):
+            loop.step(looks=looks)
+        trained.append([p.detach().clone() for p in model.parameters() if p.requires_grad])
+        base = model.unload()
+    if not all(torch.equal(a, b) for a, b in zip(*trained, strict=True)):
+        raise SystemExit("Training with the callback differs from training without it.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--targets", default="q_proj,v_proj", help="or all-linear")
+    parser.add_argument("--every", type=int, default=10)
+    parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    base, _ = load_model(None)
+    targets = options.targets if options.targets == "all-linear" else options.targets.split(",")
+    config = LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM")
+    ids = torch.randint(0, 49152, (options.batch, options.length), generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as directory:
+        check(base, config, ids, Path(directory))
+        loop = Loop(get_peft_model(base, config), ids, Path(directory), options.every)
+        for looks in (False, True, False):
+            loop.step(looks=looks)
+        rounds = []
+        for turn in range(options.pairs):
+            order = ("plain", "looks", "again") if turn % 2 else ("again", "looks", "plain")
+            rounds.append({name: loop.step(looks=name == "looks") for name in order})
+        rows = len(loop.callback.trajectory.snapshots[-1].modules)
+    result: dict[str, Any] = {"modules": rows, **vars(options)}
+    for place, clock in enumerate(("wall", "cpu")):
+        plain = [(one["plain"][place] + one["again"][place]) / 2 for one in rounds]
+        step = statistics.median(plain)
+        looks = [one["looks"][place] - base for one, base in zip(rounds, plain, strict=True)]
+        noise = [one["again"][place] - one["plain"][place] for one in rounds]
+        result[clock] = {"step": step} | {
+            name: {
+                "seconds": statistics.median(values),
+                "percent": 100 * statistics.mean(values) / options.every / step,
+                "stderr_percent": 100 * statistics.stdev(values) / len(values) ** 0.5 / options.every / step,
+            }
+            for name, values in (("looking", looks), ("noise", noise))
+        }
+    if options.json:
+        print(json.dumps(result))
+        return
+    print(
+        f"{rows} modules ({options.targets}), {options.batch} × {options.length} tokens, torch {torch.__version__}, "
+        f"torch.set_num_threads({options.threads}), {options.pairs} rounds"
+    )
+    for clock in ("wall", "cpu"):
+        found = result[clock]
+        for name, label in (("looking", "looking"), ("noise", "a plain step against another")):
+            part = found[name]
+            print(
+                f"  {clock}: {label}: {part['seconds'] * 1e3:+.0f} ms, at every={options.every} {part['percent']:+.2f} "
+                f"± {part['stderr_percent']:.2f} % of a step of {found['step']:.2f} s"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""What spectra and watched gradients come to in several processes. What is run is in `spectra.py`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo here")
+
+
+@pytest.fixture(scope="module")
+def outcome(launch):
+    return launch("spectra")
+
+
+@pytest.mark.parametrize("tuner", ["hadamard", "fisherlora"])
+@pytest.mark.parametrize(
+    "engine", ["ddp", "fsdp2", "fsdp2-checkpointing", "fsdp1-is-refused", "callback-fsdp2", "trainer"]
+)
+def test_spectra_of_several_processes(outcome, engine, tuner):
+    assert outcome(f"{engine}-{tuner}") == ["ok", "ok"]
