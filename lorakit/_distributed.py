@@ -232,21 +232,17 @@ def gram(matrices: Sequence[Tensor], long: int) -> Tensor:
     """
     first: Any = matrices[0]
     parts: list[Any] = list(matrices)
-    placements = None
+    summed = False
     if is_sharded(first):
-        if all(placement.is_replicate() or placement.is_shard(long) for placement in first.placements):
-            placements = first.placements
-            parts = [part.to_local() for part in parts]
-        else:
-            parts = [whole(part) for part in parts]
-    rows = torch.stack(parts).double()
-    rows = rows if long == 0 else rows.mT
-    sums = rows.mT @ rows
-    if placements is None:
+        summed = all(placement.is_replicate() or placement.is_shard(long) for placement in first.placements)
+        parts = [part.to_local() if summed else whole(part) for part in parts]
+    rows = [part.double() if long == 0 else part.double().mT for part in parts]
+    sums = torch.stack([X.mT @ X for X in rows])
+    if not summed:
         return sums
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
-    kinds = [Partial() if placement.is_shard() else Replicate() for placement in placements]
+    kinds = [Partial() if placement.is_shard() else Replicate() for placement in first.placements]
     return DTensor.from_local(sums, first.device_mesh, kinds, run_check=False).full_tensor()
 
 

@@ -54,7 +54,7 @@ class SpectralCallback(TrainerCallback):  # type: ignore[misc]
         also: Collection[int] = (),
         path: str | os.PathLike[str] | None = None,
         gradients: bool = True,
-        projections: int = 16,
+        projections: int = 8,
         log_modules: bool = False,
         adapter_name: str | None = None,
         seed: int = 0,

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -45,7 +45,7 @@ class GradientWatch:
 
 @contextlib.contextmanager
 def watch_gradients(
-    model: nn.Module, *, projections: int = 16, seed: int = 0, adapter_name: str | None = None
+    model: nn.Module, *, projections: int = 8, seed: int = 0, adapter_name: str | None = None
 ) -> Iterator[GradientWatch]:
     """Watch the gradients of whatever forward and backward passes run in the block, for `lorakit.lens.snapshot`.
 
@@ -94,16 +94,22 @@ class GradientTaps:
     def overlaps(self) -> dict[str, Overlap]:
         """What was seen until now, of every module that a gradient reached. Of several processes all must ask."""
         from lorakit._distributed import is_distributed
-        from lorakit.lens._factors import batches, factors_of
+        from lorakit.lens._factors import batches, factors_of, grams
 
         taps = {tap.module.name: tap for tap in self._taps}
         factors = [pair for tap in self._taps if (pair := factors_of(tap.module)) is not None]
         if factors and is_distributed():
             _sum_over_processes(self._taps, factors, self._projections)
-        parts = [_numbers(batch, taps) for batch in batches(factors)]
+        by_rank: dict[int, list[_Seen]] = {}
+        for batch in batches(factors):
+            for one, of_B, of_A in zip(batch, *grams(batch), strict=True):
+                tap = taps[one.name]
+                if tap.core is not None and tap.sketch is not None:
+                    by_rank.setdefault(one.rank, []).append(_Seen(one.name, of_B, of_A, tap.core, tap.sketch))
+        parts = [_numbers(seen) for seen in by_rank.values()]
         found = {}
-        for names, columns in parts:
-            for name, numbers in zip(names, columns.tolist(), strict=True):
+        for seen, columns in zip(by_rank.values(), parts, strict=True):
+            for name, numbers in zip((one.name for one in seen), columns.tolist(), strict=True):
                 overlap = _overlap(*numbers)
                 if overlap is not None:
                     found[name] = overlap
@@ -167,26 +173,26 @@ class _Tap:
         self.sketch = sketch if self.sketch is None else self.sketch + sketch
 
 
-def _numbers(batch: list[Factors], taps: dict[str, _Tap]) -> tuple[list[str], Tensor]:
-    """‖UᵀGV‖_F, the mean of ‖Gω‖² and its standard error, and whether ΔW has any direction: (n, 4)."""
-    from lorakit.lens._factors import grams, scalings
+class _Seen(NamedTuple):
+    """Of one module: BᵀB, A Aᵀ, BᵀGAᵀ (r, r) and GΩ (d_out, projections)."""
 
-    of_B, of_A = grams(batch)
-    names, places, cores, sketches = [], [], [], []
-    for place, one in enumerate(batch):
-        tap = taps[one.name]
-        if tap.core is not None and tap.sketch is not None:
-            names.append(one.name)
-            places.append(place)
-            cores.append(tap.core.double())
-            sketches.append(tap.sketch.double())
-    if not names:
-        return [], of_B.new_zeros(0, 4)
-    _, X, Y = svd_from_grams(of_B[places], of_A[places], scalings(batch)[places])
-    seen = torch.linalg.matrix_norm(X.mT @ torch.stack(cores) @ Y)
-    squares = torch.stack(sketches).square().sum(1)  # each is ‖G‖_F² in expectation
+    name: str
+    up: Tensor
+    down: Tensor
+    core: Tensor
+    sketch: Tensor
+
+
+def _numbers(seen: Sequence[_Seen]) -> Tensor:
+    """‖UᵀGV‖_F, the mean of ‖Gω‖² and its standard error, and whether ΔW has any direction: (n, 4)."""
+    device = seen[0].up.device
+    stacks = zip(*((one.up, one.down, one.core) for one in seen), strict=True)
+    of_B, of_A, cores = (torch.stack([part.to(device) for part in parts]).double() for parts in stacks)
+    _, X, Y = svd_from_grams(of_B, of_A)
+    overlaps = torch.linalg.matrix_norm(X.mT @ cores @ Y)
+    squares = torch.stack([one.sketch.to(device).double().square().sum(0) for one in seen])  # each ‖G‖_F² on average
     spread = squares.std(1) / math.sqrt(squares.shape[1])
-    return names, torch.stack([seen, squares.mean(1), spread, X.flatten(1).any(1).double()], 1)
+    return torch.stack([overlaps, squares.mean(1), spread, X.flatten(1).any(1).double()], 1)
 
 
 def _overlap(seen: float, mean: float, spread: float, defined: float) -> Overlap | None:

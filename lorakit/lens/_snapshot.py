@@ -184,7 +184,7 @@ def _columns(batch: Sequence[Factors]) -> tuple[list[str], Tensor]:
     else:
         B, A = (torch.stack(parts) for parts in zip(*((one.B, one.A) for one in batch), strict=True))
         dtype = torch.promote_types(B.dtype, A.dtype)
-        finite = B.isfinite().flatten(1).all(1) & A.isfinite().flatten(1).all(1)
+        finite = (B.flatten(1).sum(1) + A.flatten(1).sum(1)).isfinite()
         keep = finite[:, None, None]
         update = LowRank(torch.where(keep, B, 0).to(dtype), torch.where(keep, A, 0).to(dtype), scalings(batch))
         sigma = torch.where(finite[:, None], update.singular_values(), torch.nan)
