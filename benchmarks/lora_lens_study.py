@@ -1,7 +1,7 @@
 """LoRA-Lens's experiments on SmolLM2-135M-Instruct and English text: what training does to spectra, and what it says.
 
-    python benchmarks/lora_lens_study.py train DIR [--only REGEX] [--threads 2]    # goes on where it was interrupted
-    python benchmarks/lora_lens_study.py report DIR [--docs docs]
+    python benchmarks/lora_lens_study.py DIR [--only REGEX] [--threads 2]    # goes on where it was interrupted
+    python benchmarks/lora_lens_report.py DIR [--docs docs]    # tables and figures of docs/lora-lens-study.md
 
 Every run trains an adapter on query and value projections (one on all linear modules), with alpha = 2 r, AdamW and a
 cosine schedule, and measures the mean loss of held-out sequences. The sweeps change r_q or r_v alone, over three seeds;
@@ -36,6 +36,7 @@ HELD_OUT, PROBED = 128, 16
 PROBE_AT = (0, STEPS // 2, STEPS)
 SEEDS = (0, 1, 2)
 RANK = 16
+RANKS = (4, 8, 16, 32, 64)  # of the uniform adapters of seed 0
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def runs() -> list[Run]:
     sweeps = [(4, RANK), (2, RANK), (RANK, 4), (RANK, 2), (RANK, RANK)]
     return [
         *(Run(r_q, r_v, seed) for seed in SEEDS for r_q, r_v in sweeps),
-        *(Run(r, r, 0) for r in (4, 8, 32, 64)),
+        *(Run(r, r, 0) for r in RANKS if r != RANK),
         Run(RANK, RANK, 0, all_linear=True),
     ]
 
@@ -182,14 +183,10 @@ def train_all(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    training = commands.add_parser("train", help="train what is not there yet")
-    training.add_argument("directory")
-    training.add_argument("--only", default="", help="a regular expression that the runs' names must contain")
-    training.add_argument("--threads", type=int, default=2)
-    training.set_defaults(run=train_all)
-    options = parser.parse_args()
-    options.run(options)
+    parser.add_argument("directory")
+    parser.add_argument("--only", default="", help="a regular expression that the runs' names must contain")
+    parser.add_argument("--threads", type=int, default=2)
+    train_all(parser.parse_args())
 
 
 if __name__ == "__main__":
