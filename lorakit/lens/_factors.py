@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lorakit._distributed import gram, is_sharded
 from lorakit.adapters.live import LiveModule, read_weight
+from lorakit.errors import UnsupportedModelError
 from lorakit.tuners.roles import Role, layer_of
 
 _BATCH = 1 << 16  # entries of stacked factors: past this, stacking costs a CPU more than it gains
@@ -48,8 +49,16 @@ class Factors:
 
 
 def factors_of(module: LiveModule) -> Factors | None:
-    """None for what has no one pair of factors: expert weights, and convolutions in groups."""
+    """None for what has no one pair of factors: expert weights, and convolutions in groups.
+
+    Raises: UnsupportedModelError for weights that DeepSpeed has partitioned.
+    """
     layer, name = module.layer, module.adapter_name
+    if any(hasattr(parameter, "ds_id") and not parameter.numel() for parameter in layer.parameters()):
+        raise UnsupportedModelError(
+            f"{module.name!r} is partitioned by DeepSpeed ZeRO-3, whose weights are only there within its own passes. "
+            f"Use ZeRO-2 or fully_shard (FSDP2), or look at saved checkpoints with lorakit.lens.audit."
+        )
     if isinstance(layer, ParamWrapper):
         return None
     if name in layer.lora_embedding_A:

@@ -119,7 +119,7 @@ class GradientTaps:
 def is_compiled(model: nn.Module) -> bool:
     """Whether torch.compile compiled it, or a module in it: hooks that come later are not called."""
     return any(
-        isinstance(module, torch._dynamo.OptimizedModule) or getattr(module, "_compiled_call_impl", None) is not None
+        "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
         for module in model.modules()
     )
 

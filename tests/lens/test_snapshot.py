@@ -222,6 +222,14 @@ def test_models_without_such_an_adapter_are_refused(tiny_llama):
         lens.snapshot(model)
 
 
+def test_weights_that_deepspeed_has_partitioned_are_refused(tiny_llama):
+    model = get_peft_model(tiny_llama(), CONFIGS["LORA"]())
+    for parameter in model.parameters():  # as ZeRO-3 leaves them between passes
+        parameter.data, parameter.ds_id = torch.empty(0), 1
+    with pytest.raises(UnsupportedModelError, match="ZeRO-3.*Use ZeRO-2 or fully_shard"):
+        lens.snapshot(model)
+
+
 def test_snapshots_survive_json(adapted, batch):
     with lens.watch_gradients(adapted) as gradients:
         adapted(**batch).loss.backward()
