@@ -23,9 +23,10 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from lorakit._distributed import unwrapped, whole
+from lorakit._plotting import new_figure
 from lorakit.adapters.live import LiveModule, live_modules, read_weight, resolve_adapter_name
 from lorakit.calibration import LossFn, activated, collect, preserved_rng, preserved_state
-from lorakit.errors import CalibrationError, MissingExtraError, UnsupportedModelError
+from lorakit.errors import CalibrationError, UnsupportedModelError
 from lorakit.tuners.fisherlora import default_targets
 from lorakit.tuners.module_tree import module_tree, restore
 from lorakit.tuners.roles import ROLES, Role, layer_of, role_of
@@ -174,11 +175,7 @@ class FisherReport:
 
         Raises: MissingExtraError (an ImportError) where matplotlib, lorakit's extra `plots`, is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise MissingExtraError("Plots need matplotlib: `pip install 'lorakit[plots]'`.") from error
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        figure = new_figure(8, 4.5)
         axes = figure.subplots()
         for role in dict.fromkeys(row.role for row in self.modules):
             rows = [row for row in self.modules if row.role == role and row.fisher > 0]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lorakit.errors import MissingExtraError
+from lorakit._plotting import new_figure, plain
 from lorakit.lens._alignment import AlignedGroup, AlignmentReport
 from lorakit.lens._compare import ComparisonReport
 from lorakit.lens._figures import Heatmap, comparison_heatmaps, energy_curves, heatmaps, spectra
@@ -39,10 +39,6 @@ def write_plots(
     layer, for every role, and output against down projections. A figure for which there is nothing to show is left
     out. Raises: MissingExtraError without matplotlib.
     """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise MissingExtraError("Plots need matplotlib: pip install lorakit[plots]") from None
     if isinstance(report, ComparisonReport):
         figures = {"comparison.png": _heatmaps(comparison_heatmaps(report), _COMPARED)}
     elif isinstance(report, AlignmentReport):
@@ -69,12 +65,10 @@ def write_plots(
 
 def _heatmaps(maps: list[Heatmap], scales: Sequence[_Scale] = ()) -> Figure | None:
     """Heatmaps below each other, each in its scale of colours, or from its smallest to its largest value."""
-    from matplotlib.figure import Figure
-
     if not maps:
         return None
     across, down = len(maps[0].layers), len(maps[0].groups)
-    figure = Figure(figsize=(max(6.0, 0.28 * across + 2.5), len(maps) * (0.3 * down + 0.9)), layout="constrained")
+    figure = new_figure(max(6.0, 0.28 * across + 2.5), len(maps) * (0.3 * down + 0.9))
     scales = scales or [("viridis", None, None)] * len(maps)
     for axes, heatmap, (colours, low, high) in zip(
         figure.subplots(len(maps), 1, squeeze=False)[:, 0], maps, scales, strict=True
@@ -83,7 +77,7 @@ def _heatmaps(maps: list[Heatmap], scales: Sequence[_Scale] = ()) -> Figure | No
         image = axes.imshow(values, aspect="auto", cmap=colours, vmin=low, vmax=high)
         every = max(1, across // 32)
         axes.set_xticks(range(0, across, every), heatmap.layers[::every], fontsize=7)
-        axes.set_yticks(range(down), [_plain(group) for group in heatmap.groups], fontsize=8)
+        axes.set_yticks(range(down), [plain(group) for group in heatmap.groups], fontsize=8)
         axes.set_title(heatmap.title, fontsize=9)
         figure.colorbar(image, ax=axes, pad=0.01)
     figure.supxlabel("layer", fontsize=9)
@@ -91,16 +85,14 @@ def _heatmaps(maps: list[Heatmap], scales: Sequence[_Scale] = ()) -> Figure | No
 
 
 def _spectra(report: AuditReport) -> Figure | None:
-    from matplotlib.figure import Figure
-
     found = spectra(report)
     if not found:
         return None
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = new_figure(8, 5)
     axes = figure.subplots()
     for spectrum in found:
         places = range(1, len(spectrum.median) + 1)
-        (line,) = axes.plot(places, spectrum.median, label=_plain(spectrum.group))
+        (line,) = axes.plot(places, spectrum.median, label=plain(spectrum.group))
         axes.fill_between(places, spectrum.low, spectrum.high, color=line.get_color(), alpha=0.12, linewidth=0)
     axes.set(
         xlabel="component k", ylabel="σ_k / σ_1", title="Spectra: median over layers, 10 to 90 % shaded", ylim=(0, 1.02)
@@ -110,12 +102,10 @@ def _spectra(report: AuditReport) -> Figure | None:
 
 
 def _energy(report: AuditReport) -> Figure | None:
-    from matplotlib.figure import Figure
-
     curves = energy_curves(report)
     if not curves:
         return None
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = new_figure(8, 5)
     axes = figure.subplots()
     for curve in curves:
         axes.plot([count / 1e6 for count in curve.parameters], curve.energy, label=curve.label)
@@ -127,8 +117,6 @@ def _energy(report: AuditReport) -> Figure | None:
 
 
 def _between_layers(report: AlignmentReport, quantity: Literal["similarity", "overlap"]) -> Figure | None:
-    from matplotlib.figure import Figure
-
     groups = [group for group in report.roles if len(group.modules) > 1]
     if not groups:
         return None
@@ -136,7 +124,7 @@ def _between_layers(report: AlignmentReport, quantity: Literal["similarity", "ov
     down = -(-len(groups) // across)
     squares = [_without_diagonal(getattr(group, quantity)) for group in groups]
     peak = max(value for square in squares for row in square for value in row if value == value)
-    figure = Figure(figsize=(3.0 * across + 1.0, 3.3 * down + 0.5), layout="compressed")
+    figure = new_figure(3.0 * across + 1.0, 3.3 * down + 0.5, layout="compressed")
     panels = figure.subplots(down, across, squeeze=False).flatten()
     for axes, group, square in zip(panels, groups, squares, strict=False):
         axes.set_facecolor("0.9")
@@ -147,7 +135,7 @@ def _between_layers(report: AlignmentReport, quantity: Literal["similarity", "ov
         chance = group.random_similarity if quantity == "similarity" else group.random_overlap
         between = group.similarity_mean if quantity == "similarity" else group.overlap_mean
         top = "" if quantity == "similarity" else f", k = {group.k}"
-        axes.set_title(f"{_plain(group.name)}{top}\nmean {between:.3f}, by chance {chance:.3f}", fontsize=8)
+        axes.set_title(f"{plain(group.name)}{top}\nmean {between:.3f}, by chance {chance:.3f}", fontsize=8)
     for axes in panels[len(groups) :]:
         axes.set_axis_off()
     what = "|cos| of the leading output directions" if quantity == "similarity" else "Overlap of top output subspaces"
@@ -164,7 +152,7 @@ def _without_diagonal(square: Sequence[Sequence[float]]) -> list[list[float]]:
 def _ticks(group: AlignedGroup) -> tuple[list[int], list[str]]:
     every = max(1, len(group.labels) // 8)
     places = list(range(0, len(group.labels), every))
-    return places, [_plain(group.labels[place]) for place in places]
+    return places, [plain(group.labels[place]) for place in places]
 
 
 def _short(labels: list[str]) -> bool:
@@ -172,13 +160,12 @@ def _short(labels: list[str]) -> bool:
 
 
 def _within_layer(report: AlignmentReport) -> Figure | None:
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     pairs = report.within_layer
     if not pairs:
         return None
-    figure = Figure(figsize=(8, 4), layout="constrained")
+    figure = new_figure(8, 4)
+    from matplotlib.ticker import MaxNLocator
+
     axes = figure.subplots()
     layers = [pair.layer for pair in pairs]
     for label, values, chances, colour in (
@@ -192,8 +179,3 @@ def _within_layer(report: AlignmentReport) -> Figure | None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize=8)
     return figure
-
-
-def _plain(text: str) -> str:
-    """Text that matplotlib does not take for mathematics."""
-    return text.replace("$", r"\$")
