@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from lorakit.lens._alignment import AlignedGroup, AlignedPair, AlignmentReport, alignment
@@ -18,8 +19,19 @@ from lorakit.lens._weights import ComparedWeight, ComparedWeights, WeightsReport
 
 if TYPE_CHECKING:
     from lorakit.lens._callback import SpectralCallback
+    from lorakit.lens._conditions import (
+        AdapterConditions,
+        ConditionedGroup,
+        ConditionedModule,
+        ConditionsReport,
+        conditions,
+    )
+    from lorakit.lens._correlation import CorrelatedGroup, RankCorrelation, RankPair, rank_correlation
+    from lorakit.lens._curves import EnergyCurve, EnergyCurves, MeanCurve, energy_curves
+    from lorakit.lens._laws import LawFit, LawPoint, ScalingLawReport, scaling_law
 
 __all__ = [
+    "AdapterConditions",
     "AlignedGroup",
     "AlignedPair",
     "AlignmentReport",
@@ -30,9 +42,21 @@ __all__ = [
     "ComparedWeight",
     "ComparedWeights",
     "ComparisonReport",
+    "ConditionedGroup",
+    "ConditionedModule",
+    "ConditionsReport",
+    "CorrelatedGroup",
+    "EnergyCurve",
+    "EnergyCurves",
     "GradientWatch",
     "GroupSummary",
+    "LawFit",
+    "LawPoint",
+    "MeanCurve",
+    "RankCorrelation",
+    "RankPair",
     "RankSuggestion",
+    "ScalingLawReport",
     "Snapshot",
     "SnapshotGroup",
     "SnapshotModule",
@@ -43,16 +67,33 @@ __all__ = [
     "audit",
     "compare",
     "compare_weights",
+    "conditions",
+    "energy_curves",
+    "rank_correlation",
+    "scaling_law",
     "snapshot",
     "watch_gradients",
     "write_html",
     "write_plots",
 ]
 
+_LAZY = {
+    "_callback": ("SpectralCallback",),  # a subclass of transformers' TrainerCallback
+    "_conditions": ("AdapterConditions", "ConditionedGroup", "ConditionedModule", "ConditionsReport", "conditions"),
+    "_correlation": ("CorrelatedGroup", "RankCorrelation", "RankPair", "rank_correlation"),
+    "_curves": ("EnergyCurve", "EnergyCurves", "MeanCurve", "energy_curves"),
+    "_laws": ("LawFit", "LawPoint", "ScalingLawReport", "scaling_law"),
+}
+_OWNERS = {name: module for module, names in _LAZY.items() for name in names}
+
 
 def __getattr__(name: str) -> Any:
-    if name == "SpectralCallback":  # a subclass of transformers' TrainerCallback
-        from lorakit.lens._callback import SpectralCallback
+    if name not in _OWNERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_OWNERS[name]}"), name)
+    globals()[name] = value
+    return value
 
-        return SpectralCallback
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

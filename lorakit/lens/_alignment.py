@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from lorakit.adapters import Adapter, AdapterModule, open_adapter
 from lorakit.errors import Finding
+from lorakit.lens._measure import about_low_rank_part
 from lorakit.lens._report import group_of, has_errors, ordered
 from lorakit.spectral import leading_similarity, random_subspace_overlap, topk_overlap
 
@@ -141,10 +142,7 @@ def alignment(
                 aligned.append(_group(label, found, list(bases.values())))
             if name in writing:
                 writing[name] |= bases
-    partial = sum(module.magnitude is not None or module.mask is not None for module in view.modules)
-    if partial:
-        message = f"Of {partial} modules only the low-rank part is seen: the whole update needs the base weight."
-        findings.append(Finding("info", "low_rank_part_only", None, message))
+    findings += about_low_rank_part(view)
     return AlignmentReport(
         path=view.path,
         peft_type=view.settings.peft_type,

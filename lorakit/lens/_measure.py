@@ -4,31 +4,73 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from lorakit.adapters import Adapter, AdapterModule, TensorInfo
+from lorakit.adapters import Adapter, AdapterModule, TensorInfo, open_adapter
 from lorakit.errors import Finding
-from lorakit.lens._report import AuditedModule
+from lorakit.lens._report import AuditedModule, some
 from lorakit.spectral import LowRank, effective_rank, energy_rank, knee, stable_rank
+
+Source = str | os.PathLike[str] | nn.Module | Adapter
 
 _ROWS = 1 << 20  # entries of a tensor looked at together
 
 
 @torch.no_grad()
-def measure(view: Adapter, thresholds: dict[str, float], findings: list[Finding]) -> tuple[AuditedModule, ...]:
-    """Rows for all modules, in their order; what is wrong with their values is added to `findings`."""
+def measure(
+    view: Adapter, thresholds: dict[str, float], findings: list[Finding], *, description: str = "audit"
+) -> tuple[AuditedModule, ...]:
+    """Rows for all modules, in their order; what is wrong with their values is added to `findings`.
+
+    `description` is that of the progress bar, shown on stderr after a second.
+    """
     spectra: dict[str, Tensor] = {}
-    with tqdm(total=len(view.modules), desc="audit", delay=1.0, unit="module", leave=False, disable=None) as progress:
+    with tqdm(
+        total=len(view.modules), desc=description, delay=1.0, unit="module", leave=False, disable=None
+    ) as progress:
         for modules, update in view.batches():
             spectra |= _singular_values(modules, update, findings)
             progress.update(len(modules))
     numbers = _numbers(spectra, thresholds)
     return tuple(_row(view, module, spectra, numbers, findings) for module in view.modules)
+
+
+def open_all(adapters: Source | Sequence[Source]) -> list[Adapter]:
+    """The views of `lorakit.adapters.open_adapter` over one or several adapters. Raises: ValueError for none."""
+    if isinstance(adapters, str | os.PathLike | nn.Module | Adapter):
+        adapters = [adapters]
+    views = [open_adapter(adapter) for adapter in adapters]
+    if not views:
+        raise ValueError("`adapters` must have at least one adapter; got none.")
+    return views
+
+
+def about_bases(views: Sequence[Adapter]) -> Iterator[Finding]:
+    """A finding where adapters were made for different base models."""
+    bases = sorted({view.settings.base_model for view in views if view.settings.base_model is not None})
+    if len(bases) > 1:
+        message = f"The adapters were made for different models, which are taken together: {some(bases)}"
+        yield Finding("warning", "different_base", None, message)
+
+
+def of_adapter(view: Adapter, findings: Iterable[Finding]) -> list[Finding]:
+    """Findings that say which of several adapters they are about."""
+    return [replace(finding, message=f"{view.path}: {finding.message}") for finding in findings]
+
+
+def about_low_rank_part(view: Adapter) -> Iterator[Finding]:
+    """A finding where modules have a DoRA magnitude or a SpecLoRA mask beside the update."""
+    partial = sum(module.magnitude is not None or module.mask is not None for module in view.modules)
+    if partial:
+        message = f"Of {partial} modules only the low-rank part is seen: the whole update needs the base weight."
+        yield Finding("info", "low_rank_part_only", None, message)
 
 
 def _numbers(spectra: dict[str, Tensor], thresholds: dict[str, float]) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.errors import MissingExtraError
+from lorakit._plotting import new_figure
 from lorakit.lens._snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -63,15 +63,11 @@ class Trajectory:
         Bands are the 10th to 90th percentile over a role's modules.
         Raises: MissingExtraError without matplotlib; ValueError where there is no snapshot.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise MissingExtraError("Plots need matplotlib: `pip install 'lorakit[plots]'`.") from error
         if not self.snapshots:
             raise ValueError("There is no snapshot to plot.")
         watched = any(one.total.kappa is not None for one in self.snapshots)
         panels = 3 if watched else 2
-        figure = Figure(figsize=(4.6 * panels, 3.8), layout="constrained")
+        figure = new_figure(4.6 * panels, 3.8)
         axes = figure.subplots(1, panels)
         names = list(dict.fromkeys(group.name for one in self.snapshots for group in one.roles))
         for name in names:

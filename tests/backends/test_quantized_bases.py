@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import lorakit
 from lorakit import FisherLoRAConfig, SpecLoRAConfig
+from lorakit.errors import UnsupportedModelError
 from lorakit.tuners.speclora import SpecLoRALayer
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
@@ -313,3 +314,25 @@ def test_an_export_is_a_plain_lora_with_the_same_outputs(backend, quantized, ada
     assert distance(logits(plain, token_ids), logits(model, token_ids)) < (
         1e-4 if backend.dtype == torch.float32 else 3e-2
     )
+
+
+def test_effective_ranks_of_quantized_weights_are_those_of_what_they_dequantize_to(
+    quantized, adapted, dequantize, token_ids, files, tmp_path
+):
+    model = adapted(LoraConfig(r=4, target_modules=TARGETS))
+    model.save_pretrained(tmp_path)
+    before = logits(model, token_ids)
+    with pytest.raises(UnsupportedModelError, match="adapted weights are quantized.*`dequantize=True`"):
+        lorakit.lens.rank_correlation(model)
+    for adapter, base in ((model, None), (tmp_path, quantized())):
+        report = lorakit.lens.rank_correlation(adapter, base, dequantize=True)
+        assert report.dequantized
+        assert report.findings == ()
+        layers = lora_layers(model)
+        assert {row.module_name for row in report.modules} == set(layers)
+        for row in report.modules:
+            sigma = torch.linalg.svdvals(dequantize(layers[row.module_name].get_base_layer()))
+            expected = torch.distributions.Categorical(sigma / sigma.sum()).entropy().exp()
+            assert row.pretrained_effective_rank == pytest.approx(float(expected), rel=1e-4)
+    assert torch.equal(logits(model, token_ids), before)
+    assert not lorakit.lens.rank_correlation(model, files).dequantized
