@@ -161,7 +161,7 @@ def _draw_layers(axes: Any, adapter: AdapterConditions) -> None:
     axes.locator_params(axis="x", integer=True)
     low, high = adapter.ranks or (0, 0)
     title = f"r = {low}" if low == high else f"r from {low} to {high}"
-    axes.set(xlabel="layer", ylabel="effective rank r̂", ylim=(0, high * 1.05), title=f"By layer, {title}")
+    axes.set(xlabel="layer", ylabel="effective rank r̂", ylim=(0, (high or 1) * 1.05), title=f"By layer, {title}")
     if groups:
         axes.plot([], [], "--", lw=1, color="k", label="random")
         axes.legend(fontsize=8, ncols=2)

@@ -165,6 +165,15 @@ def test_embeddings_and_convolutions(randomize, init):
     assert grouped.random == pytest.approx(statistics.fmean(values), abs=3 * statistics.stdev(values))
 
 
+def test_before_training_every_module_has_its_own_rank(in_memory):
+    shapes = {"a": (9, 2, 8), "b": (9, 2, 8), "narrow": (3, 12, 8)}
+    factors = {name: (torch.ones(d_out, r), torch.ones(r, d_in)) for name, (d_out, r, d_in) in shapes.items()}
+    (found,) = conditions(in_memory(factors, init_lora_weights=False)).adapters
+    init = {row.module_name: row.init for row in found.modules}
+    assert 0 < init["narrow"] <= 3 / 12  # of rank 2 it would be 1/2 at least
+    assert min(init["a"], init["b"]) >= 1 / 2
+
+
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "mica", "other"])
 def test_inits_that_need_the_base_weight_have_no_condition_before_training(from_spectrum, in_memory, init):
     adapter = in_memory({"q_proj": from_spectrum([2.0, 1.0]), "v_proj": from_spectrum([1.0])}, init_lora_weights=init)
@@ -215,6 +224,13 @@ def test_updates_that_are_zero_or_not_finite(from_spectrum, in_memory):
     nothing = conditions(in_memory({"q_proj": (torch.full((3, 1), math.nan), torch.ones(1, 3))}))
     assert (nothing.adapters[0].total, nothing.adapters[0].ranks, nothing.adapters[0].modules) == (None, None, ())
     json.dumps(nothing.to_dict(), allow_nan=False)
+
+
+def test_a_scaling_of_zero_makes_no_update_but_the_random_one(from_spectrum, in_memory):
+    report = conditions(in_memory({"q_proj": from_spectrum([1.0] * 3)}, lora_alpha=0, alpha_pattern={}))
+    (row,) = report.adapters[0].modules
+    assert (row.trained, row.random > 0.7) == (0.0, True)
+    assert [finding.code for finding in report.findings] == ["zero_update"]
 
 
 def test_lorakit_s_own_types(tmp_path, randomize, tiny_llama, updates):

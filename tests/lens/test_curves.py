@@ -95,6 +95,13 @@ def test_the_rank_needed_is_met_exactly(from_spectrum, in_memory):
     assert report.total.energy_rank == {"0.9": 1, "0.95": 1, "0.99": 2}
 
 
+def test_rounding_does_not_cost_a_rank(from_spectrum, in_memory):
+    curve = [math.sqrt(0.9), math.sqrt(0.1)]
+    for n in range(1, 20):
+        modules = {f"layers.{i}.q_proj": from_spectrum(curve, seed=i) for i in range(n)}
+        assert energy_curves(in_memory(modules)).total.energy_rank["0.9"] == 1
+
+
 def test_a_rank_above_the_dimensions_has_as_many_components_as_there_are(from_spectrum, in_memory):
     B, A = from_spectrum([2.0, 1.0, 1.0], d_out=3, d_in=9)
     wide = torch.cat([B, B], 1) / 2, torch.cat([A, A])
