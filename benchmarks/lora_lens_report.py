@@ -74,8 +74,17 @@ def fisher_ratios(out: Path) -> list[dict[str, Any]]:
     for step in PROBE_AT:
         ratios = [probes[seed][str(step)]["vq_ratio"] for seed in SEEDS]
         mean, se = mean_and_se([ratio["value"] for ratio in ratios])
-        rows.append({"step": step, "ratios": ratios, "mean": mean, "se_over_seeds": se})
+        by_layer = [median_over_layers(probes[seed][str(step)]["modules"]) for seed in SEEDS]
+        rows.append({"step": step, "ratios": ratios, "mean": mean, "se_over_seeds": se, "layer_medians": by_layer})
     return rows
+
+
+def median_over_layers(modules: list[dict[str, Any]]) -> float:
+    """The median over layers of V/Q within the layer."""
+    value, query = (
+        {row["layer"]: row["fisher"] for row in modules if row["role"] == role} for role in ("value", "query")
+    )
+    return statistics.median(value[layer] / query[layer] for layer in value)
 
 
 def draw_sweeps(found: dict[str, list[dict[str, Any]]]) -> Figure:
@@ -158,11 +167,17 @@ def tables(results: dict[str, Any]) -> str:
             )
             lines.append(f"| {row['rank']} | {row['parameters']:,} | {row['loss']:.4f} ± {row['loss_se']:.4f} {rise}")
         lines.append("")
-    lines += ["**V/Q ratio of Fisher information** (± standard error over 16 examples; last column: over seeds)", ""]
-    lines += ["| step | " + " | ".join(f"seed {seed}" for seed in SEEDS) + " | mean |", "|---|" + "---|" * 4]
+    lines += [
+        "**V/Q ratio of Fisher information** (± standard error over 16 examples; mean: over seeds; then the median over "
+        "layers of the ratio within a layer, for each seed)",
+        "",
+        "| step | " + " | ".join(f"seed {seed}" for seed in SEEDS) + " | mean | layers |",
+        "|---|" + "---|" * (len(SEEDS) + 2),
+    ]
     for row in results["fisher"]:
         cells = [f"{ratio['value']:.1f} ± {ratio['stderr']:.1f}" for ratio in row["ratios"]]
         cells.append(f"{row['mean']:.1f} ± {row['se_over_seeds']:.1f}")
+        cells.append(", ".join(f"{median:.1f}" for median in row["layer_medians"]))
         lines.append(f"| {row['step']} | " + " | ".join(cells) + " |")
     lines += ["", "**Capacity utilization** (seed 0)", ""]
     lines += ["| rank | condition | all | Q | V | Q–V gap |", "|---|---|---|---|---|---|"]
