@@ -168,8 +168,8 @@ def tables(results: dict[str, Any]) -> str:
             lines.append(f"| {row['rank']} | {row['parameters']:,} | {row['loss']:.4f} ± {row['loss_se']:.4f} {rise}")
         lines.append("")
     lines += [
-        "**V/Q ratio of Fisher information** (± standard error over 16 examples; mean: over seeds; then the median over "
-        "layers of the ratio within a layer, for each seed)",
+        "**V/Q ratio of Fisher information** (± standard error over 16 examples; mean: over seeds; then the median "
+        "over layers of the ratio within a layer, for each seed)",
         "",
         "| step | " + " | ".join(f"seed {seed}" for seed in SEEDS) + " | mean | layers |",
         "|---|" + "---|" * (len(SEEDS) + 2),
