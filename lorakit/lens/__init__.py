@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     )
     from lorakit.lens._correlation import CorrelatedGroup, RankCorrelation, RankPair, rank_correlation
     from lorakit.lens._curves import EnergyCurve, EnergyCurves, MeanCurve, energy_curves
+    from lorakit.lens._evaluation import MeanLoss
     from lorakit.lens._laws import LawFit, LawPoint, ScalingLawReport, scaling_law
+    from lorakit.lens._sensitivity import LayerSensitivity, SensitivityGroup, layer_sensitivity
 
 __all__ = [
     "AdapterConditions",
@@ -52,11 +54,14 @@ __all__ = [
     "GroupSummary",
     "LawFit",
     "LawPoint",
+    "LayerSensitivity",
     "MeanCurve",
+    "MeanLoss",
     "RankCorrelation",
     "RankPair",
     "RankSuggestion",
     "ScalingLawReport",
+    "SensitivityGroup",
     "Snapshot",
     "SnapshotGroup",
     "SnapshotModule",
@@ -69,6 +74,7 @@ __all__ = [
     "compare_weights",
     "conditions",
     "energy_curves",
+    "layer_sensitivity",
     "rank_correlation",
     "scaling_law",
     "snapshot",
@@ -82,7 +88,9 @@ _LAZY = {
     "_conditions": ("AdapterConditions", "ConditionedGroup", "ConditionedModule", "ConditionsReport", "conditions"),
     "_correlation": ("CorrelatedGroup", "RankCorrelation", "RankPair", "rank_correlation"),
     "_curves": ("EnergyCurve", "EnergyCurves", "MeanCurve", "energy_curves"),
+    "_evaluation": ("MeanLoss",),
     "_laws": ("LawFit", "LawPoint", "ScalingLawReport", "scaling_law"),
+    "_sensitivity": ("LayerSensitivity", "SensitivityGroup", "layer_sensitivity"),
 }
 _OWNERS = {name: module for module, names in _LAZY.items() for name in names}
 

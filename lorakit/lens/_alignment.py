@@ -21,6 +21,7 @@ from lorakit.errors import Finding
 from lorakit.lens._measure import about_low_rank_part
 from lorakit.lens._report import group_of, has_errors, ordered
 from lorakit.spectral import leading_similarity, random_subspace_overlap, topk_overlap
+from lorakit.tuners.roles import layer_prefix
 
 if TYPE_CHECKING:
     from torch import nn
@@ -208,7 +209,7 @@ def _pairs(modules: Sequence[AdapterModule], outputs: dict[str, Tensor], downs: 
     for i, names in enumerate((outputs, downs)):
         for name in names:
             if layers[name] is not None:
-                by_layer.setdefault(_layer_prefix(name, layers[name]), ([], []))[i].append(name)
+                by_layer.setdefault(layer_prefix(name) or name, ([], []))[i].append(name)
     pairs = []
     for first, second in by_layer.values():
         for output, down in ((o, d) for o in first for d in second):
@@ -232,9 +233,3 @@ def _pairs(modules: Sequence[AdapterModule], outputs: dict[str, Tensor], downs: 
                 )
             )
     return pairs
-
-
-def _layer_prefix(name: str, layer: int | None) -> str:
-    """The module's name up to its layer's index."""
-    steps = name.split(".")
-    return ".".join(steps[: steps.index(str(layer)) + 1]) if str(layer) in steps else name

@@ -98,7 +98,7 @@ class ResolvingLoraModel(LoraModel):
             config = original
         kept = original if original.inference_mode else config
         self.peft_config[adapter_name] = config
-        self.weights_before = {} if _changes_base(config) else None
+        self.weights_before = {} if changes_base(config) else None
         try:
             super().inject_adapter(
                 model,
@@ -235,7 +235,8 @@ def _forget(before: Tree, adapter_name: str) -> None:
                     del container[adapter_name]
 
 
-def _changes_base(config: Any) -> bool:
+def changes_base(config: Any) -> bool:
+    """Whether the initialization that a config asks for changes the base weights."""
     init = config.init_lora_weights
     by_init = isinstance(init, str) and init.lower().startswith(CHANGES_BASE)
     return by_init or getattr(config, "kasa_config", None) is not None

@@ -82,3 +82,9 @@ def layer_of(module_name: str) -> int | None:
     """The index of the transformer layer a module lies in, from its dotted name; None where it lies in none."""
     match = _LAYER.search(module_name)
     return None if match is None else int(match.group(1))
+
+
+def layer_prefix(module_name: str) -> str | None:
+    """A module's dotted name up to the index of its transformer layer; None where it lies in none."""
+    match = _LAYER.search(module_name)
+    return None if match is None else module_name[: match.end(1)]
