@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lorakit.lens._evaluation import MeanLoss
     from lorakit.lens._laws import LawFit, LawPoint, ScalingLawReport, scaling_law
     from lorakit.lens._sensitivity import LayerSensitivity, SensitivityGroup, layer_sensitivity
+    from lorakit.lens._sweep import PairedDifference, RankSweep, SweepRun, SweptRank, rank_sweep
 
 __all__ = [
     "AdapterConditions",
@@ -57,15 +58,19 @@ __all__ = [
     "LayerSensitivity",
     "MeanCurve",
     "MeanLoss",
+    "PairedDifference",
     "RankCorrelation",
     "RankPair",
     "RankSuggestion",
+    "RankSweep",
     "ScalingLawReport",
     "SensitivityGroup",
     "Snapshot",
     "SnapshotGroup",
     "SnapshotModule",
     "SpectralCallback",
+    "SweepRun",
+    "SweptRank",
     "Trajectory",
     "WeightsReport",
     "alignment",
@@ -76,6 +81,7 @@ __all__ = [
     "energy_curves",
     "layer_sensitivity",
     "rank_correlation",
+    "rank_sweep",
     "scaling_law",
     "snapshot",
     "watch_gradients",
@@ -91,6 +97,7 @@ _LAZY = {
     "_evaluation": ("MeanLoss",),
     "_laws": ("LawFit", "LawPoint", "ScalingLawReport", "scaling_law"),
     "_sensitivity": ("LayerSensitivity", "SensitivityGroup", "layer_sensitivity"),
+    "_sweep": ("PairedDifference", "RankSweep", "SweepRun", "SweptRank", "rank_sweep"),
 }
 _OWNERS = {name: module for module, names in _LAZY.items() for name in names}
 

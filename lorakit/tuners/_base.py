@@ -237,6 +237,6 @@ def _forget(before: Tree, adapter_name: str) -> None:
 
 def changes_base(config: Any) -> bool:
     """Whether the initialization that a config asks for changes the base weights."""
-    init = config.init_lora_weights
+    init = getattr(config, "init_lora_weights", None)
     by_init = isinstance(init, str) and init.lower().startswith(CHANGES_BASE)
     return by_init or getattr(config, "kasa_config", None) is not None

@@ -1,0 +1,126 @@
+"""The configs of a rank sweep, and a base model that is given back as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from lorakit.errors import UnsupportedModelError
+from lorakit.tuners._base import changes_base
+from lorakit.tuners.module_tree import module_tree, restore
+from lorakit.tuners.patterns import alpha_of
+
+_TEMPLATES = ("LORA", "FISHERLORA", "SPECLORA")
+
+
+def named_configs(configs: Any, ranks: Sequence[int] | None) -> dict[str, tuple[int | None, PeftConfig]]:
+    """Each config, a copy, by name, with its rank where it has one.
+
+    Raises: ValueError for a template that cannot be had at a rank, for no configs, and for names that are not unique.
+    """
+    if isinstance(configs, Mapping):
+        if ranks is not None:
+            raise ValueError("`ranks` are for a template; of a mapping the names say which ranks there are.")
+        wrong = [name for name, config in configs.items() if not isinstance(config, PeftConfig)]
+        if wrong or not configs:
+            raise ValueError(f"`configs` must map names to PEFT configs, at least one; got {wrong or 'none'}.")
+        named = {
+            str(name): (name if isinstance(name, int) else None, copy.deepcopy(config))
+            for name, config in configs.items()
+        }
+        if len(named) != len(configs):
+            raise ValueError(f"`configs` must have different names; got {list(configs)!r}.")
+        return named
+    if not isinstance(configs, PeftConfig):
+        raise ValueError(f"`configs` must be a PEFT config or a mapping of them; got {type(configs).__name__}.")
+    ranks = tuple(ranks or ())
+    if (
+        not ranks
+        or len(set(ranks)) != len(ranks)
+        or any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in ranks)
+    ):
+        raise ValueError(f"`ranks` must be different positive integers, at least one; got {list(ranks)!r}.")
+    return {str(rank): (rank, at_rank(configs, rank)) for rank in ranks}
+
+
+def at_rank(config: Any, rank: int) -> Any:
+    """A copy of a LoRA config with all ranks multiplied by rank / r, in which every module keeps its scaling.
+
+    Raises: ValueError for a config of another kind, and for ranks that would not be integers.
+    """
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if kind not in _TEMPLATES or not isinstance(config, LoraConfig):
+        raise ValueError(f"A template must be one of {', '.join(_TEMPLATES)}; got {kind}. Pass a mapping of configs.")
+    scaled: Any = copy.deepcopy(config)
+
+    def times(value: int, what: str) -> int:
+        if value * rank % config.r:
+            raise ValueError(
+                f"`{what}` {value} at r = {config.r} would be {value * rank / config.r:g} at rank {rank}, which is no "
+                f"integer. Leave that rank out, or pass a mapping of configs."
+            )
+        return int(value * rank // config.r)
+
+    def alpha(value: float) -> float:
+        return alpha_of(value, rank, config.r, bool(config.use_rslora))
+
+    scaled.r, scaled.lora_alpha = rank, alpha(config.lora_alpha)
+    scaled.rank_pattern = {
+        key: times(value, f"rank_pattern[{key!r}]") for key, value in (config.rank_pattern or {}).items()
+    }
+    scaled.alpha_pattern = {key: alpha(value) for key, value in (config.alpha_pattern or {}).items()}
+    for name in ("r_q", "r_v"):
+        if getattr(config, name, None) is not None:
+            setattr(scaled, name, times(getattr(config, name), name))
+    return scaled
+
+
+@contextlib.contextmanager
+def preserved_base(model: nn.Module, config: PeftConfig | None) -> Iterator[None]:
+    """Take whatever PEFT and a training do to a base model back: adapters, and what they change of its own tensors.
+
+    Buffers and biases that `config` has trained are copied; all parameters only where its initialization changes them.
+    Raises: UnsupportedModelError for a model that has adapters already.
+    """
+    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise UnsupportedModelError(
+            "A rank sweep needs a base model, to which it attaches adapters of its own; this one has adapters. Pass "
+            "model.unload(), or the model that they were attached to."
+        )
+    trains_bias = getattr(config, "bias", "none") != "none"
+    changes = config is not None and changes_base(config)
+    tree = module_tree(model)
+    own = [(module, dict(module._parameters), set(vars(module))) for module in model.modules()]
+    settings: Any = getattr(getattr(model, "config", None), "__dict__", {})
+    settings_before = dict(settings)
+    parameters = [(p, p.data, p.grad, p.requires_grad) for p in model.parameters()]
+    copies = {buffer: buffer.detach().clone() for buffer in model.buffers()}
+    for name, parameter in model.named_parameters():
+        if changes or (trains_bias and name.rpartition(".")[2] == "bias"):
+            copies[parameter] = parameter.detach().to("cpu", copy=True)
+    try:
+        yield
+    finally:
+        restore(tree)
+        for module, its_parameters, attributes in own:
+            for attribute in set(vars(module)) - attributes:
+                delattr(module, attribute)
+            module._parameters.clear()
+            module._parameters.update(its_parameters)
+        settings.clear()
+        settings.update(settings_before)
+        with torch.no_grad():
+            for parameter, values, gradient, requires_grad in parameters:
+                if parameter.data_ptr() != values.data_ptr():
+                    parameter.data = values
+                parameter.requires_grad_(requires_grad)
+                parameter.grad = gradient
+            for tensor, values in copies.items():
+                tensor.copy_(values)
