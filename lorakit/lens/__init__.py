@@ -18,6 +18,7 @@ from lorakit.lens._trajectory import Trajectory
 from lorakit.lens._weights import ComparedWeight, ComparedWeights, WeightsReport, compare_weights
 
 if TYPE_CHECKING:
+    from lorakit.lens._accounting import AccountedModule, Accounting, Flops, Memory, accounting
     from lorakit.lens._callback import SpectralCallback
     from lorakit.lens._conditions import (
         AdapterConditions,
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from lorakit.lens._sweep import PairedDifference, RankSweep, SweepRun, SweptRank, rank_sweep
 
 __all__ = [
+    "AccountedModule",
+    "Accounting",
     "AdapterConditions",
     "AlignedGroup",
     "AlignedPair",
@@ -51,6 +54,7 @@ __all__ = [
     "CorrelatedGroup",
     "EnergyCurve",
     "EnergyCurves",
+    "Flops",
     "GradientWatch",
     "GroupSummary",
     "LawFit",
@@ -58,6 +62,7 @@ __all__ = [
     "LayerSensitivity",
     "MeanCurve",
     "MeanLoss",
+    "Memory",
     "PairedDifference",
     "RankCorrelation",
     "RankPair",
@@ -73,6 +78,7 @@ __all__ = [
     "SweptRank",
     "Trajectory",
     "WeightsReport",
+    "accounting",
     "alignment",
     "audit",
     "compare",
@@ -90,6 +96,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "_accounting": ("AccountedModule", "Accounting", "Flops", "Memory", "accounting"),
     "_callback": ("SpectralCallback",),  # a subclass of transformers' TrainerCallback
     "_conditions": ("AdapterConditions", "ConditionedGroup", "ConditionedModule", "ConditionsReport", "conditions"),
     "_correlation": ("CorrelatedGroup", "RankCorrelation", "RankPair", "rank_correlation"),

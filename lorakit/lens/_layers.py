@@ -36,7 +36,7 @@ class AdaptedLayer:
     def parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
         """The adapter's own parameters."""
         for layer in self.layers:
-            for container in layer.adapter_layer_names:
+            for container in dict.fromkeys(layer.adapter_layer_names):  # PEFT names some twice
                 entries: Any = getattr(layer, container, {})
                 if adapter_name in entries:
                     entry = entries[adapter_name]

@@ -195,13 +195,12 @@ def _row(
     delta: MeanLoss,
     share: float | None,
 ) -> SensitivityGroup:
-    parameters = {id(p): p.numel() for member in members for p in member.parameters(adapter_name)}
     return SensitivityGroup(
         name=key,
         role=None if by == "layer" else members[0].role,
         layer=None if by == "role" else members[0].layer,
         modules=tuple(member.name for member in members),
-        params=sum(parameters.values()),
+        params=sum(p.numel() for member in members for p in member.parameters(adapter_name)),
         loss=mean_of(losses),
         delta=delta,
         share=share,

@@ -144,11 +144,10 @@ class RankSweep:
         errors = [row.loss.stderr or 0.0 for row in rows]
         left.errorbar(places, [row.loss.value for row in rows], yerr=errors, fmt=marks, ms=4, capsize=3)
         smallest = self.smallest
-        for chosen, label in ((self.best, "lowest"), (smallest, "smallest within 1 s.e.")):
-            if chosen is not None:
-                left.axvline(
-                    places[rows.index(chosen)], color="C2" if chosen is smallest else "C1", lw=1, ls="--", label=label
-                )
+        for chosen, label, colour in ((self.best, "lowest", "C1"), (smallest, "smallest within 1 s.e.", "C2")):
+            if chosen is not None and (chosen is not smallest or colour == "C2" or smallest is None):
+                both = "lowest and " if chosen is self.best and colour == "C2" else ""
+                left.axvline(places[rows.index(chosen)], color=colour, lw=1, ls="--", label=f"{both}{label}")
         left.set(ylabel="held-out loss", title=f"{len(self.seeds)} seeds; without adapter {self.base.value:.4g}")
         left.legend(fontsize=8)
         errors = [row.difference.stderr or 0.0 for row in rows]
