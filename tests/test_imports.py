@@ -87,6 +87,23 @@ def test_every_public_name_is_there_and_documented(name):
     assert name in dir(lorakit)
 
 
+@pytest.mark.parametrize("name", lorakit.lens.__all__)
+def test_every_public_name_of_the_lens_is_there_and_documented(name):
+    assert getattr(lorakit.lens, name).__doc__
+    assert name in dir(lorakit.lens)
+
+
+def test_importing_the_lens_imports_neither_transformers_nor_peft(run_python):
+    code = """
+        import sys
+        import lorakit.lens
+        print(sorted({name.partition(".")[0] for name in sys.modules} & {"transformers", "peft", "matplotlib"}))
+    """
+    assert run_python(code).stdout.strip() == "[]"
+
+
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = lorakit.nothing
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = lorakit.lens.nothing

@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.tuners.roles import layer_of, role_of
+from lorakit.tuners.roles import layer_of, layer_prefix, role_of
 
 ATTENTION = {"query", "key", "value", "output"}
 LLAMA_LIKE = ATTENTION | {"gate", "up", "down"}
@@ -97,3 +97,18 @@ def test_roles_in_a_family(config, model, settings, roles):
 def test_role_and_layer_of_names(name, role, layer):
     assert role_of(name) == role
     assert layer_of(name) == layer
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [
+        ("model.layers.1.self_attn.q_proj", "model.layers.1"),
+        ("model.layers.1.mlp.experts.3.w1", "model.layers.1"),
+        ("encoder.block.0.layer.0.SelfAttention.q", "encoder.block.0"),
+        ("decoder.block.0.layer.0.SelfAttention.q", "decoder.block.0"),
+        ("transformer.h.11", "transformer.h.11"),
+        ("lm_head", None),
+    ],
+)
+def test_layer_prefixes(name, prefix):
+    assert layer_prefix(name) == prefix
