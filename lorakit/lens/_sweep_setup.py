@@ -100,12 +100,14 @@ def preserved_base(model: nn.Module, config: PeftConfig | None) -> Iterator[None
     own = [(module, dict(module._parameters), set(vars(module))) for module in model.modules()]
     settings: Any = getattr(getattr(model, "config", None), "__dict__", {})
     settings_before = dict(settings)
-    parameters = [(p, p.data, p.grad, p.requires_grad) for p in model.parameters()]
+    parameters = [(p, p.grad, p.requires_grad) for p in model.parameters()]
     copies = {buffer: buffer.detach().clone() for buffer in model.buffers()}
     for name, parameter in model.named_parameters():
         if changes or (trains_bias and name.rpartition(".")[2] == "bias"):
             copies[parameter] = parameter.detach().to("cpu", copy=True)
     try:
+        for parameter, _, _ in parameters:
+            parameter.grad = None  # or it would be part of a trained bias's first step
         yield
     finally:
         restore(tree)
@@ -117,9 +119,7 @@ def preserved_base(model: nn.Module, config: PeftConfig | None) -> Iterator[None
         settings.clear()
         settings.update(settings_before)
         with torch.no_grad():
-            for parameter, values, gradient, requires_grad in parameters:
-                if parameter.data_ptr() != values.data_ptr():
-                    parameter.data = values
+            for parameter, gradient, requires_grad in parameters:
                 parameter.requires_grad_(requires_grad)
                 parameter.grad = gradient
             for tensor, values in copies.items():

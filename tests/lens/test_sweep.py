@@ -326,7 +326,7 @@ def test_the_base_comes_back_as_it_was(config, fails):
 
     model = Net()
     model.fc.weight.requires_grad_(False)
-    model.head.bias.grad = torch.ones(3)
+    model.fc.bias.grad = torch.ones(8)
     model.norm.eval()
     x = torch.randn(6, 8)
     data = [{"x": row, "labels": torch.tensor(i % 3)} for i, row in enumerate(x)]
@@ -370,6 +370,29 @@ def test_the_base_of_transformers_comes_back_and_configs_are_not_touched(tiny_gp
     lens.rank_sweep(model, config, data, evaluate, ranks=(2, 4), seeds=(0,), **SETTINGS)
     assert_same(before, snapshot(model))
     assert config.to_dict() == settings
+
+
+def test_each_run_has_a_config_of_its_own(data, evaluate):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = LlamaForSequenceClassification(LlamaConfig(**small, vocab_size=64, pad_token_id=0)).eval()
+    seen = []
+
+    def train(adapted, batches, seed):
+        (config,) = adapted.peft_config.values()
+        seen.append(list(config.modules_to_save))  # to which PEFT adds the head
+        assert next(batches)["input_ids"].shape == (2, 6)
+        assert all(parameter.grad is None for parameter in adapted.parameters())
+
+    config = LoraConfig(r=4, target_modules=TARGETS, task_type="SEQ_CLS")
+    ids = data[0]["input_ids"][None]
+    model.score.weight.grad = torch.ones_like(model.score.weight)
+    lens.rank_sweep(
+        model, config, data, lambda m: float(m(input_ids=ids).logits.sum()), ranks=(2,), train=train, **SETTINGS
+    )
+    assert seen == [seen[0]] * 3
+    assert config.modules_to_save is None
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
