@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from lorakit._cross_entropy import lean_loss
 from lorakit._distributed import Share, gathered, share_of, unwrapped
 from lorakit.errors import CalibrationError
 
@@ -143,6 +144,7 @@ def collect(
         gathered(model),
         preserved_state(model),
         preserved_rng(model),
+        lean_loss(_base_of(model)),
         tqdm(total=num_examples, desc=description, unit="example", disable=quiet, delay=1.0) as bar,
     ):
         device = _input_device(model)
@@ -258,7 +260,7 @@ class _LossScheme:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        inner = _base_of(model)
         name = str(getattr(inner, "loss_type", None) or type(inner).__name__)
         self.shifts = "CausalLM" in name or "LMHead" in name
         self.known: dict[Any, Kind] = {}
@@ -335,12 +337,18 @@ class _LossScheme:
                 if labels.is_floating_point():
                     yield "values", F.binary_cross_entropy_with_logits(given, wanted)
         elif labels.ndim == 2 and logits.ndim == 3 and logits.shape[:2] == labels.shape:
-            after = (logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-            plain = (logits.flatten(0, 1), labels.flatten())
             for shifted in (self.shifts, not self.shifts):
-                yield "shifted" if shifted else "tokens", F.cross_entropy(*(after if shifted else plain))
+                given, wanted = (logits[:, :-1], labels[:, 1:]) if shifted else (logits, labels)
+                yield "shifted" if shifted else "tokens", _mean_over_tokens(given, wanted)
         elif labels.numel() == n and logits.ndim == 2 and logits.shape[0] == n:
             yield "tokens", F.cross_entropy(logits, labels.reshape(n))
+
+
+def _mean_over_tokens(logits: Tensor, labels: Tensor) -> Tensor:
+    """F.cross_entropy over the tokens of all examples, without another tensor as large as the logits."""
+    losses = [F.cross_entropy(*example, reduction="none") for example in zip(logits, labels, strict=True)]
+    # Their mean as cross_entropy takes it, to the bit in any dtype: there is one class left, the true one.
+    return F.nll_loss(-torch.cat(losses).unsqueeze(1), labels.flatten().clamp(max=0))
 
 
 def _counts(labels: Tensor, kind: Kind) -> Tensor:
@@ -438,6 +446,10 @@ def _batch_size(batch: Any) -> int:
 
 def _has_tensors(values: list[Any]) -> bool:
     return any(isinstance(value, Tensor) for value in values)
+
+
+def _base_of(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _input_device(model: Any) -> torch.device | None:

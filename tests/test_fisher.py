@@ -268,6 +268,42 @@ def test_a_model_that_mixes_the_examples_is_run_one_at_a_time(tiny_llama, random
     assert [row.fisher for row in report.modules] == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize(("kind", "tolerance"), [("gpt2", 1e-10), ("gemma2", 1e-5)])
+def test_the_loss_is_of_the_model_s_own_function_and_logits_that_hooks_keep_stay(kind, tolerance, tiny_gpt2, randomize):
+    """GPT-2 in float64 throughout, and Gemma2 with a soft cap on its logits."""
+    torch.manual_seed(1)
+    dtype = torch.float64 if kind == "gpt2" else torch.float32
+    settings = {"num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 0.5}
+    base = (
+        tiny_gpt2()
+        if kind == "gpt2"
+        else transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**SMALL, **settings, attn_implementation="eager"))
+    )
+
+    def loss_function(logits, labels, vocab_size, **_):  # transformers' own computes in float32
+        assert logits.dtype == dtype
+        return nn.functional.cross_entropy(logits[:, :-1].reshape(-1, vocab_size), labels[:, 1:].flatten())
+
+    base.loss_function = loss_function
+    targets = ["c_attn"] if kind == "gpt2" else ["q_proj", "v_proj"]
+    adapted = randomize(get_peft_model(base, LoraConfig(r=4, target_modules=targets))).to(dtype).eval()
+    examples = text_examples()
+    names = list(layers_of(base))
+    expected = one_backward_each(adapted, examples, names)
+    kept = []
+    handle = base.lm_head.register_forward_hook(lambda *hook: kept.append((hook[2], hook[2].detach().clone())))
+    unlabelled = {"input_ids": examples[0]["input_ids"], "labels": torch.full((7,), -100)}
+    report = probe(adapted, padded([unlabelled, *examples], 4), progress=False)
+    handle.remove()
+    assert report.num_without_labels == 1
+    assert [row.fisher for row in report.modules] == pytest.approx(
+        [float(expected[name].mean()) for name in names], rel=tolerance, abs=0
+    )
+    assert len(kept) == 2
+    assert all(torch.equal(now, then) for now, then in kept)
+    assert base.loss_function is loss_function
+
+
 def test_bfloat16_is_near_the_same_weights_in_float32(tiny_llama):
     examples = text_examples()
     low = tiny_llama(torch.bfloat16)

@@ -13,7 +13,7 @@ ROOT = Path(lorakit.__file__).parent
 
 # Each may import from those before it, and from its own kind.
 LAYERS = [
-    {"_version", "errors"},
+    {"_version", "errors", "_cross_entropy"},
     {"_distributed", "_plotting"},
     {"spectral", "allocation"},
     {"_registration"},
