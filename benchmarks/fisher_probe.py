@@ -26,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lorakit.fisher import probe
 
 Batch = dict[str, Tensor]
+REFERENCE = "one backward each"
 
 
 def make_model(name: str, layers: int, targets: str | list[str]) -> PeftModel:
@@ -99,12 +100,12 @@ def main() -> None:
         ids = torch.randint(0, 49152, (options.examples, length), generator=generator)
         batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
         runs: dict[str, Callable[[], list[float]]] = {
-            "one backward each": lambda batch=batch: one_backward_each(model, batch),
+            REFERENCE: lambda batch=batch: one_backward_each(model, batch),
             "probe": lambda batch=batch: [
                 row.fisher for row in probe(model, [batch], num_examples=options.examples, progress=False).modules
             ],
         }
-        runs["itself again"] = runs["one backward each"]
+        runs["itself again"] = runs[REFERENCE]
         each, probed, _ = (run() for run in runs.values())
         worst = max(abs(a - b) / a for a, b in zip(each, probed, strict=True))
         if worst > 1e-5:
@@ -116,7 +117,7 @@ def main() -> None:
         row: dict[str, object] = {"length": length, "worst_deviation": worst}
         for i, kind in enumerate(("wall", "cpu")):
             values = {name: [pair[i] for pair in pairs] for name, pairs in times.items()}
-            reference = values["one backward each"]
+            reference = values[REFERENCE]
             row[kind] = {
                 name: {
                     "seconds": [statistics.median(v), min(v), max(v)],
@@ -141,11 +142,8 @@ def print_row(row: dict[str, object], options: argparse.Namespace) -> None:
     for kind in ("wall", "cpu"):
         for name, found in row[kind].items():
             (seconds, least, most), (first, median, third) = found["seconds"], found["speed_up"]
-            print(
-                f"  {kind:>4}  {name:<17} {seconds:6.2f} s ({least:.2f}–{most:.2f})  "
-                f"{median:5.2f}x ({first:.2f}–{third:.2f})",
-                flush=True,
-            )
+            speed_up = "" if name == REFERENCE else f"{median:5.2f}x ({first:.2f}–{third:.2f})"
+            print(f"  {kind:>4}  {name:<17} {seconds:6.2f} s ({least:.2f}–{most:.2f})  {speed_up}", flush=True)
 
 
 if __name__ == "__main__":

@@ -38,10 +38,10 @@ FACTORS = ("B", "A", "weight")
 TEMPORARY_RANK = 16
 TEMPORARY_ALPHA = 32  # a scaling of 2
 LEARNING_RATE = 2e-4
-# On a CPU short examples gain from being run together, while the matrices are small; from some hundred tokens on they
-# lose again: the logits of a large vocabulary and their gradient then leave the caches, and the allocator makes each of
-# their pages anew. On an accelerator a batch is run as it comes.
-CPU_TOKENS = 192
+# On a CPU short examples gain from being run together, while the matrices are small; from some hundred tokens on there
+# is nothing left to gain, and the logits of a large vocabulary take the more memory. On an accelerator a batch is run
+# as it comes.
+CPU_TOKENS = 384
 
 
 @dataclass(frozen=True)
