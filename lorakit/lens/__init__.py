@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lorakit.lens._correlation import CorrelatedGroup, RankCorrelation, RankPair, rank_correlation
     from lorakit.lens._curves import EnergyCurve, EnergyCurves, MeanCurve, energy_curves
     from lorakit.lens._evaluation import MeanLoss
+    from lorakit.lens._gains import LayerGain, LayerGains, adapt_each_layer
     from lorakit.lens._laws import LawFit, LawPoint, ScalingLawReport, scaling_law
     from lorakit.lens._sensitivity import LayerSensitivity, SensitivityGroup, layer_sensitivity
     from lorakit.lens._sweep import PairedDifference, RankSweep, SweepRun, SweptRank, rank_sweep
@@ -59,6 +60,8 @@ __all__ = [
     "GroupSummary",
     "LawFit",
     "LawPoint",
+    "LayerGain",
+    "LayerGains",
     "LayerSensitivity",
     "MeanCurve",
     "MeanLoss",
@@ -79,6 +82,7 @@ __all__ = [
     "Trajectory",
     "WeightsReport",
     "accounting",
+    "adapt_each_layer",
     "alignment",
     "audit",
     "compare",
@@ -102,6 +106,7 @@ _LAZY = {
     "_correlation": ("CorrelatedGroup", "RankCorrelation", "RankPair", "rank_correlation"),
     "_curves": ("EnergyCurve", "EnergyCurves", "MeanCurve", "energy_curves"),
     "_evaluation": ("MeanLoss",),
+    "_gains": ("LayerGain", "LayerGains", "adapt_each_layer"),
     "_laws": ("LawFit", "LawPoint", "ScalingLawReport", "scaling_law"),
     "_sensitivity": ("LayerSensitivity", "SensitivityGroup", "layer_sensitivity"),
     "_sweep": ("PairedDifference", "RankSweep", "SweepRun", "SweptRank", "rank_sweep"),

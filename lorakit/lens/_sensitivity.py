@@ -1,7 +1,7 @@
 """How much each layer's adapter does: one group of modules switched off, or on, at a time.
 
-Reference: layerwise sensitivity, "adapt each layer alone, measure the change of the validation loss"; here of an
-adapter that is trained already, so that nothing is trained and the groups are those of one and the same adapter.
+Here of an adapter that is trained already, so that nothing is trained and the groups are those of one and the same
+adapter; `_gains` trains an adapter on each layer alone.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from peft.functional import set_adapter
 from torch import nn
@@ -84,43 +84,58 @@ class LayerSensitivity:
         """
         figure = new_figure(8, 4.5)
         axes = figure.subplots()
-        axes.axhline(0, color="0.6", lw=0.8)
-        if self.by == "module" and any(group.layer is not None for group in self.groups):
-            self._lines(axes)
-        else:
-            self._bars(axes)
+        draw(axes, self.by, [(group, group.delta.value, group.delta.stderr) for group in self.groups])
         done = "off" if self.mode == "ablate" else "alone on"
         against = "the whole adapter" if self.mode == "ablate" else "no adapter"
         axes.set(ylabel=f"loss − that of {against}", title=f"Each {self.by} {done}, {self.num_examples} losses")
         return figure
 
-    def _bars(self, axes: Axes) -> None:
-        layers = [group.layer for group in self.groups]
-        numbered = self.by == "layer" and len({layer for layer in layers if layer is not None}) == len(layers)
-        labels = [str(group.layer) if numbered else plain(group.name) for group in self.groups]
-        values = [group.delta.value for group in self.groups]
-        errors = [group.delta.stderr or 0.0 for group in self.groups]
-        axes.bar(range(len(values)), values, yerr=errors, capsize=2, color="C0")
-        every = max(1, len(values) // 40)
-        long = max(map(len, labels)) * len(labels) / every > 80
-        axes.set_xticks(range(0, len(values), every), labels[::every], rotation=90 if long else 0)
-        axes.set_xlabel("layer" if numbered else self.by)
 
-    def _lines(self, axes: Axes) -> None:
-        from matplotlib.ticker import MaxNLocator
+class Placed(Protocol):
+    """What a value is drawn for."""
 
-        lines: dict[str, list[SensitivityGroup]] = {}
-        for group in self.groups:
-            lines.setdefault(group.role or group.name.rpartition(".")[2], []).append(group)
-        for label, groups in lines.items():
-            places = [-1 if group.layer is None else group.layer for group in groups]
-            errors = [group.delta.stderr or 0.0 for group in groups]
-            values = [group.delta.value for group in groups]
-            axes.errorbar(places, values, yerr=errors, fmt="o-", ms=4, capsize=2, label=plain(label))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        outside = any(group.layer is None for group in self.groups)
-        axes.set_xlabel("layer (−1: in none)" if outside else "layer")
-        axes.legend(fontsize=8)
+    @property
+    def name(self) -> str: ...
+    @property
+    def role(self) -> Role | None: ...
+    @property
+    def layer(self) -> int | None: ...
+
+
+def draw(axes: Axes, by: By, rows: Sequence[tuple[Placed, float, float | None]]) -> None:
+    """Values with standard errors: bars by layer or role, of single modules one line a role."""
+    axes.axhline(0, color="0.6", lw=0.8)
+    if by == "module" and any(group.layer is not None for group, _, _ in rows):
+        _lines(axes, rows)
+    else:
+        _bars(axes, by, rows)
+
+
+def _bars(axes: Axes, by: By, rows: Sequence[tuple[Placed, float, float | None]]) -> None:
+    layers = [group.layer for group, _, _ in rows]
+    numbered = by == "layer" and len({layer for layer in layers if layer is not None}) == len(layers)
+    labels = [str(group.layer) if numbered else plain(group.name) for group, _, _ in rows]
+    axes.bar(range(len(rows)), [value for _, value, _ in rows], yerr=[e or 0.0 for _, _, e in rows], capsize=2)
+    every = max(1, len(rows) // 40)
+    long = max(map(len, labels)) * len(labels) / every > 80
+    axes.set_xticks(range(0, len(rows), every), labels[::every], rotation=90 if long else 0)
+    axes.set_xlabel("layer" if numbered else by)
+
+
+def _lines(axes: Axes, rows: Sequence[tuple[Placed, float, float | None]]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    lines: dict[str, list[tuple[Placed, float, float | None]]] = {}
+    for row in rows:
+        lines.setdefault(row[0].role or row[0].name.rpartition(".")[2], []).append(row)
+    for label, members in lines.items():
+        places = [-1 if group.layer is None else group.layer for group, _, _ in members]
+        values, errors = [value for _, value, _ in members], [error or 0.0 for _, _, error in members]
+        axes.errorbar(places, values, yerr=errors, fmt="o-", ms=4, capsize=2, label=plain(label))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    outside = any(group.layer is None for group, _, _ in rows)
+    axes.set_xlabel("layer (−1: in none)" if outside else "layer")
+    axes.legend(fontsize=8)
 
 
 def layer_sensitivity(
@@ -162,7 +177,7 @@ def layer_sensitivity(
     every = adapted_layers(inner)
     name, switched = _resolve(every, adapter_name)
     always_on = [path for path, module in trained_in_full(inner) if name in module._get_available_adapters()]
-    groups = _groups(switched, by)
+    groups = groups_of(switched, by)
     with preserved_state(inner), _preserved_switches(every):
         inner.eval()
         if adapter_name is not None and any(layer.active_adapters != [name] for one in every for layer in one.layers):
@@ -234,7 +249,8 @@ def _resolve(layers: Sequence[AdaptedLayer], adapter_name: str | None) -> tuple[
     return adapter_name, [one for one in layers if one.has(adapter_name)]
 
 
-def _groups(layers: Sequence[AdaptedLayer], by: By) -> dict[str, list[AdaptedLayer]]:
+def groups_of(layers: Sequence[AdaptedLayer], by: By) -> dict[str, list[AdaptedLayer]]:
+    """Layers, modules or roles, by name, in the model's order."""
     groups: dict[str, list[AdaptedLayer]] = {}
     for one in layers:
         if by == "layer":

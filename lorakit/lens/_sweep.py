@@ -75,10 +75,12 @@ class SweptRank:
 
 @dataclass(frozen=True)
 class RankSweep:
-    """Held-out loss by rank. `base` is the loss without adapter; `settings` are those of every run."""
+    """Held-out loss by rank. `base` is the loss without adapter, mean of `base_losses`; `settings` are those of every
+    run."""
 
     reference: str
     base: MeanLoss
+    base_losses: tuple[float, ...]
     num_examples: int
     seeds: tuple[int, ...]
     settings: dict[str, Any]
@@ -119,6 +121,7 @@ class RankSweep:
         smallest = self.smallest
         return asdict(self) | {
             "seeds": list(self.seeds),
+            "base_losses": list(self.base_losses),
             "best": self.best.name,
             "smallest": None if smallest is None else smallest.name,
             "runs": [asdict(run) | {"losses": list(run.losses)} for run in self.runs],
@@ -274,7 +277,7 @@ def rank_sweep(
         for name, (rank, _) in wanted.items()
     )
     base = record.base or []
-    return RankSweep(chosen, mean_of(base), len(base), seeds, settings, runs, rows)
+    return RankSweep(chosen, mean_of(base), tuple(base), len(base), seeds, settings, runs, rows)
 
 
 def _check(**values: tuple[Any, int]) -> None:
@@ -287,8 +290,13 @@ def _check(**values: tuple[Any, int]) -> None:
 
 def _difference(runs: Sequence[SweepRun], first: str, second: str, seeds: Sequence[int]) -> PairedDifference:
     losses = {(run.name, run.seed): run.losses for run in runs}
+    return paired([losses[first, seed] for seed in seeds], [losses[second, seed] for seed in seeds])
+
+
+def paired(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> PairedDifference:
+    """first − second, each the losses of the examples for each seed."""
     apart = torch.tensor(
-        [[a - b for a, b in zip(losses[first, seed], losses[second, seed], strict=True)] for seed in seeds],
+        [[a - b for a, b in zip(*losses, strict=True)] for losses in zip(first, second, strict=True)],
         dtype=torch.float64,
     )
     over_seeds, over_examples = mean_of(apart.mean(1).tolist()), mean_of(apart.mean(0).tolist())

@@ -1,0 +1,149 @@
+"""An adapter trained in one layer at a time: against the same training by hand, and what a config may not have."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, get_peft_model
+from torch.nn import functional as F
+from transformers import get_cosine_schedule_with_warmup, set_seed
+
+from lorakit import FisherLoRAConfig, SpecLoRAConfig, lens
+
+CONFIG = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+SETTINGS = {"steps": 3, "batch_size": 2, "learning_rate": 2e-2, "progress": False}
+
+
+@pytest.fixture
+def data():
+    generator = torch.Generator().manual_seed(6)
+    ids = [torch.randint(1, 64, (6,), generator=generator) for _ in range(5)]
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+@pytest.fixture
+def evaluate():
+    ids = torch.randint(1, 64, (4, 6), generator=torch.Generator().manual_seed(7))
+    return lambda model: F.cross_entropy(model(input_ids=ids).logits[:, :-1].mT, ids[:, 1:], reduction="none").mean(1)
+
+
+def by_hand(model, layer, data, evaluate, seed):
+    """LoRA in one layer by PEFT's own `layers_to_transform`, trained on the order that the seed gives."""
+    set_seed(seed)
+    adapted = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], layers_to_transform=[layer])
+    )
+    generator = torch.Generator().manual_seed(seed)
+    sampler = torch.utils.data.RandomSampler(data, num_samples=6, generator=generator)
+    batches = torch.utils.data.DataLoader(data, 2, sampler=sampler, generator=generator)
+    parameters = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=SETTINGS["learning_rate"], weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 1, 3)
+    for batch in batches:
+        adapted(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        return evaluate(adapted).double()
+
+
+def test_each_layer_is_trained_alone_as_by_hand(tiny_llama, data, evaluate):
+    model = tiny_llama()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = lens.adapt_each_layer(model, CONFIG, data, evaluate, seeds=(0, 1), **SETTINGS)
+    assert [(group.layer, group.modules) for group in found.groups] == [
+        (i, (f"model.layers.{i}.self_attn.q_proj", f"model.layers.{i}.self_attn.v_proj")) for i in (0, 1)
+    ]
+    with torch.no_grad():
+        base = evaluate(tiny_llama()).double()
+    assert found.base.value == pytest.approx(float(base.mean()), abs=1e-6)
+    for group in found.groups:
+        gains = torch.stack([base - by_hand(tiny_llama(), group.layer, data, evaluate, seed) for seed in (0, 1)])
+        assert abs(float(gains.mean())) > 1e-4
+        assert group.gain.value == pytest.approx(float(gains.mean()), abs=1e-6)
+        assert group.gain.stderr_seeds == pytest.approx(float(gains.mean(1).std() / 2**0.5), abs=1e-6)
+        assert group.gain.stderr_examples == pytest.approx(float(gains.mean(0).std() / 2), abs=1e-6)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("by", "names"),
+    [
+        ("role", ["query", "value"]),
+        ("module", [f"model.layers.{i}.self_attn.{name}" for i in (0, 1) for name in ("q_proj", "v_proj")]),
+    ],
+)
+def test_groups(tiny_llama, data, evaluate, by, names):
+    found = lens.adapt_each_layer(tiny_llama(), CONFIG, data, evaluate, by=by, **SETTINGS)
+    assert [group.name for group in found.groups] == names
+    assert sum(group.params for group in found.groups) == sum(
+        p.numel() for p in get_peft_model(tiny_llama(), CONFIG).parameters() if p.requires_grad
+    )
+    assert [group.gain.value for group in found.ordered] == sorted(
+        (group.gain.value for group in found.groups), reverse=True
+    )
+    assert found.scores == {group.name: max(0.0, group.gain.value) for group in found.groups}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [FisherLoRAConfig(r=4, r_q=2), SpecLoRAConfig(r=2, k=5, target_modules="all-linear", task_type="CAUSAL_LM")],
+    ids=["FISHERLORA", "SPECLORA"],
+)
+def test_both_tuners_keep_their_ranks(tiny_llama, data, evaluate, config):
+    found = lens.adapt_each_layer(tiny_llama(), config, data, evaluate, by="module", **SETTINGS)
+    whole = get_peft_model(tiny_llama(), config)
+    for group in found.groups:
+        layer = whole.get_base_model().get_submodule(group.name)
+        assert group.params == sum(p.numel() for p in layer.parameters() if p.requires_grad), group.name
+
+
+def test_an_interrupted_run_goes_on(tiny_llama, data, evaluate, tmp_path):
+    calls = []
+
+    def stops(model):
+        calls.append(model)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return evaluate(model)
+
+    path = tmp_path / "gains.json"
+    with pytest.raises(KeyboardInterrupt):
+        lens.adapt_each_layer(tiny_llama(), CONFIG, data, stops, path=path, **SETTINGS)
+    again = lens.adapt_each_layer(tiny_llama(), CONFIG, data, stops, path=path, **SETTINGS)
+    assert len(calls) == 4  # base, first layer, interrupted second, second
+    whole = lens.adapt_each_layer(tiny_llama(), CONFIG, data, evaluate, **SETTINGS)
+    assert again == whole
+
+
+def test_plot_and_plain_data(tiny_llama, data, evaluate):
+    found = lens.adapt_each_layer(tiny_llama(), CONFIG, data, evaluate, **SETTINGS)
+    (axes,) = found.plot().axes
+    assert [bar.get_height() for bar in axes.patches] == [group.gain.value for group in found.groups]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0", "1"]
+    plain = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert plain["groups"][1]["gain"]["value"] == found.groups[1].gain.value
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "must be a LORA, FISHERLORA or SPECLORA config"),
+        (LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), "it has modules_to_save"),
+        (LoraConfig(target_modules=["q_proj"], bias="all"), "it has bias"),
+    ],
+)
+def test_configs_that_train_more_are_refused(tiny_llama, data, evaluate, config, message):
+    with pytest.raises(ValueError, match=message):
+        lens.adapt_each_layer(tiny_llama(), config, data, evaluate, **SETTINGS)
+
+
+def test_an_unknown_grouping_is_refused(tiny_llama, data, evaluate):
+    with pytest.raises(ValueError, match="`by` must be one of layer, module, role; got 'block'"):
+        lens.adapt_each_layer(tiny_llama(), CONFIG, data, evaluate, by="block", **SETTINGS)
