@@ -16,6 +16,7 @@ import json
 import statistics
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -107,20 +108,28 @@ def check(models: dict[str, nn.Module], x: Tensor, upstream: Tensor) -> float:
     return worst
 
 
+class Saved:
+    """A tensor that autograd saved, for as long as it keeps it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
     """What autograd keeps between forward and backward, parameters and the input aside."""
-    kept: dict[int, int] = {}
+    graph: weakref.WeakSet[Saved] = weakref.WeakSet()
 
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def keep(tensor: Tensor) -> Saved:
+        saved = Saved(tensor)
+        graph.add(saved)
+        return saved
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.tensor):
         output = model(x)
+    storages = {saved.tensor.untyped_storage().data_ptr(): saved.tensor.untyped_storage().nbytes() for saved in graph}
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), x]}
     del output
-    return sum(size for pointer, size in kept.items() if pointer not in own)
+    return sum(size for pointer, size in storages.items() if pointer not in own)
 
 
 def stepper(model: nn.Module, x: Tensor, upstream: Tensor) -> Callable[[], None]:

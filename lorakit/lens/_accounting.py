@@ -2,7 +2,8 @@
 
 Everything runs on torch's meta device, which has shapes and dtypes but no storage: the model that is counted is the one
 PEFT makes, and its forward and backward are torch's own, so there are no formulas but those of `OPTIMIZERS`.
-Reference: state complexity of LoRA, r (d_in + d_out) parameters against d_in d_out; bf16 weights and fp32 moments.
+Reference: "LoRA's Low-Rank Assumption: When It Holds, When It Breaks", 2026: r (d_in + d_out) parameters against
+d_in d_out; bf16 weights and fp32 moments.
 """
 
 from __future__ import annotations

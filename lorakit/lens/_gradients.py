@@ -5,7 +5,7 @@ its output gradients and inputs, U and V the singular vectors of its ΔW. G is n
 UᵀGV comes from BᵀGAᵀ = Σ_t (Bᵀδ_t)(A x_t)ᵀ, and ‖G‖_F² is the mean of ‖Gω‖² over vectors ω of random signs
 (Hutchinson). Both are sums over tokens, so they add up over micro-batches and processes as G does.
 
-Reference: "The low-rank assumption", section on diagnostics, gradient-subspace overlap.
+Reference: "LoRA's Low-Rank Assumption: When It Holds, When It Breaks", 2026, gradient-subspace overlap metric.
 """
 
 from __future__ import annotations
