@@ -1,7 +1,7 @@
 """How much of each update its leading components hold, and what is lost by keeping no more.
 
-References: "LoRA's Low-Rank Assumption: When It Holds, When It Breaks", 2026: the energy curve C(k) = Σ_{i≤k} σ² / Σ σ²;
-Eckart & Young 1936: the errors of the best approximation of rank k.
+References: "LoRA's Low-Rank Assumption: When It Holds, When It Breaks", 2026: the energy curve
+C(k) = Σ_{i≤k} σ² / Σ σ²; Eckart & Young 1936: the errors of the best approximation of rank k.
 """
 
 from __future__ import annotations

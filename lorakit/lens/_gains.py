@@ -1,8 +1,8 @@
 """What adapting one layer alone gains: an adapter trained in each, for a short budget, on the same data.
 
-Reference: "LoRA's Low-Rank Assumption: When It Holds, When It Breaks", 2026, layerwise sensitivity
-analysis: insert LoRA in one layer, train for a short budget, measure the improvement of the validation loss; this orders
-layers for rank allocation.
+Reference: "LoRA's Low-Rank Assumption: When It Holds, When It Breaks", 2026, layerwise sensitivity analysis: insert
+LoRA in one layer, train for a short budget, measure the improvement of the validation loss; this orders layers for rank
+allocation.
 """
 
 from __future__ import annotations
