@@ -1,8 +1,9 @@
 """What the Fisher probe costs against one backward pass per example.
 
-    python benchmarks/fisher_probe.py [--model llama|smollm2] [--lengths 16,48,128,256,512] [--threads 1] [--json]
+    python benchmarks/fisher_probe.py [--model llama|smollm2|narrow] [--lengths 16,48,128] [--threads 1] [--json]
 
-`llama` has SmolLM2-135M's widths and vocabulary with random weights and few layers; `smollm2` is the demo's model. Both
+`llama` has SmolLM2-135M's widths and vocabulary with random weights and few layers; `smollm2` is the demo's model;
+`narrow` is so narrow that launching operations takes longer than what they compute, as on a GPU with short batches. All
 carry a LoRA of rank 16 at initialization. The reference runs each example by itself, forward and backward, with
 gradients of the lora_B alone, and squares them. Correctness comes first: both must give the same F to 1e-5. Then, after
 a warm-up, the probe, the reference and the reference once more take turns; medians with minimum and maximum, of wall
@@ -36,14 +37,15 @@ def make_model(name: str, layers: int, targets: str | list[str]) -> PeftModel:
 
         base = load_model(None)[0]
     else:
+        width, vocabulary = (64, 512) if name == "narrow" else (576, 49152)
         base = LlamaForCausalLM(
             LlamaConfig(
-                hidden_size=576,
-                intermediate_size=1536,
+                hidden_size=width,
+                intermediate_size=width * 8 // 3,
                 num_hidden_layers=layers,
-                num_attention_heads=9,
-                num_key_value_heads=3,
-                vocab_size=49152,
+                num_attention_heads=width // 64,
+                num_key_value_heads=width // 64 // 3 or 1,
+                vocab_size=vocabulary,
                 tie_word_embeddings=True,
             )
         )
@@ -81,8 +83,8 @@ def quartiles(values: list[float]) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", choices=["llama", "smollm2"], default="llama")
-    parser.add_argument("--layers", type=int, default=6, help="of llama")
+    parser.add_argument("--model", choices=["llama", "smollm2", "narrow"], default="llama")
+    parser.add_argument("--layers", type=int, default=6, help="of llama and narrow")
     parser.add_argument("--targets", default="q_proj,v_proj", help="or all-linear")
     parser.add_argument("--examples", type=int, default=16)
     parser.add_argument("--lengths", default="16,48,128,256,512")
@@ -97,7 +99,7 @@ def main() -> None:
     results = []
     for length in map(int, options.lengths.split(",")):
         generator = torch.Generator().manual_seed(length)
-        ids = torch.randint(0, 49152, (options.examples, length), generator=generator)
+        ids = torch.randint(0, model.config.vocab_size, (options.examples, length), generator=generator)
         batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
         runs: dict[str, Callable[[], list[float]]] = {
             REFERENCE: lambda batch=batch: one_backward_each(model, batch),
@@ -133,7 +135,8 @@ def main() -> None:
 
 
 def print_row(row: dict[str, object], options: argparse.Namespace) -> None:
-    what = options.model if options.model == "smollm2" else f"{options.layers} layers of SmolLM2's widths"
+    kinds = {"smollm2": "SmolLM2-135M", "llama": f"{options.layers} layers of SmolLM2's widths"}
+    what = kinds.get(options.model, f"{options.layers} layers of width 64")
     print(
         f"{what}, {options.targets}, {options.examples} × {row['length']} tokens, torch {torch.__version__}, "
         f"torch.set_num_threads({options.threads}), {options.repeats} repeats, "
