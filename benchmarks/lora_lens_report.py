@@ -154,16 +154,19 @@ def tables(results: dict[str, Any]) -> str:
     for sweep, rows in results["sweeps"].items():
         lines += [
             f"**{sweep}-rank sweep** (the other rank {RANK}, {len(SEEDS)} seeds; held-out loss ± standard error over "
-            f"seeds; its rise above rank {RANK}, paired, with standard errors over seeds and over sequences)",
+            f"seeds; its rise above rank {RANK}, paired, with standard errors over seeds and over sequences, and as a "
+            f"part of what training gains)",
             "",
-            f"| r_{sweep} | parameters | held-out loss | rise | ± seeds | ± sequences |",
-            "|---|---|---|---|---|---|",
+            f"| r_{sweep} | parameters | held-out loss | rise | ± seeds | ± sequences | of the gain |",
+            "|---|---|---|---|---|---|---|",
         ]
+        gain = results["base_loss"] - rows[0]["loss"]
         for row in rows:
             rise = (
-                "| 0 | – | – |"
+                "| 0 | – | – | – |"
                 if row["rank"] == RANK
-                else f"| {row['rise']:+.4f} | {row['rise_se_over_seeds']:.4f} | {row['rise_se_over_sequences']:.4f} |"
+                else f"| {row['rise']:+.4f} | {row['rise_se_over_seeds']:.4f} | {row['rise_se_over_sequences']:.4f} "
+                f"| {row['rise'] / gain:.1%} |"
             )
             lines.append(f"| {row['rank']} | {row['parameters']:,} | {row['loss']:.4f} ± {row['loss_se']:.4f} {rise}")
         lines.append("")
