@@ -80,17 +80,20 @@ def resolve_adapter_name(model: PeftModel, adapter_name: str | None) -> str:
         wrapped = [name for name in ("module", "_orig_mod") if isinstance(getattr(model, name, None), PeftModel)]
         hint = f" Pass its `.{wrapped[0]}`." if wrapped else ""
         raise TypeError(f"`adapter` must be a peft.PeftModel; got {type(model).__name__}.{hint}")
+    return _resolved(adapter_name, list(model.active_adapters), model.peft_config)
+
+
+def _resolved(adapter_name: str | None, active: list[str], configs: dict[str, Any]) -> str:
     if adapter_name is None:
-        active = list(model.active_adapters)
         if len(active) != 1:
             raise ValueError(
                 f"`adapter_name` is needed where not exactly one adapter is active; active are {active}, "
-                f"and the model has {sorted(model.peft_config)}."
+                f"and the model has {sorted(configs)}."
             )
         adapter_name = active[0]
-    if adapter_name not in model.peft_config:
-        raise ValueError(f"`adapter_name` must be one of {sorted(model.peft_config)}; got {adapter_name!r}.")
-    peft_type = PeftType(model.peft_config[adapter_name].peft_type).value
+    if adapter_name not in configs:
+        raise ValueError(f"`adapter_name` must be one of {sorted(configs)}; got {adapter_name!r}.")
+    peft_type = PeftType(configs[adapter_name].peft_type).value
     if peft_type not in _SUPPORTED_TYPES:
         raise UnsupportedModelError(
             f"Adapter {adapter_name!r} is of type {peft_type}; supported are {', '.join(_SUPPORTED_TYPES)}."
@@ -118,16 +121,9 @@ def find_adapter(model: Any, adapter_name: str | None = None) -> tuple[str, list
     if isinstance(model, PeftModel) or not layers:
         name = resolve_adapter_name(model, adapter_name)
         return name, live_modules(model, name)
-    names = sorted({name for _, layer in layers for name in (*layer.lora_A, *layer.lora_embedding_A)})
     active = sorted({name for _, layer in layers for name in layer.active_adapters})
-    if adapter_name is None and len(active) != 1:
-        raise ValueError(
-            f"`adapter_name` is needed where not exactly one adapter is active; active are {active}, and the model has "
-            f"{names}."
-        )
-    name = active[0] if adapter_name is None else adapter_name
-    if name not in names:
-        raise ValueError(f"`adapter_name` must be one of {names}; got {name!r}.")
+    configs = {name: one for module in model.modules() for name, one in vars(module).get("peft_config", {}).items()}
+    name = _resolved(adapter_name, active, configs)
     return name, [
         LiveModule(path, layer, name)
         for path, layer in layers

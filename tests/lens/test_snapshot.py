@@ -215,10 +215,14 @@ def test_one_of_several_adapters(tiny_llama, randomize):
 def test_models_without_such_an_adapter_are_refused(tiny_llama):
     with pytest.raises(TypeError, match="must be a peft.PeftModel; got LlamaForCausalLM"):
         lens.snapshot(tiny_llama())
-    from peft import IA3Config
+    from peft import AdaLoraConfig, IA3Config
 
     model = get_peft_model(tiny_llama(), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
     with pytest.raises(UnsupportedModelError, match="IA3"):
+        lens.snapshot(model)
+    model = tiny_llama()
+    model.add_adapter(AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj"]))
+    with pytest.raises(UnsupportedModelError, match="ADALORA"):
         lens.snapshot(model)
 
 
