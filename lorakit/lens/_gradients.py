@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.utils.hooks import RemovableHandle
 
 from lorakit.spectral.gram import svd_from_grams
 
@@ -83,12 +85,12 @@ class GradientTaps:
         self._projections = projections
         signs = _Signs(projections, seed)
         self._taps = [_Tap(module, signs) for module in modules if module.is_linear()]
-        self._handles = [tap.module.layer.register_forward_hook(tap.see, with_kwargs=True) for tap in self._taps]
+        handles = [tap.module.layer.register_forward_hook(tap.see, with_kwargs=True) for tap in self._taps]
+        self._removal = weakref.finalize(self, _remove, handles)  # at the latest with this, where training broke off
 
     def remove(self) -> None:
         """Take the hooks out."""
-        while self._handles:
-            self._handles.pop().remove()
+        self._removal()
 
     @torch.no_grad()
     def overlaps(self) -> dict[str, Overlap]:
@@ -124,6 +126,11 @@ def is_compiled(model: nn.Module) -> bool:
     )
 
 
+def _remove(handles: Sequence[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
 class _Signs:
     """Random signs (d, projections), the same for all modules of one width and in all processes."""
 
@@ -153,21 +160,25 @@ class _Tap:
         x = args[0] if args else next(iter(kwargs.values()), None)
         if not (isinstance(output, Tensor) and output.requires_grad and isinstance(x, Tensor) and x.ndim):
             return
+        from lorakit.adapters.live import read_weight
+
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             dtype = output.dtype if output.dtype == torch.bfloat16 else torch.promote_types(output.dtype, torch.float32)
             x = x.detach().flatten(0, -2).to(dtype)
-            A: Any = self.module.down.weight
-            projected = x @ torch.cat([A.detach().to(x.dtype).mT, self.signs.of(x)], dim=1)
+            A = read_weight(self.module.down)
+            projected = x @ torch.cat([A.to(x.dtype).mT, self.signs.of(x)], dim=1)
         cast(Any, output).register_hook(lambda gradient: self._receive(projected, gradient))
 
     @torch.no_grad()
     def _receive(self, projected: Tensor, gradient: Tensor) -> None:
+        from lorakit.adapters.live import read_weight
+
         with torch.autocast(gradient.device.type, enabled=False):
-            B: Any = self.module.up.weight
+            B = read_weight(self.module.up)
             delta = gradient.flatten(0, -2).to(projected.dtype)
             sums = delta.mT @ projected
             sums = sums.to(torch.promote_types(sums.dtype, torch.float32))
-            core = B.detach().to(sums.dtype).mT @ sums[:, : B.shape[1]]
+            core = B.to(sums.dtype).mT @ sums[:, : B.shape[1]]
         sketch = sums[:, B.shape[1] :]
         self.core = core if self.core is None else self.core + core
         self.sketch = sketch if self.sketch is None else self.sketch + sketch

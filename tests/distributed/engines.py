@@ -120,13 +120,17 @@ def accelerator(plugin: FullyShardedDataParallelPlugin | None = None) -> Acceler
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     if plugin is not None:
-        # accelerate takes FSDP for GPUs and their like alone, though torch's runs on the CPU: it is told it has some.
         PartialState(cpu=True)
-        PartialState._shared_state |= {"distributed_type": DistributedType.MULTI_GPU, "device": torch.device("cpu")}
+        pretend_gpus()
     made = Accelerator(cpu=True, fsdp_plugin=plugin)
     wanted = DistributedType.MULTI_CPU if plugin is None else DistributedType.FSDP
     assert made.distributed_type == wanted
     return made
+
+
+def pretend_gpus() -> None:
+    """accelerate takes FSDP for GPUs and their like alone, though torch's runs on the CPU: it is told it has some."""
+    PartialState._shared_state |= {"distributed_type": DistributedType.MULTI_GPU, "device": torch.device("cpu")}
 
 
 def accelerate_ddp(name: str) -> None:

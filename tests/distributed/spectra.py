@@ -11,9 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from checks import CONFIGS, DIRECTORY, adapted, run, token_ids
-from engines import STEPS, accelerator, own_part
+from engines import STEPS, accelerator, own_part, pretend_gpus
+from peft.tuners.lora import LoraLayer
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -91,6 +92,18 @@ def fsdp2(name: str, *, checkpointing: bool = False) -> None:
     assert 0 < reduced <= len(found.modules), counts
 
 
+def fsdp2_leaves(name: str) -> None:
+    """Factors that are sharded by themselves are put together in their own forward alone."""
+    model = adapted(CONFIGS[name]())
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            for factor in (layer.lora_A, layer.lora_B):
+                fully_shard(factor["default"])
+    fully_shard(model)
+    gradients = watched(model, lambda: backward(model))
+    assert_same(lens.snapshot(model, gradients=gradients), alone(name))
+
+
 def fsdp1_is_refused(name: str) -> None:
     model = FullyShardedDataParallel(adapted(CONFIGS[name]()), use_orig_params=True, device_id=torch.device("cpu"))
     for call in (lambda: lens.snapshot(model), lambda: watched(model, lambda: None)):
@@ -102,7 +115,7 @@ def fsdp1_is_refused(name: str) -> None:
             raise AssertionError("not refused")
 
 
-def train(name: str, where: str, size: int) -> SpectralCallback:
+def train(name: str, where: str, size: int, *, shards: bool = False) -> SpectralCallback:
     ids = token_ids(4)
     callback = SpectralCallback(every=1, projections=4096)
     accelerator()  # forget the accelerator of the check before
@@ -116,21 +129,28 @@ def train(name: str, where: str, size: int) -> SpectralCallback:
         disable_tqdm=True,
         use_cpu=True,
         save_strategy="no",
+        fsdp=shards,
+        fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]} if shards else None,
     )
+    if shards:
+        assert arguments.device.type == "cpu"  # made here: what accelerate is told about GPUs would be made anew
+        pretend_gpus()
     model = adapted(CONFIGS[name]())
     rows = [{"input_ids": row, "labels": row} for row in ids]
     Trainer(model, arguments, train_dataset=rows, callbacks=[callback]).train()
+    assert isinstance(model, FSDPModule) == shards
     return callback
 
 
-def trainer(name: str) -> None:
-    """Only the first process has snapshots, and writes; κ is that of the whole batch."""
-    callback = train(name, f"spectra-{name}", 2)
+def trainer(name: str, *, shards: bool = False) -> None:
+    """Only the first process writes, and without shards it alone measures; κ is that of the whole batch."""
+    where = f"spectra-{name}-{shards}"
+    callback = train(name, where, 2, shards=shards)
     dist.barrier()
     if dist.get_rank() != 0:
-        assert callback.trajectory.snapshots == ()
+        assert shards or callback.trajectory.snapshots == ()
         return
-    found = Trajectory.read(DIRECTORY / f"spectra-{name}" / "spectra.jsonl")
+    found = Trajectory.read(DIRECTORY / where / "spectra.jsonl")
     assert [one.step for one in found.snapshots] == list(range(STEPS + 1))
     assert found == callback.trajectory
     assert_same(found.snapshots[1], dataclasses.replace(found.snapshots[1], modules=_with_kappas(found, name)))
@@ -177,9 +197,11 @@ ENGINES: dict[str, Callable[[str], None]] = {
     "ddp": ddp,
     "fsdp2": fsdp2,
     "fsdp2-checkpointing": functools.partial(fsdp2, checkpointing=True),
+    "fsdp2-leaves": fsdp2_leaves,
     "fsdp1-is-refused": fsdp1_is_refused,
     "callback-fsdp2": callback_fsdp2,
     "trainer": trainer,
+    "trainer-fsdp2": functools.partial(trainer, shards=True),
 }
 CHECKS = {
     f"{engine}-{name}": functools.partial(check, name)

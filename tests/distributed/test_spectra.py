@@ -15,7 +15,17 @@ def outcome(launch):
 
 @pytest.mark.parametrize("tuner", ["hadamard", "fisherlora"])
 @pytest.mark.parametrize(
-    "engine", ["ddp", "fsdp2", "fsdp2-checkpointing", "fsdp1-is-refused", "callback-fsdp2", "trainer"]
+    "engine",
+    [
+        "ddp",
+        "fsdp2",
+        "fsdp2-checkpointing",
+        "fsdp2-leaves",
+        "fsdp1-is-refused",
+        "callback-fsdp2",
+        "trainer",
+        "trainer-fsdp2",
+    ],
 )
 def test_spectra_of_several_processes(outcome, engine, tuner):
     assert outcome(f"{engine}-{tuner}") == ["ok", "ok"]
