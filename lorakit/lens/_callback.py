@@ -44,7 +44,8 @@ class SpectralCallback(TrainerCallback):  # type: ignore[misc]
     wrapped by FullyShardedDataParallel (FSDP1) are refused when training begins. κ is not there for models that
     torch.compile compiled, with a warning.
     Raises: ValueError for `every` or `projections` that are no such numbers; when training begins, what
-    `lorakit.lens.snapshot` raises.
+    `lorakit.lens.snapshot` raises, and OSError where the file cannot be written. Where that fails later training
+    goes on, with a warning and without the file.
     """
 
     def __init__(
@@ -91,14 +92,9 @@ class SpectralCallback(TrainerCallback):  # type: ignore[misc]
                 stacklevel=2,
             )
         self._file = self.path or Path(args.output_dir) / "spectra.jsonl"
-        step = state.global_step
-        self._last = step
-        self._snapshots = []
-        if state.is_world_process_zero:
-            begin(self._file, step)
-            if step and self._file.exists():
-                self._snapshots = list(Trajectory.read(self._file).snapshots)
-        if step == 0:
+        self._last = state.global_step
+        self._snapshots = begin(self._file, state.global_step) if state.is_world_process_zero else []
+        if state.global_step == 0:
             self._look(args, state, control, model)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -122,9 +118,14 @@ class SpectralCallback(TrainerCallback):  # type: ignore[misc]
             self._look(args, state, control, kwargs["model"])
         self._watch = None
 
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Trainer's last log is the end: later it loads the best checkpoint, and loggers close."""
+        if logs and "train_runtime" in logs and self._last != state.global_step:
+            self._look(args, state, control, kwargs["model"])
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._stop_watching()
-        if self._last != state.global_step:
+        if self._last != state.global_step:  # a loop without such a log
             self._look(args, state, control, kwargs["model"])
 
     def _due(self, step: int, last: int) -> bool:
@@ -143,9 +144,15 @@ class SpectralCallback(TrainerCallback):  # type: ignore[misc]
         self._snapshots.append(seen)
         if not state.is_world_process_zero:
             return
-        assert self._file is not None
-        append(self._file, seen)
+        if self._file is not None:
+            try:
+                append(self._file, seen)
+            except OSError as error:  # a full disk, say, which is not to cost the training
+                warnings.warn(f"SpectralCallback stops writing to {self._file}, and only logs: {error}", stacklevel=2)
+                self._file = None  # what was cut off stays its last line
         logs: dict[str, Any] = seen.metrics(modules=self.log_modules)
+        if not logs:  # nothing is finite
+            return
         if state.epoch is not None:
             logs["epoch"] = state.epoch
         _log(logs, args, state, control)
@@ -153,7 +160,8 @@ class SpectralCallback(TrainerCallback):  # type: ignore[misc]
 
 def _log(logs: dict[str, Any], args: Any, state: Any, control: Any) -> None:
     """What Trainer.log does. It gives callbacks no way to itself, nor to the loggers, which it has called before those
-    that users add; so they are called through the handler that is calling this callback."""
+    that users add; so they are called through the handler that is calling this callback. A subclass's own `log` is not
+    called: TRL's would add its averages of the steps so far, and begin new ones."""
     state.log_history.append({**logs, "step": state.global_step})
     frame = inspect.currentframe()
     while frame is not None:

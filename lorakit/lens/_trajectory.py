@@ -69,6 +69,8 @@ class Trajectory:
         panels = 3 if watched else 2
         figure = new_figure(4.6 * panels, 3.8)
         axes = figure.subplots(1, panels)
+        for panel in axes:
+            panel.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)  # steps
         names = list(dict.fromkeys(group.name for one in self.snapshots for group in one.roles))
         for name in names:
             steps, means, low, high = self._band(name)
@@ -109,26 +111,34 @@ class Trajectory:
 
 
 def append(path: Path, snapshot: Snapshot) -> None:
-    """Add one line; the directory is made if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Add one line."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(snapshot.to_dict(), allow_nan=False) + "\n")
+        file.write(_line(snapshot))
 
 
-def begin(path: Path, step: int) -> None:
-    """Make a file ready for snapshots after `step`: those of later steps go, as training goes over them again.
+def begin(path: Path, step: int) -> list[Snapshot]:
+    """Make a file ready for snapshots after `step`, and give those it has: what is of later steps goes, as training
+    goes over them again.
 
     A training from step 0 begins a new file; one that is there is kept, under a name with a number.
+    Raises: OSError where it cannot be written; ValueError as `Trajectory.read`.
     """
-    if not path.exists():
-        return
-    if step == 0:
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"`path` must be that of a file, new or old; {path} is something else.")
+    before: list[Snapshot] = []
+    if path.exists() and step == 0:
         number = 1
         while (kept := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
             number += 1
         path.rename(kept)
-        return
-    before = [one for one in Trajectory.read(path).snapshots if one.step is not None and one.step <= step]
+    elif path.exists():
+        before = [one for one in Trajectory.read(path).snapshots if one.step is not None and one.step <= step]
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(one.to_dict(), allow_nan=False) + "\n" for one in before), encoding="utf-8")
+    temporary.write_text("".join(_line(one) for one in before), encoding="utf-8")
     temporary.replace(path)
+    return before
+
+
+def _line(snapshot: Snapshot) -> str:
+    return json.dumps(snapshot.to_dict(), allow_nan=False) + "\n"

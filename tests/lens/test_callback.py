@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from lorakit import FisherLoRAConfig, SpecLoRAConfig, lens
 from lorakit.lens import SpectralCallback, Trajectory
@@ -50,6 +51,7 @@ def make_trainer(tiny_llama, tmp_path):
             model,
             TrainingArguments(**defaults | options),
             train_dataset=[{"input_ids": row, "labels": row} for row in ids],
+            eval_dataset=[{"input_ids": row, "labels": row} for row in ids[:2]],
             callbacks=[*first, *callbacks],
         )
         return trainer
@@ -169,6 +171,106 @@ def test_it_looks_where_training_stopped_early(make_trainer):
     assert steps(callback.trajectory) == [0, 3, 5]
 
 
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_the_end_is_the_last_step_and_not_the_best_checkpoint(make_trainer, strategy):
+    """Trainer loads the best one, and loggers close, before it says that training has ended."""
+    seen = {}
+
+    class Follow(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen[state.global_step] = lens.snapshot(model).total.effective_rank
+
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            metrics["eval_worse"] = -state.global_step  # the first is the best
+
+        def on_train_end(self, args, state, control, **kwargs):
+            seen["closed"] = [row for row in state.log_history if "spectral/cu" in row][-1]["step"]
+
+    callback = SpectralCallback(every=100)
+    trainer = make_trainer(
+        [callback],
+        first=[Follow(), EarlyStoppingCallback(1)],
+        max_steps=50,
+        eval_strategy=strategy,
+        save_strategy=strategy,
+        eval_steps=3,
+        save_steps=3,
+        load_best_model_at_end=True,
+        metric_for_best_model="worse",
+        greater_is_better=True,
+    )
+    trainer.train()
+    last = callback.trajectory.snapshots[-1]
+    end = trainer.state.global_step
+    assert (last.step, trainer.state.best_global_step) == (end, end // 2)
+    assert last.total.effective_rank == seen[end] != lens.snapshot(trainer.model).total.effective_rank
+    assert seen["closed"] == end
+
+
+def test_an_interrupted_training_leaves_no_hooks_once_the_callback_is_gone(make_trainer):
+    class Interrupted(Trainer):
+        def training_step(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    def hooked(model):
+        return any(hooks for module in model.modules() if (hooks := module._forward_hooks))
+
+    trainer = make_trainer([SpectralCallback(every=1)])
+    trainer.__class__ = Interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    model = trainer.model
+    assert hooked(model)
+    del trainer
+    gc.collect()
+    assert not hooked(model)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("logs", "`path` must be that of a file, new or old; .*logs is something else"), ("file/x.jsonl", "File exists")],
+)
+def test_a_file_that_cannot_be_written_is_said_before_training(make_trainer, tmp_path, path, message):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "logs").mkdir()
+    trainer = make_trainer([SpectralCallback(path=tmp_path / path)])
+    with pytest.raises(FileExistsError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert (tmp_path / "logs").is_dir()
+
+
+def test_a_file_that_cannot_be_written_any_more_costs_no_training(make_trainer, tmp_path):
+    class Full(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                path = tmp_path / "run" / "spectra.jsonl"
+                path.rename(tmp_path / "kept.jsonl")
+                path.mkdir()
+
+    callback = SpectralCallback(every=2)
+    trainer = make_trainer([callback, Full()])
+    with pytest.warns(UserWarning, match=r"stops writing to .*spectra.jsonl, and only logs: .*directory"):
+        trainer.train()
+    assert steps(Trajectory.read(tmp_path / "kept.jsonl")) == [0, 2]
+    assert steps(callback.trajectory) == [0, 2, 4, 6, 7]
+    assert [row["step"] for row in trainer.state.log_history if "spectral/cu" in row] == [0, 2, 4, 6, 7]
+
+
+def test_an_adapter_of_which_nothing_is_finite_is_not_logged(make_trainer):
+    class Spoil(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            for name, parameter in model.named_parameters():
+                if state.global_step == 3 and "lora_B" in name:
+                    parameter.data.fill_(torch.nan)
+
+    logger, callback = Logger(), SpectralCallback(every=2)
+    make_trainer([callback, Spoil()], first=[logger]).train()
+    assert steps(callback.trajectory) == [0, 2, 4, 6, 7]
+    assert all(row.effective_rank is None for row in callback.trajectory.snapshots[-1].modules)
+    assert all("loss" in logs or "train_loss" in logs or "spectral/cu" in logs for _, logs in logger.seen)
+
+
 def test_a_compiled_model_has_no_kappa_and_says_so(make_trainer):
     callback = SpectralCallback(every=2)
     trainer = make_trainer([callback], max_steps=2)
@@ -180,15 +282,20 @@ def test_a_compiled_model_has_no_kappa_and_says_so(make_trainer):
     assert last.total.capacity_utilization > 0
 
 
-def test_sft_trainer(tiny_llama, tmp_path):
-    from datasets import Dataset
+@pytest.fixture
+def tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    from trl import SFTConfig, SFTTrainer
 
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2, "a": 3, "b": 4}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def test_sft_trainer(tiny_llama, tokenizer, tmp_path):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
     callback = SpectralCallback(every=2)
     trainer = SFTTrainer(
         tiny_llama(),
@@ -198,6 +305,26 @@ def test_sft_trainer(tiny_llama, tmp_path):
         train_dataset=Dataset.from_dict({"text": ["a b a b", "b b a"] * 8}),
         processing_class=tokenizer,
         peft_config=CONFIGS["FISHERLORA"](),
+        callbacks=[callback],
+    )
+    trainer.train()
+    assert steps(Trajectory.read(tmp_path / "spectra.jsonl")) == [0, 2, 4]
+    assert callback.trajectory.snapshots[-1].role("query").kappa > 0
+
+
+def test_dpo_trainer(tiny_llama, tokenizer, tmp_path):
+    """Its reference passes are without the adapter, or with a copy of it: they count for nothing."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    callback = SpectralCallback(every=2)
+    trainer = DPOTrainer(
+        get_peft_model(tiny_llama(), CONFIGS["LORA"]()),
+        args=DPOConfig(
+            output_dir=str(tmp_path), max_steps=4, report_to="none", use_cpu=True, disable_tqdm=True, bf16=False
+        ),
+        train_dataset=Dataset.from_dict({"prompt": ["a b"] * 16, "chosen": [" a a"] * 16, "rejected": [" b"] * 16}),
+        processing_class=tokenizer,
         callbacks=[callback],
     )
     trainer.train()
@@ -252,6 +379,8 @@ def test_the_plot_shows_roles_gap_and_overlap(trajectory):
     assert list(query.get_ydata()) == pytest.approx(trajectory.series("spectral/cu_query")[1])
     assert list(middle.lines[1].get_ydata()) == [one.qv_gap for one in trajectory.snapshots]
     assert list(right.lines[0].get_ydata()) == trajectory.series("spectral/kappa_query")[1]
+    short = Trajectory(tuple(trajectory.snapshots[:2])).plot()
+    assert all(tick.is_integer() for panel in short.axes for tick in panel.get_xticks())
     assert len(Trajectory(tuple(trajectory.snapshots[:1])).plot().axes) == 2  # κ was not there yet
     with pytest.raises(ValueError, match="no snapshot to plot"):
         Trajectory(()).plot()
