@@ -26,6 +26,7 @@ from lorakit.spectral import LowRank
 from lorakit.tuners.roles import Role, role_of
 
 _SUPPORTED_TYPES = ("LORA", "FISHERLORA", "SPECLORA")
+_WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")  # torch's, around a module within the model, and in its name
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,10 +105,14 @@ def _resolved(adapter_name: str | None, active: list[str], configs: dict[str, An
 def live_modules(model: PeftModel, adapter_name: str) -> list[LiveModule]:
     """All modules that the adapter adapts, in the model's order, embeddings and convolutions among them."""
     return [
-        LiveModule(name, layer, adapter_name)
+        LiveModule(_plain(name), layer, adapter_name)
         for name, layer in model.get_base_model().named_modules()
         if isinstance(layer, LoraLayer) and (adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A)
     ]
+
+
+def _plain(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def find_adapter(model: Any, adapter_name: str | None = None) -> tuple[str, list[LiveModule]]:
@@ -125,7 +130,7 @@ def find_adapter(model: Any, adapter_name: str | None = None) -> tuple[str, list
     configs = {name: one for module in model.modules() for name, one in vars(module).get("peft_config", {}).items()}
     name = _resolved(adapter_name, active, configs)
     return name, [
-        LiveModule(path, layer, name)
+        LiveModule(_plain(path), layer, name)
         for path, layer in layers
         if name in layer.lora_A or name in layer.lora_embedding_A
     ]

@@ -8,8 +8,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lorakit import FisherLoRAConfig, SpecLoRAConfig, lens
@@ -312,6 +314,28 @@ def test_gradient_checkpointing_changes_nothing(adapted, batch, reentrant):
     assert plain.overlaps.keys() == checkpointed.overlaps.keys()
     for name, one in plain.overlaps.items():
         assert checkpointed.overlaps[name].kappa == pytest.approx(one.kappa, rel=1e-4)
+
+
+def test_modules_that_are_wrapped_keep_their_names(adapted, batch):
+    """As for the checkpointing of FSDP, or compiled one by one."""
+    expected = [row.module_name for row in lens.snapshot(adapted).modules]
+    layers = adapted.get_base_model().model.layers
+    layers[0] = checkpoint_wrapper(layers[0])
+    layers[1].self_attn.q_proj = torch.compile(layers[1].self_attn.q_proj, backend="eager")
+    assert [row.module_name for row in lens.snapshot(adapted).modules] == expected
+
+
+def test_offloaded_weights_are_watched_too(tiny_llama, randomize, batch):
+    model = randomize(get_peft_model(tiny_llama(), CONFIGS["LORA"]()))
+    with lens.watch_gradients(model) as expected:
+        model(**batch).loss.backward()
+    cpu_offload(model, "cpu")
+    model.enable_input_require_grads()
+    with lens.watch_gradients(model) as found:
+        model(**batch).loss.backward()
+    assert {name: one.kappa for name, one in found.overlaps.items()} == pytest.approx(
+        {name: one.kappa for name, one in expected.overlaps.items()}, rel=1e-4
+    )
 
 
 def test_a_scaled_loss_has_the_same_overlap(adapted, batch):
