@@ -32,7 +32,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         log_probabilities, labels = ctx.saved_tensors
         counted = labels != ctx.ignore_index
-        weights = (counted * (gradient / counted.sum())).unsqueeze(1)
+        weights = (counted * (gradient / counted.sum().clamp(min=1))).unsqueeze(1)
         true = labels.masked_fill(~counted, 0).unsqueeze(1)
         difference = log_probabilities.exp_().scatter_add_(1, true, torch.full_like(weights, -1))
         return difference.mul_(weights), None, None

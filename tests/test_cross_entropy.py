@@ -55,7 +55,10 @@ def test_masked_classes_and_no_labels_at_all():
     (expected,) = torch.autograd.grad(F.cross_entropy(masked, labels), masked)
     torch.testing.assert_close(gradient, expected)
     assert torch.isfinite(gradient).all()
-    assert _CrossEntropy.apply(logits, torch.full((TOKENS,), -100), -100).isnan()
+    loss = _CrossEntropy.apply(logits, torch.full((TOKENS,), -100), -100)
+    assert loss.isnan()
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert torch.equal(gradient, torch.zeros_like(logits))  # as torch's
 
 
 def test_a_second_backward_is_an_error_and_not_another_gradient():
