@@ -24,15 +24,22 @@ class MeanLoss:
     stderr: float | None
 
 
-def losses_of(model: Any, evaluate: Evaluate, what: str, count: int | None = None) -> list[float]:
+def check_arguments(model: Any, evaluate: Any) -> None:
+    """Raises: TypeError for what is no model, or no function."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a model (torch.nn.Module); got {type(model).__name__}.")
+    if not callable(evaluate):
+        raise TypeError(f"`evaluate` must be a function of the model; got {type(evaluate).__name__}.")
+
+
+def losses_of(model: nn.Module, evaluate: Evaluate, what: str, count: int | None = None) -> list[float]:
     """What `evaluate(model)` returns: the losses of the examples, or one number.
 
     Runs without gradients, and gives the random number generators back, so that each call finds the same state.
     Raises: CalibrationError, naming `what` was evaluated, for anything but finite numbers, and for another number of
     them than `count`.
     """
-    inner = model if isinstance(model, nn.Module) else nn.Module()
-    with torch.no_grad(), preserved_rng(inner):
+    with torch.no_grad(), preserved_rng(model):
         returned = evaluate(model)
     try:
         losses = torch.as_tensor(returned, dtype=torch.float64)

@@ -18,9 +18,11 @@ from torch import nn
 
 from lorakit._plotting import new_figure
 from lorakit.calibration import preserved_rng, preserved_state
-from lorakit.lens._evaluation import Evaluate, MeanLoss
+from lorakit.errors import UnsupportedModelError
+from lorakit.lens._evaluation import Evaluate, MeanLoss, check_arguments
 from lorakit.lens._layers import adapted_layers
-from lorakit.lens._sensitivity import By, draw, groups_of
+from lorakit.lens._report import some
+from lorakit.lens._sensitivity import By, Place, draw, groups_of, place_of
 from lorakit.lens._sweep import PairedDifference, Train, paired, rank_sweep
 from lorakit.lens._sweep_setup import preserved_base
 from lorakit.tuners.roles import Role
@@ -64,11 +66,8 @@ class LayerGains:
         return {group.name: max(0.0, group.gain.value) for group in self.groups}
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain lists, numbers and strings that JSON takes."""
-        return asdict(self) | {
-            "seeds": list(self.seeds),
-            "groups": [asdict(group) | {"modules": list(group.modules)} for group in self.groups],
-        }
+        """All of it as plain data that JSON takes."""
+        return asdict(self)
 
     def plot(self) -> Figure:
         """The gains with standard errors: bars by layer or role, of single modules one line a role.
@@ -111,10 +110,11 @@ def adapt_each_layer(
         by: what makes a group, as in `lorakit.lens.layer_sensitivity`.
     All others are those of `lorakit.lens.rank_sweep`, which does the trainings; so is what is raised, and besides
     ValueError for a config that trains more than its adapters (`modules_to_save`, `bias`, trainable tokens,
-    `target_parameters`), which would be in every run.
+    `target_parameters`), which would be in every run, and UnsupportedModelError where PEFT cannot adapt a group alone.
     """
     if by not in get_args(By):
         raise ValueError(f"`by` must be one of {', '.join(get_args(By))}; got {by!r}.")
+    check_arguments(model, evaluate)
     groups = _groups(model, config, by)
     sweep = rank_sweep(
         model,
@@ -141,10 +141,7 @@ def adapt_each_layer(
     return LayerGains(by, sweep.base, sweep.num_examples, sweep.seeds, sweep.settings, tuple(rows))
 
 
-_Place = tuple[Role | None, int | None, tuple[str, ...]]
-
-
-def _groups(model: nn.Module, config: Any, by: By) -> dict[str, tuple[PeftConfig, _Place]]:
+def _groups(model: nn.Module, config: Any, by: By) -> dict[str, tuple[PeftConfig, Place]]:
     """For each group a config that targets its modules alone, and what the group is."""
     if not isinstance(config, LoraConfig):
         raise ValueError(f"`config` must be a LORA, FISHERLORA or SPECLORA config; got {type(config).__name__}.")
@@ -156,19 +153,26 @@ def _groups(model: nn.Module, config: Any, by: By) -> dict[str, tuple[PeftConfig
         )
     with preserved_rng(model), preserved_state(model), preserved_base(model, config):
         get_peft_model(model, copy.deepcopy(config))
-        found = groups_of(adapted_layers(model), by)
-        places: dict[str, _Place] = {
-            name: (
-                None if by == "layer" else members[0].role,
-                None if by == "role" else members[0].layer,
-                tuple(member.name for member in members),
-            )
-            for name, members in found.items()
-        }
-    configs: dict[str, tuple[PeftConfig, _Place]] = {}
-    for name, place in places.items():
-        only = copy.deepcopy(config)
-        only.target_modules = "|".join(map(re.escape, place[2]))
-        only.exclude_modules = only.layers_to_transform = only.layers_pattern = None
-        configs[name] = only, place
-    return configs
+        places = {name: place_of(members, by) for name, members in groups_of(adapted_layers(model), by).items()}
+    return {name: (_only(model, config, name, place[2]), place) for name, place in places.items()}
+
+
+def _only(model: nn.Module, config: LoraConfig, name: str, modules: Sequence[str]) -> PeftConfig:
+    """The config for these modules alone. Raises: UnsupportedModelError where PEFT adapts other ones by it."""
+    only = copy.deepcopy(config)
+    only.exclude_modules = only.layers_to_transform = only.layers_pattern = None
+    # PEFT takes a list's names as endings of longer ones too, and a pattern for a model of experts as bare leaf names
+    longer = any(path.endswith(tuple(f".{module}" for module in modules)) for path, _ in model.named_modules())
+    only.target_modules = "|".join(map(re.escape, modules)) if longer else list(modules)
+    with preserved_rng(model), preserved_state(model), preserved_base(model, config):
+        try:
+            get_peft_model(model, copy.deepcopy(only))
+            adapted = [layer.name for layer in adapted_layers(model)]
+        except ValueError as error:
+            raise UnsupportedModelError(f"{name!r} cannot be adapted alone: {error}") from error
+    if set(adapted) != set(modules):
+        raise UnsupportedModelError(
+            f"{name!r} cannot be adapted alone: PEFT adapts {len(adapted)} modules ({some(adapted)}) in place of its "
+            f"{len(modules)} ({some(modules)}). Target other modules; experts' parameters are not covered."
+        )
+    return only

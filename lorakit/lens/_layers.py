@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from lorakit.lens._report import group_of
 from lorakit.tuners.roles import Role, layer_of, role_of
 
 
@@ -24,7 +25,11 @@ class AdaptedLayer:
 
     @property
     def role(self) -> Role | None:
-        return role_of(self.name.removesuffix(".weight"))
+        return role_of(self.name)
+
+    @property
+    def group(self) -> str:
+        return group_of(self.name)
 
     @property
     def layer(self) -> int | None:
@@ -47,7 +52,8 @@ def adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
     """All adapted layers, in the model's order; what is trained in full beside them (modules_to_save and trainable
     tokens, see `trained_in_full`) is not among them.
 
-    An adapted parameter (`target_parameters`) goes by its own name, such as ``layers.0.mlp.experts.down_proj``.
+    An adapted parameter (`target_parameters`) goes by its own name, such as ``layers.0.mlp.experts.down_proj``; a
+    `weight` by its module's.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     found: dict[str, list[BaseTunerLayer]] = {}
@@ -63,7 +69,7 @@ def adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
         if owner is None:
             owner = path.replace(".base_layer", "")
             parameter = getattr(module, "parameter_name", None)
-            owner = owner if parameter is None else f"{owner}.{parameter}".lstrip(".")
+            owner = owner if parameter in (None, "weight") else f"{owner}.{parameter}".lstrip(".")
         if isinstance(module, MultiheadAttention):
             attentions.append(path)
         found.setdefault(owner, []).append(module)

@@ -43,9 +43,16 @@ def measure(
 
 
 def open_all(adapters: Source | Sequence[Source]) -> list[Adapter]:
-    """The views of `lorakit.adapters.open_adapter` over one or several adapters. Raises: ValueError for none."""
+    """The views of `lorakit.adapters.open_adapter` over one or several adapters. Raises: ValueError for none;
+    TypeError for what is no adapter.
+    """
     if isinstance(adapters, str | os.PathLike | nn.Module | Adapter):
         adapters = [adapters]
+    if not isinstance(adapters, Iterable):
+        raise TypeError(
+            f"`adapters` must be an adapter or several: paths, PeftModels or open adapters; got "
+            f"{type(adapters).__name__}."
+        )
     views = [open_adapter(adapter) for adapter in adapters]
     if not views:
         raise ValueError("`adapters` must have at least one adapter; got none.")

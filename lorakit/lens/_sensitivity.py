@@ -19,8 +19,9 @@ from lorakit._distributed import unwrapped
 from lorakit._plotting import new_figure, plain
 from lorakit.calibration import preserved_state
 from lorakit.errors import UnsupportedModelError
-from lorakit.lens._evaluation import Evaluate, MeanLoss, difference, losses_of, mean_of
+from lorakit.lens._evaluation import Evaluate, MeanLoss, check_arguments, difference, losses_of, mean_of
 from lorakit.lens._layers import AdaptedLayer, adapted_layers, trained_in_full
+from lorakit.lens._report import group_of
 from lorakit.tuners.roles import Role, layer_prefix
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 Mode = Literal["ablate", "adapt"]
 By = Literal["layer", "module", "role"]
+Place = tuple[Role | None, int | None, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,8 @@ class LayerSensitivity:
     always_on: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain lists, numbers and strings that JSON takes."""
-        return asdict(self) | {
-            "groups": [asdict(group) | {"modules": list(group.modules)} for group in self.groups],
-            "always_on": list(self.always_on),
-        }
+        """All of it as plain data that JSON takes."""
+        return asdict(self)
 
     def plot(self) -> Figure:
         """The change of the loss with standard errors: bars by layer or role, of single modules one line a role.
@@ -96,8 +95,6 @@ class Placed(Protocol):
 
     @property
     def name(self) -> str: ...
-    @property
-    def role(self) -> Role | None: ...
     @property
     def layer(self) -> int | None: ...
 
@@ -127,7 +124,7 @@ def _lines(axes: Axes, rows: Sequence[tuple[Placed, float, float | None]]) -> No
 
     lines: dict[str, list[tuple[Placed, float, float | None]]] = {}
     for row in rows:
-        lines.setdefault(row[0].role or row[0].name.rpartition(".")[2], []).append(row)
+        lines.setdefault(group_of(row[0].name), []).append(row)
     for label, members in lines.items():
         places = [-1 if group.layer is None else group.layer for group, _, _ in members]
         values, errors = [value for _, value, _ in members], [error or 0.0 for _, _, error in members]
@@ -166,13 +163,14 @@ def layer_sensitivity(
     the base model) stays on in every measurement, `without` included.
 
     Raises: UnsupportedModelError (a ValueError) for a model without adapted layers and for merged adapters; ValueError
-    for an unknown adapter, mode or grouping; CalibrationError (a ValueError) for losses that are not finite numbers.
-    What `evaluate` raises passes through. Either way the model, its flags and adapters and the random number generators
-    are as they were.
+    for an unknown adapter, mode or grouping; TypeError for what is no model or function; CalibrationError (a
+    ValueError) for losses that are not finite numbers. What `evaluate` raises passes through. Either way the model, its
+    flags and adapters and the random number generators are as they were.
     """
     for argument, given, choices in (("mode", mode, get_args(Mode)), ("by", by, get_args(By))):
         if given not in choices:
             raise ValueError(f"`{argument}` must be one of {', '.join(choices)}; got {given!r}.")
+    check_arguments(model, evaluate)
     inner: nn.Module = unwrapped(model)
     every = adapted_layers(inner)
     name, switched = _resolve(every, adapter_name)
@@ -195,30 +193,11 @@ def layer_sensitivity(
             _switch(members, on=not ablate)
             losses = losses_of(model, evaluate, f"{key!r} {'off' if ablate else 'alone on'}", len(on))
             delta = difference(losses, reference)
-            rows.append(_row(key, members, name, by, losses, delta, delta.value / total if total else None))
+            params = sum(p.numel() for member in members for p in member.parameters(name))
+            share = delta.value / total if total else None
+            rows.append(SensitivityGroup(key, *place_of(members, by), params, mean_of(losses), delta, share))
     return LayerSensitivity(
         mode, by, name, len(on), mean_of(on), mean_of(off), effect, tuple(rows), always_on=tuple(always_on)
-    )
-
-
-def _row(
-    key: str,
-    members: Sequence[AdaptedLayer],
-    adapter_name: str,
-    by: By,
-    losses: Sequence[float],
-    delta: MeanLoss,
-    share: float | None,
-) -> SensitivityGroup:
-    return SensitivityGroup(
-        name=key,
-        role=None if by == "layer" else members[0].role,
-        layer=None if by == "role" else members[0].layer,
-        modules=tuple(member.name for member in members),
-        params=sum(p.numel() for member in members for p in member.parameters(adapter_name)),
-        loss=mean_of(losses),
-        delta=delta,
-        share=share,
     )
 
 
@@ -256,11 +235,18 @@ def groups_of(layers: Sequence[AdaptedLayer], by: By) -> dict[str, list[AdaptedL
         if by == "layer":
             key = layer_prefix(one.name) or one.name
         elif by == "role":
-            key = one.role or one.name.rpartition(".")[2]
+            key = one.group
         else:
             key = one.name
         groups.setdefault(key, []).append(one)
     return groups
+
+
+def place_of(members: Sequence[AdaptedLayer], by: By) -> Place:
+    """The role and the layer of a group, where all its modules have the same, and its modules."""
+    role = None if by == "layer" else members[0].role
+    layer = None if by == "role" else members[0].layer
+    return role, layer, tuple(member.name for member in members)
 
 
 def _switch(layers: Iterable[AdaptedLayer], *, on: bool) -> None:

@@ -24,7 +24,7 @@ from transformers import get_cosine_schedule_with_warmup, set_seed
 from lorakit._plotting import new_figure, plain
 from lorakit.calibration import preserved_rng, preserved_state
 from lorakit.errors import CalibrationError
-from lorakit.lens._evaluation import Evaluate, MeanLoss, losses_of, mean_of
+from lorakit.lens._evaluation import Evaluate, MeanLoss, check_arguments, losses_of, mean_of
 from lorakit.lens._sweep_record import SweepRecord
 from lorakit.lens._sweep_setup import named_configs, preserved_base
 
@@ -118,15 +118,11 @@ class RankSweep:
         return _difference(self.runs, str(first), str(second), self.seeds)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, `best` and `smallest` by name, as plain lists, numbers and strings that JSON takes."""
+        """All of it, `best` and `smallest` by name, as plain data that JSON takes."""
         smallest = self.smallest
         return asdict(self) | {
-            "seeds": list(self.seeds),
-            "base_losses": list(self.base_losses),
             "best": self.best.name,
             "smallest": None if smallest is None else smallest.name,
-            "runs": [asdict(run) | {"losses": list(run.losses)} for run in self.runs],
-            "ranks": [asdict(row) for row in self.ranks],
         }
 
     def plot(self) -> Figure:
@@ -147,11 +143,13 @@ class RankSweep:
         marks = "o-" if numbered else "o"
         errors = [row.loss.stderr or 0.0 for row in rows]
         left.errorbar(places, [row.loss.value for row in rows], yerr=errors, fmt=marks, ms=4, capsize=3)
-        smallest = self.smallest
-        for chosen, label, colour in ((self.best, "lowest", "C1"), (smallest, "smallest within 1 s.e.", "C2")):
-            if chosen is not None and (chosen is not smallest or colour == "C2" or smallest is None):
-                both = "lowest and " if chosen is self.best and colour == "C2" else ""
-                left.axvline(places[rows.index(chosen)], color=colour, lw=1, ls="--", label=f"{both}{label}")
+        best, smallest = self.best, self.smallest
+        marked = [(best, "lowest", "C1"), (smallest, "smallest within 1 s.e.", "C2")]
+        if best is smallest:
+            marked = [(best, "lowest and smallest within 1 s.e.", "C2")]
+        for chosen, label, colour in marked:
+            if chosen is not None:
+                left.axvline(places[rows.index(chosen)], color=colour, lw=1, ls="--", label=label)
         left.set(ylabel="held-out loss", title=f"{len(self.seeds)} seeds; without adapter {self.base.value:.4g}")
         left.legend(fontsize=8)
         errors = [row.difference.stderr or 0.0 for row in rows]
@@ -216,11 +214,12 @@ def rank_sweep(
     where `collate_fn` draws) nor the base model's dropout depends on the rank. Initial factors of different ranks are
     different draws.
 
-    Raises: ValueError for configs, ranks and settings that make no sense, and for a `path` with other settings;
-    UnsupportedModelError (a ValueError) for a model with adapters; CalibrationError (a ValueError) for losses that are
-    not finite. What PEFT, the data, `evaluate` and `train` raise passes through. Either way the model is without
-    adapters and as it was, and so are the random number generators.
+    Raises: TypeError for what is no model or function; ValueError for configs, ranks and settings that make no sense,
+    and for a `path` with other settings; UnsupportedModelError (a ValueError) for a model with adapters;
+    CalibrationError (a ValueError) for losses that are not finite. What PEFT, the data, `evaluate` and `train` raise
+    passes through. Either way the model is without adapters and as it was, and so are the random number generators.
     """
+    check_arguments(model, evaluate)
     wanted = named_configs(configs, RANKS if ranks is None and not isinstance(configs, Mapping) else ranks)
     warmup_steps = math.ceil(steps / 20) if warmup_steps is None and isinstance(steps, int) else warmup_steps
     _check(steps=(steps, 1), batch_size=(batch_size, 1), warmup_steps=(warmup_steps, 0))

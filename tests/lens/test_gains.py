@@ -7,10 +7,12 @@ import json
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
+from torch import nn
 from torch.nn import functional as F
-from transformers import get_cosine_schedule_with_warmup, set_seed
+from transformers import MixtralConfig, MixtralForCausalLM, get_cosine_schedule_with_warmup, set_seed
 
 from lorakit import FisherLoRAConfig, SpecLoRAConfig, lens
+from lorakit.errors import UnsupportedModelError
 
 CONFIG = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
 SETTINGS = {"steps": 3, "batch_size": 2, "learning_rate": 2e-2, "progress": False}
@@ -104,6 +106,59 @@ def test_both_tuners_keep_their_ranks(tiny_llama, data, evaluate, config):
         assert group.params == sum(p.numel() for p in layer.parameters() if p.requires_grad), group.name
 
 
+def mixtral():
+    config = MixtralConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, num_local_experts=4,
+    )  # fmt: skip
+    return MixtralForCausalLM(config)
+
+
+def test_layers_of_a_model_of_experts_are_apart(data, evaluate):
+    found = lens.adapt_each_layer(mixtral(), CONFIG, data, evaluate, **SETTINGS)
+    assert [group.params for group in found.groups] == [4 * (32 + 32) + 4 * (32 + 16)] * 2
+
+
+def test_parameters_of_experts_are_refused(data, evaluate):
+    model, calls = mixtral(), []
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    with pytest.raises(UnsupportedModelError, match="'model.layers.0' cannot be adapted alone: PEFT .* experts"):
+        lens.adapt_each_layer(model, config, data, calls.append, **SETTINGS)
+    assert not calls
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_module_whose_name_ends_another_s_is_adapted_alone(data):
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Linear(4, 4)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Linear(4, 4)
+            self.inner = Inner()
+
+        def forward(self, x):
+            return self.inner.proj(self.proj(x))
+
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(8))
+    found = lens.adapt_each_layer(
+        Outer(),
+        LoraConfig(r=2, target_modules=["proj"]),
+        data,
+        lambda model: model(x).square().mean(1),
+        by="module",
+        train=lambda model, batches, seed: None,
+        **SETTINGS,
+    )
+    assert [(group.name, group.params) for group in found.groups] == [("proj", 16), ("inner.proj", 16)]
+
+
 def test_an_interrupted_run_goes_on(tiny_llama, data, evaluate, tmp_path):
     calls = []
 
@@ -142,6 +197,13 @@ def test_plot_and_plain_data(tiny_llama, data, evaluate):
 def test_configs_that_train_more_are_refused(tiny_llama, data, evaluate, config, message):
     with pytest.raises(ValueError, match=message):
         lens.adapt_each_layer(tiny_llama(), config, data, evaluate, **SETTINGS)
+
+
+def test_what_is_no_model_or_function_is_refused(tiny_llama, data, evaluate):
+    with pytest.raises(TypeError, match="`model` must be a model .* got str"):
+        lens.adapt_each_layer("model/", CONFIG, data, evaluate, **SETTINGS)
+    with pytest.raises(TypeError, match="`evaluate` must be a function of the model; got NoneType"):
+        lens.adapt_each_layer(tiny_llama(), CONFIG, data, None, **SETTINGS)
 
 
 def test_an_unknown_grouping_is_refused(tiny_llama, data, evaluate):

@@ -178,6 +178,8 @@ def test_different_bases_are_said(from_spectrum, in_memory):
 
 
 def test_bad_input(tmp_path):
+    with pytest.raises(TypeError, match="`adapters` must be an adapter or several: .* got NoneType"):
+        scaling_law(None)
     with pytest.raises(ValueError, match="`adapters` must have at least one"):
         scaling_law([])
     with pytest.raises(AdapterFileError):

@@ -124,17 +124,26 @@ def test_modules_and_roles(by, tiny_llama, randomize, ids):
         assert allocate(scores, costs, sum(costs.values()) * 4, rule="prior").cost <= sum(costs.values()) * 4
 
 
-def test_parameters_of_experts(randomize, ids):
+def mixtral():
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=64, num_local_experts=4,
     )  # fmt: skip
+    return MixtralForCausalLM(config).eval()
+
+
+def test_a_router_goes_by_its_module(ids):
+    model = get_peft_model(mixtral(), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    found = lens.layer_sensitivity(model, losses(ids), by="role")
+    assert [group.name for group in found.groups][4:] == ["gate", "down", "fused_gate_up"]
+    assert found.groups[4].modules == ("model.layers.0.mlp.gate", "model.layers.1.mlp.gate")
+
+
+def test_parameters_of_experts(randomize, ids):
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    model = get_peft_model(
-        MixtralForCausalLM(config).eval(), LoraConfig(r=2, target_modules=["q_proj"], target_parameters=targets)
-    )
+    model = get_peft_model(mixtral(), LoraConfig(r=2, target_modules=["q_proj"], target_parameters=targets))
     randomize(model)
     found = lens.layer_sensitivity(model, losses(ids), by="module")
     assert sorted(group.name for group in found.groups) == sorted(
@@ -306,6 +315,10 @@ def test_the_examples_must_stay_the_same(tiny_llama):
 
 def test_refused(tiny_llama, ids):
     evaluate = losses(ids)
+    with pytest.raises(TypeError, match="`model` must be a model .* got str"):
+        lens.layer_sensitivity("model/", evaluate)
+    with pytest.raises(TypeError, match="`evaluate` must be a function of the model; got float"):
+        lens.layer_sensitivity(get_peft_model(tiny_llama(), CONFIGS["lora"]), 1.0)
     with pytest.raises(UnsupportedModelError, match="no adapted layers"):
         lens.layer_sensitivity(tiny_llama(), evaluate)
     model = get_peft_model(tiny_llama(), CONFIGS["lora"])

@@ -454,6 +454,14 @@ def test_refused(tiny_llama, data, evaluate):
             sweep(**changes)
 
 
+def test_what_is_no_model_or_function_is_refused(tiny_llama, data, evaluate):
+    settings = {"steps": 1, "batch_size": 1, "learning_rate": 1e-3, "ranks": (2,)}
+    with pytest.raises(TypeError, match="`model` must be a model .* got NoneType"):
+        lens.rank_sweep(None, LoraConfig(r=2), data, evaluate, **settings)
+    with pytest.raises(TypeError, match="`evaluate` must be a function of the model; got str"):
+        lens.rank_sweep(tiny_llama(), LoraConfig(r=2), data, "loss", **settings)
+
+
 def test_losses_that_are_not_finite(tiny_llama, data, evaluate):
     model = tiny_llama()
     before = snapshot(model)
