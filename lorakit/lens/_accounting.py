@@ -3,7 +3,7 @@
 Everything runs on torch's meta device, which has shapes and dtypes but no storage: the model that is counted is the one
 PEFT makes, and its forward and backward are torch's own, so there are no formulas but those of `OPTIMIZERS`.
 Reference: "LoRA's Low-Rank Assumption: When It Holds, When It Breaks", 2026: r (d_in + d_out) parameters against
-d_in d_out; bf16 weights and fp32 moments.
+d_in d_out.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from lorakit._plotting import new_figure, plain
 from lorakit.lens._layers import AdaptedLayer, adapted_layers, trained_in_full
 from lorakit.lens._meta import Counted, attached, count_step, meta_inputs, meta_twin
+from lorakit.lens._report import group_of
+from lorakit.lens._text import extent
 from lorakit.tuners.roles import Role, layer_of, role_of
 
 if TYPE_CHECKING:
@@ -28,20 +30,23 @@ if TYPE_CHECKING:
 _BLOCK, _SMALLEST = 256, 4096  # of bitsandbytes' 8-bit states
 
 
-def _adamw_8bit(n: int) -> int:
+def _adamw_8bit(n: int, itemsize: int) -> int:
     return 8 * n if n < _SMALLEST else 2 * (n + 4 * math.ceil(n / _BLOCK))
 
 
-# Bytes of an optimizer's states for a tensor of n entries, and what they are.
-OPTIMIZERS: dict[str, tuple[Callable[[int], int], str]] = {
-    "adamw": (lambda n: 8 * n + 4, "two fp32 moments an entry and a step a tensor"),
+# Bytes of an optimizer's states for a tensor of n entries of some size, and what they are.
+OPTIMIZERS: dict[str, tuple[Callable[[int, int], int], str]] = {
+    "adamw": (
+        lambda n, itemsize: 2 * n * itemsize + 4,
+        "two moments an entry, as torch keeps them, in the dtype of the parameter, and a step a tensor",
+    ),
     "adamw_8bit": (
         _adamw_8bit,
         f"two 8-bit moments an entry and fp32 scales for each {_BLOCK} of them; two fp32 moments in tensors of less "
         f"than {_SMALLEST} entries",
     ),
-    "sgd": (lambda n: 0, "none"),
-    "sgd_momentum": (lambda n: 4 * n, "one fp32 momentum an entry"),
+    "sgd": (lambda n, itemsize: 0, "none"),
+    "sgd_momentum": (lambda n, itemsize: n * itemsize, "one momentum an entry, in the dtype of the parameter"),
 }
 
 
@@ -49,8 +54,9 @@ OPTIMIZERS: dict[str, tuple[Callable[[int], int], str]] = {
 class AccountedModule:
     """One adapted module, or one trained in full beside them (`in_full`: modules_to_save, trainable tokens).
 
-    `params` are what training it adds to the model. `multiply_adds` is what a forward pass does more in it than without
-    adapter, by torch's FlopCounterMode, a token (an example, for inputs without tokens); None where nothing was run.
+    `params` are what training it adds to the model; tied modules share theirs, which are counted in the first.
+    `multiply_adds` is what a forward pass does more in it than without adapter, by torch's FlopCounterMode, a token (an
+    example, for inputs without tokens); None where nothing was run.
     """
 
     module_name: str
@@ -128,7 +134,7 @@ class Accounting:
         rows: list[tuple[str, ...]] = [("modules", "number", "rank", "params", "multiply-adds")]
         for label, group in self._by_role().items():
             ranks = sorted({row.rank for row in group if row.rank is not None})
-            span = "-" if not ranks else f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"
+            span = extent((ranks[0], ranks[-1])) if ranks else "-"
             known = [row.multiply_adds for row in group if row.multiply_adds is not None]
             params = sum(row.params for row in group)
             rows.append((label, str(len(group)), span, f"{params:,}", f"{sum(known):,.0f}" if known else "-"))
@@ -151,14 +157,12 @@ class Accounting:
         return "\n".join([*lines, "", *(f"* {line}" for line in self.assumptions)])
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, and the sums, as plain lists, numbers and strings that JSON takes."""
+        """All of it, and the sums, as plain data that JSON takes."""
         return asdict(self) | {
             "ratio": self.ratio,
             "adapter_flops": self.adapter_flops,
-            "modules": [asdict(row) for row in self.modules],
             "memory": asdict(self.memory) | {"total": self.memory.total},
             "memory_full": asdict(self.memory_full) | {"total": self.memory_full.total},
-            "assumptions": list(self.assumptions),
         }
 
     def plot(self) -> Figure:
@@ -186,7 +190,7 @@ class Accounting:
     def _by_role(self) -> dict[str, list[AccountedModule]]:
         groups: dict[str, list[AccountedModule]] = {}
         for row in self.modules:
-            label = row.role or row.module_name.rpartition(".")[2]
+            label = group_of(row.module_name)
             groups.setdefault(f"{label} (in full)" if row.in_full else label, []).append(row)
         return groups
 
@@ -217,15 +221,20 @@ def accounting(
     classifier, in train mode. Attention by torch's scaled_dot_product_attention without a mask is counted as its flash
     kernel, that of other implementations as it is written.
 
-    Raises: UnsupportedModelError (a ValueError) for a quantized model, one that has adapters, and one that PEFT cannot
-    adapt on the meta device; ValueError for an unknown optimizer or sizes below 1; TypeError for what is no model. What
-    PEFT raises for targets that it does not find passes through.
+    Raises: UnsupportedModelError (a ValueError) for a quantized model, one that has adapters, one that PEFT cannot
+    adapt on the meta device, a path without a model's config and a config that does not say its model's class;
+    ValueError for an unknown optimizer or sizes below 1; TypeError for what is no model, config or dtype. What PEFT
+    raises for targets that it does not find passes through.
     """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"`optimizer` must be one of {', '.join(OPTIMIZERS)}; got {optimizer!r}.")
     for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"`{name}` must be a positive integer; got {value!r}.")
+    if not isinstance(config, PeftConfig):
+        raise TypeError(f"`config` must be a PEFT config; got {type(config).__name__}.")
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"`dtype` must be a torch dtype, such as torch.bfloat16; got {dtype!r}.")
     state_bytes, states = OPTIMIZERS[optimizer]
     twin = meta_twin(model, dtype)
     batch, not_run = meta_inputs(twin, inputs, batch_size, sequence_length)
@@ -242,16 +251,19 @@ def accounting(
     (adapter_name,) = adapted.peft_config
     units = _units(batch)
     rows = [_row(one, adapter_name, lora, units) for one in adapted_layers(adapted)]
+    counted: set[nn.Parameter] = set()  # tied modules share theirs
     for name, module in trained_in_full(adapted):
-        own_params = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        rows.append(AccountedModule(name, role_of(name), layer_of(name), True, None, None, None, own_params, None))
+        new = {parameter for parameter in module.parameters() if parameter.requires_grad} - counted
+        counted |= new
+        params = sum(parameter.numel() for parameter in new)
+        rows.append(AccountedModule(name, role_of(name), layer_of(name), True, None, None, None, params, None))
 
     def memory(weights: list[nn.Parameter], new: list[Tensor], trained: list[nn.Parameter], run: Any) -> Memory:
         return Memory(
             weights=_bytes(weights),
             adapter=_bytes(new),
             gradients=_bytes(trained),
-            optimizer=sum(state_bytes(parameter.numel()) for parameter in trained),
+            optimizer=sum(state_bytes(parameter.numel(), parameter.element_size()) for parameter in trained),
             activations=run.saved_bytes if isinstance(run, Counted) else None,
         )
 

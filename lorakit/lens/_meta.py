@@ -56,7 +56,12 @@ def meta_twin(model: Any, dtype: torch.dtype | None) -> nn.Module:
     """
     if isinstance(model, str | os.PathLike):
         path = Path(model)
-        model = AutoConfig.from_pretrained(path.parent if path.name == "config.json" else model)
+        try:
+            model = AutoConfig.from_pretrained(path.parent if path.name == "config.json" else model)
+        except (OSError, ValueError) as error:
+            raise UnsupportedModelError(
+                f"{os.fspath(model)!r} has no config of a transformers model that can be read: {error}"
+            ) from error
     if isinstance(model, PretrainedConfig):
         twin = _from_config(model)
         named = dtype or getattr(model, "dtype", None) or torch.bfloat16
@@ -91,8 +96,14 @@ def _from_config(config: PretrainedConfig) -> nn.Module:
             with _META:
                 made: nn.Module = getattr(transformers, name)(config)
                 return made
-    with _META:
-        made = AutoModelForCausalLM.from_config(config)
+    try:
+        with _META:
+            made = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"Which model a {type(config).__name__} is of is not known. Set its `architectures` to the model's class, "
+            "or pass the model itself, made under `torch.device('meta')`."
+        ) from error
     return made
 
 
@@ -127,7 +138,9 @@ def meta_inputs(
 ) -> tuple[dict[str, Any] | None, str | None]:
     """What to call the twin with; or None, and why there is nothing."""
     if inputs is not None:
-        if not inputs or not all(isinstance(value, Tensor) and value.ndim for value in inputs.values()):
+        if not (isinstance(inputs, Mapping) and inputs) or not all(
+            isinstance(value, Tensor) and value.ndim for value in inputs.values()
+        ):
             raise ValueError("`inputs` must map argument names to tensors whose first dimension is the batch's.")
         return {name: torch.empty_like(value, device=_META) for name, value in inputs.items()}, None
     if getattr(twin, "main_input_name", None) != "input_ids":

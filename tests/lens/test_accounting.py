@@ -111,8 +111,9 @@ def base_params(model):
     return sum(p.numel() for p in model.parameters())
 
 
-def test_full_fine_tuning_and_other_optimizers(tiny_gpt2):
-    model = tiny_gpt2()  # tied embeddings
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_full_fine_tuning_and_other_optimizers(tiny_gpt2, dtype):
+    model = tiny_gpt2().to(dtype)  # tied embeddings
     config = LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)
     for name, optimizer in (
         ("adamw", torch.optim.AdamW(model.parameters())),
@@ -139,7 +140,7 @@ def test_8_bit_states_are_those_of_bitsandbytes(n):
         pytest.skip(f"bitsandbytes' optimizer does not run here: {error}")
     (state,) = optimizer.state.values()
     held = sum(state[key].nbytes for key in ("state1", "state2", "absmax1", "absmax2") if key in state)
-    assert OPTIMIZERS["adamw_8bit"][0](n) == held
+    assert OPTIMIZERS["adamw_8bit"][0](n, 4) == held
 
 
 def test_a_model_of_linear_layers_by_hand():
@@ -229,6 +230,16 @@ def test_encoder_decoders_and_classifiers():
     assert [row.module_name for row in found.modules if row.in_full] == ["score"]
 
 
+@pytest.mark.parametrize("beside", [{"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": [1, 2]}])
+def test_what_tied_modules_share_is_counted_once(beside):
+    lora = LoraConfig(r=4, target_modules=["q_proj"], ensure_weight_tying=True, **beside)
+    found = lens.accounting(LlamaConfig(**SMALL, tie_word_embeddings=True), lora, sequence_length=4)
+    tied = [row for row in found.modules if row.in_full]
+    assert [row.module_name for row in tied] == ["model.embed_tokens", "lm_head"]
+    assert (tied[0].params > 0, tied[1].params) == (True, 0)
+    assert sum(row.params for row in found.modules) == found.trainable_params
+
+
 def test_experts():
     shape = SMALL | {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
     s, expert = 16, 3 * 32 * 48  # multiply-adds of an expert for a token
@@ -290,6 +301,16 @@ def test_refused(tiny_llama):
         lens.accounting(tiny_llama(), lora, batch_size=True)
     with pytest.raises(ValueError, match="`inputs` must map argument names to tensors"):
         lens.accounting(tiny_llama(), lora, inputs={})
+    with pytest.raises(ValueError, match="`inputs` must map argument names to tensors"):
+        lens.accounting(tiny_llama(), lora, inputs=[IDS])
+    with pytest.raises(TypeError, match="`config` must be a PEFT config; got dict"):
+        lens.accounting(tiny_llama(), {"r": 4})
+    with pytest.raises(TypeError, match="`dtype` must be a torch dtype, such as torch.bfloat16; got 'bfloat16'"):
+        lens.accounting(tiny_llama(), lora, dtype="bfloat16")
+    with pytest.raises(UnsupportedModelError, match="'no/such/model' has no config"):
+        lens.accounting("no/such/model", lora)
+    with pytest.raises(UnsupportedModelError, match="Which model a T5Config is of is not known. Set its `architecture"):
+        lens.accounting(T5Config(), lora)
     with pytest.raises(TypeError, match="`model` must be a transformers config, a path or a model; got int"):
         lens.accounting(3, lora)
     with pytest.raises(UnsupportedModelError, match="has adapters already"):
@@ -316,7 +337,7 @@ def test_text_plot_and_json(tiny_llama):
     assert text.splitlines()[1].split() == ["query", "2", "2", "256", "256"]
     assert text.splitlines()[2].split() == ["value", "2", "8", "768", "768"]
     assert f"FISHERLORA on LlamaForCausalLM: 1,024 trainable of {found.base_params:,} parameters" in text
-    assert "optimizer states (adamw): two fp32 moments an entry and a step a tensor" in text
+    assert "optimizer states (adamw): two moments an entry, as torch keeps them, in the dtype of the parameter" in text
     read = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert read["memory"]["total"] == found.memory.total
     assert read["modules"][0]["multiply_adds"] == 2 * 64
