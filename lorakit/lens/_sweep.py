@@ -26,7 +26,7 @@ from lorakit.calibration import preserved_rng, preserved_state
 from lorakit.errors import CalibrationError
 from lorakit.lens._evaluation import Evaluate, MeanLoss, check_arguments, losses_of, mean_of
 from lorakit.lens._sweep_record import SweepRecord
-from lorakit.lens._sweep_setup import named_configs, preserved_base
+from lorakit.lens._sweep_setup import distinct_integers, named_configs, preserved_base
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -225,9 +225,7 @@ def rank_sweep(
     _check(steps=(steps, 1), batch_size=(batch_size, 1), warmup_steps=(warmup_steps, 0))
     if isinstance(learning_rate, bool) or not isinstance(learning_rate, int | float) or not learning_rate > 0:
         raise ValueError(f"`learning_rate` must be a positive number; got {learning_rate!r}.")
-    seeds = tuple(seeds)
-    if not seeds or len(set(seeds)) != len(seeds) or any(isinstance(s, bool) or not isinstance(s, int) for s in seeds):
-        raise ValueError(f"`seeds` must be different integers, at least one; got {list(seeds)!r}.")
+    seeds = distinct_integers("seeds", seeds)
     if reference is not None and str(reference) not in wanted:
         raise ValueError(f"`reference` must be one of {', '.join(wanted)}; got {reference!r}.")
     if not hasattr(train_data, "__len__") or not hasattr(train_data, "__getitem__") or len(train_data) == 0:

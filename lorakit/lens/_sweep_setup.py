@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,14 +40,17 @@ def named_configs(configs: Any, ranks: Sequence[int] | None) -> dict[str, tuple[
         return named
     if not isinstance(configs, PeftConfig):
         raise ValueError(f"`configs` must be a PEFT config or a mapping of them; got {type(configs).__name__}.")
-    ranks = tuple(ranks or ())
-    if (
-        not ranks
-        or len(set(ranks)) != len(ranks)
-        or any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in ranks)
-    ):
-        raise ValueError(f"`ranks` must be different positive integers, at least one; got {list(ranks)!r}.")
-    return {str(rank): (rank, at_rank(configs, rank)) for rank in ranks}
+    return {str(rank): (rank, at_rank(configs, rank)) for rank in distinct_integers("ranks", ranks, positive=True)}
+
+
+def distinct_integers(name: str, values: Any, *, positive: bool = False) -> tuple[int, ...]:
+    """The values. Raises: ValueError for what is not a sequence of different integers, at least one."""
+    found = tuple(values) if isinstance(values, Iterable) else ()
+    integers = all(isinstance(v, int) and not isinstance(v, bool) and (v > 0 or not positive) for v in found)
+    if not found or not integers or len(set(found)) != len(found):
+        what = "different positive integers" if positive else "different integers"
+        raise ValueError(f"`{name}` must be {what}, at least one; got {values!r}.")
+    return found
 
 
 def at_rank(config: Any, rank: int) -> Any:

@@ -434,6 +434,8 @@ def test_refused(tiny_llama, data, evaluate):
         ({"ranks": ()}, "`ranks` must be different positive integers"),
         ({"ranks": (4, 4)}, "`ranks` must be different positive integers"),
         ({"ranks": (0,)}, "`ranks` must be different positive integers"),
+        ({"ranks": 8}, "`ranks` must be different positive integers, at least one; got 8"),
+        ({"seeds": 3}, "`seeds` must be different integers, at least one; got 3"),
         ({"seeds": ()}, "`seeds` must be different integers"),
         ({"seeds": (1, 1)}, "`seeds` must be different integers"),
         ({"steps": 0}, "`steps` must be an integer of at least 1; got 0"),
