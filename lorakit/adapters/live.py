@@ -122,8 +122,10 @@ def find_adapter(model: Any, adapter_name: str | None = None) -> tuple[str, list
     Raises: as `resolve_adapter_name`.
     """
     model = extract_model_from_parallel(model, keep_torch_compile=False)
-    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
-    if isinstance(model, PeftModel) or not layers:
+    layers = []
+    if not isinstance(model, PeftModel):
+        layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
+    if not layers:
         name = resolve_adapter_name(model, adapter_name)
         return name, live_modules(model, name)
     active = sorted({name for _, layer in layers for name in layer.active_adapters})

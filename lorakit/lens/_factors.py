@@ -54,23 +54,24 @@ def factors_of(module: LiveModule) -> Factors | None:
     Raises: UnsupportedModelError for weights that DeepSpeed has partitioned.
     """
     layer, name = module.layer, module.adapter_name
-    if any(hasattr(parameter, "ds_id") and not parameter.numel() for parameter in layer.parameters()):
-        raise UnsupportedModelError(
-            f"{module.name!r} is partitioned by DeepSpeed ZeRO-3, whose weights are only there within its own passes. "
-            f"Use ZeRO-2 or fully_shard (FSDP2), or look at saved checkpoints with lorakit.lens.audit."
-        )
     if isinstance(layer, ParamWrapper):
         return None
     if name in layer.lora_embedding_A:
-        return Factors(module, layer.lora_embedding_B[name].detach(), layer.lora_embedding_A[name].detach())
-    B, A = _weight(module.up), _weight(module.down)
+        B, A = layer.lora_embedding_B[name].detach(), layer.lora_embedding_A[name].detach()
+    else:
+        B, A = _weight(module.up, module.name), _weight(module.down, module.name)
     if A.ndim > 2 and not (is_sharded(B) or is_sharded(A)):
         B, A = B.flatten(1), A.flatten(1)
     return Factors(module, B, A) if B.ndim == 2 and B.shape[1] == A.shape[0] else None
 
 
-def _weight(module: Any) -> Tensor:
+def _weight(module: Any, name: str) -> Tensor:
     weight: Tensor = module.weight
+    if hasattr(weight, "ds_id") and not weight.numel():
+        raise UnsupportedModelError(
+            f"{name!r} is partitioned by DeepSpeed ZeRO-3, whose weights are only there within its own passes. Use "
+            f"ZeRO-2 or fully_shard (FSDP2), or look at saved checkpoints with lorakit.lens.audit."
+        )
     return read_weight(module) if weight.is_meta else weight.detach()
 
 

@@ -132,24 +132,24 @@ def _remove(handles: Sequence[RemovableHandle]) -> None:
 
 
 class _Signs:
-    """Random signs (d, projections), the same for all modules of one width and in all processes."""
+    """Random signs (projections, d), the same for all modules of one width and in all processes."""
 
     def __init__(self, projections: int, seed: int) -> None:
         self.projections, self.seed = projections, seed
-        self._made: dict[tuple[int, torch.device], Tensor] = {}
+        self._made: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
     def of(self, x: Tensor) -> Tensor:
-        key = (x.shape[-1], x.device)
+        key = (x.shape[-1], x.device, x.dtype)
         if key not in self._made:
             generator = torch.Generator(x.device).manual_seed(self.seed)
-            shape = (x.shape[-1], self.projections)
+            shape = (self.projections, x.shape[-1])
             bits = torch.randint(2, shape, generator=generator, device=x.device, dtype=torch.int8)
-            self._made[key] = 2 * bits - 1
-        return self._made[key].to(x.dtype)
+            self._made[key] = (2 * bits - 1).to(x.dtype)
+        return self._made[key]
 
 
 class _Tap:
-    """Sums BᵀGAᵀ (r, r) and GΩ (d_out, projections) of one module over whatever runs."""
+    """Sums BᵀGAᵀ (r, r) and (GΩ)ᵀ (projections, d_out) of one module over whatever runs."""
 
     def __init__(self, module: LiveModule, signs: _Signs) -> None:
         self.module, self.signs = module, signs
@@ -166,7 +166,7 @@ class _Tap:
             dtype = output.dtype if output.dtype == torch.bfloat16 else torch.promote_types(output.dtype, torch.float32)
             x = x.detach().flatten(0, -2).to(dtype)
             A = read_weight(self.module.down)
-            projected = x @ torch.cat([A.to(x.dtype).mT, self.signs.of(x)], dim=1)
+            projected = x @ torch.cat([A.to(x.dtype), self.signs.of(x)]).mT
         cast(Any, output).register_hook(lambda gradient: self._receive(projected, gradient))
 
     @torch.no_grad()
@@ -176,16 +176,16 @@ class _Tap:
         with torch.autocast(gradient.device.type, enabled=False):
             B = read_weight(self.module.up)
             delta = gradient.flatten(0, -2).to(projected.dtype)
-            sums = delta.mT @ projected
+            sums = projected.mT @ delta  # (G Aᵀ)ᵀ and (G Ω)ᵀ: this way round the product is faster
             sums = sums.to(torch.promote_types(sums.dtype, torch.float32))
-            core = B.to(sums.dtype).mT @ sums[:, : B.shape[1]]
-        sketch = sums[:, B.shape[1] :]
+            core = (sums[: B.shape[1]] @ B.to(sums.dtype)).mT
+        sketch = sums[B.shape[1] :]
         self.core = core if self.core is None else self.core + core
         self.sketch = sketch if self.sketch is None else self.sketch + sketch
 
 
 class _Seen(NamedTuple):
-    """Of one module: BᵀB, A Aᵀ, BᵀGAᵀ (r, r) and GΩ (d_out, projections)."""
+    """Of one module: BᵀB, A Aᵀ, BᵀGAᵀ (r, r) and (GΩ)ᵀ (projections, d_out)."""
 
     name: str
     up: Tensor
@@ -201,7 +201,7 @@ def _numbers(seen: Sequence[_Seen]) -> Tensor:
     of_B, of_A, cores = (torch.stack([part.to(device) for part in parts]).double() for parts in stacks)
     _, X, Y = svd_from_grams(of_B, of_A)
     overlaps = torch.linalg.matrix_norm(X.mT @ cores @ Y)
-    squares = torch.stack([one.sketch.to(device).double().square().sum(0) for one in seen])  # each ‖G‖_F² on average
+    squares = torch.stack([one.sketch.to(device).double().square().sum(1) for one in seen])  # each ‖G‖_F² on average
     spread = squares.std(1) / math.sqrt(squares.shape[1])
     return torch.stack([overlaps, squares.mean(1), spread, X.flatten(1).any(1).double()], 1)
 
@@ -219,7 +219,7 @@ def _sum_over_processes(taps: list[_Tap], factors: list[Factors], projections: i
     """One exchange for all modules; a module that did not run in one process counts as 0 there."""
     device = factors[0].B.device
     dtype = torch.promote_types(factors[0].B.dtype, torch.float32)
-    shapes = {one.name: ((one.rank, one.rank), (one.B.shape[0], projections)) for one in factors}
+    shapes = {one.name: ((one.rank, one.rank), (projections, one.B.shape[0])) for one in factors}
     pieces = []
     for tap in taps:
         core, sketch = shapes[tap.module.name]

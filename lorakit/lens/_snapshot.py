@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -102,7 +102,12 @@ class Snapshot:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data as JSON has it: no NaN, no infinity."""
-        return asdict(self)
+        return vars(self) | {
+            "modules": [dict(vars(module)) for module in self.modules],
+            "roles": [dict(vars(group)) for group in self.roles],
+            "total": dict(vars(self.total)),
+            "unmeasured": list(self.unmeasured),
+        }
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Snapshot:
