@@ -236,8 +236,9 @@ def gram(matrices: Sequence[Tensor], long: int) -> Tensor:
     if is_sharded(first):
         summed = all(placement.is_replicate() or placement.is_shard(long) for placement in first.placements)
         parts = [part.to_local() if summed else whole(part) for part in parts]
-    rows = [part.double() if long == 0 else part.double().mT for part in parts]
-    sums = torch.stack([X.mT @ X for X in rows])
+    rows = torch.stack(parts).double()
+    rows = rows if long == 0 else rows.mT
+    sums = rows.mT @ rows
     if not summed:
         return sums
     from torch.distributed.tensor import DTensor, Partial, Replicate

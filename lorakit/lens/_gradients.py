@@ -131,6 +131,11 @@ def _remove(handles: Sequence[RemovableHandle]) -> None:
         handle.remove()
 
 
+def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    enabled = torch.is_autocast_enabled(device_type)  # the context takes longer than what is asked here
+    return torch.autocast(device_type, enabled=False) if enabled else contextlib.nullcontext()
+
+
 class _Signs:
     """Random signs (projections, d), the same for all modules of one width and in all processes."""
 
@@ -162,7 +167,7 @@ class _Tap:
             return
         from lorakit.adapters.live import read_weight
 
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        with torch.no_grad(), _no_autocast(x.device.type):
             dtype = output.dtype if output.dtype == torch.bfloat16 else torch.promote_types(output.dtype, torch.float32)
             x = x.detach().flatten(0, -2).to(dtype)
             A = read_weight(self.module.down)
@@ -173,7 +178,7 @@ class _Tap:
     def _receive(self, projected: Tensor, gradient: Tensor) -> None:
         from lorakit.adapters.live import read_weight
 
-        with torch.autocast(gradient.device.type, enabled=False):
+        with _no_autocast(gradient.device.type):
             B = read_weight(self.module.up)
             delta = gradient.flatten(0, -2).to(projected.dtype)
             sums = projected.mT @ delta  # (G Aᵀ)ᵀ and (G Ω)ᵀ: this way round the product is faster
