@@ -107,6 +107,7 @@ class GradientTaps:
             for one, of_B, of_A in zip(batch, *grams(batch), strict=True):
                 tap = taps[one.name]
                 if tap.core is not None and tap.sketch is not None:
+                    of_B = of_B if tap.module.scaling else torch.zeros_like(of_B)  # ΔW is 0
                     by_rank.setdefault(one.rank, []).append(_Seen(one.name, of_B, of_A, tap.core, tap.sketch))
         parts = [_numbers(seen) for seen in by_rank.values()]
         found = {}

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lorakit import SpecLoRAConfig
+from lorakit.lens._accounting import OPTIMIZERS
 from lorakit.surgery import reweight, sensitivity
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -139,3 +140,14 @@ def test_surgery_on_a_4_bit_base(four_bits, calibration, randomize):
     assert all(".lora_" in key for key in changed)
     edit.undo()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("n", [100, 4095, 4096, 70_001])
+def test_8_bit_optimizer_states_are_as_accounted(n):
+    layer = nn.Linear(n, 1, bias=False)
+    optimizer = bnb.optim.AdamW8bit(layer.parameters())
+    layer.weight.grad = torch.ones(1, n)
+    optimizer.step()
+    (state,) = optimizer.state.values()
+    held = sum(state[key].nbytes for key in ("state1", "state2", "absmax1", "absmax2") if key in state)
+    assert OPTIMIZERS["adamw_8bit"][0](n, 4) == held

@@ -18,7 +18,6 @@ from transformers import LlamaConfig, MixtralConfig, MixtralForCausalLM, T5Confi
 
 from lorakit import FisherLoRAConfig, SpecLoRAConfig, lens
 from lorakit.errors import UnsupportedModelError
-from lorakit.lens._accounting import OPTIMIZERS
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 LINEAR = {"r": 4, "target_modules": "all-linear"}
@@ -126,21 +125,6 @@ def test_full_fine_tuning_and_other_optimizers(tiny_gpt2, dtype):
         assert found.memory_full.gradients == sum(p.grad.nbytes for p in model.parameters())
         assert found.memory_full.weights == sum(p.nbytes for p in model.parameters())
         assert found.memory_full.adapter == 0
-
-
-@pytest.mark.parametrize("n", [100, 4095, 4096, 70_001])
-def test_8_bit_states_are_those_of_bitsandbytes(n):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    model = nn.ModuleDict({"a": nn.Linear(n, 1, bias=False)})
-    optimizer = bitsandbytes.optim.AdamW8bit(model.parameters())
-    model["a"].weight.grad = torch.ones(1, n)
-    try:
-        optimizer.step()
-    except (NotImplementedError, RuntimeError, ValueError) as error:
-        pytest.skip(f"bitsandbytes' optimizer does not run here: {error}")
-    (state,) = optimizer.state.values()
-    held = sum(state[key].nbytes for key in ("state1", "state2", "absmax1", "absmax2") if key in state)
-    assert OPTIMIZERS["adamw_8bit"][0](n, 4) == held
 
 
 def test_a_model_of_linear_layers_by_hand():

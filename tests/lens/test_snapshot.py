@@ -399,6 +399,16 @@ def test_no_overlap_before_the_first_step_and_without_gradients(tiny_llama, batc
     assert gradients.overlaps == {}
 
 
+def test_no_overlap_of_an_adapter_that_is_scaled_to_nothing(tiny_llama, randomize, batch):
+    model = randomize(get_peft_model(tiny_llama(), CONFIGS["LORA"]()))
+    for layer in layers_of(model).values():
+        layer.set_scale("default", 0.0)
+    with lens.watch_gradients(model) as gradients:
+        model(**batch).loss.backward()
+    seen = lens.snapshot(model, gradients=gradients)
+    assert all(row.kappa is None and row.gradient_norm > 0 and row.effective_rank == 0 for row in seen.modules)
+
+
 def test_conv1d_of_gpt2(randomize):
     base = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=16)).eval()
     model = randomize(get_peft_model(base, LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)))
