@@ -213,6 +213,7 @@ def _conditions(
     for _ in range(draws):
         drawn.append(_utilization(measure(random_adapter(view, generator), {}, [], description="random")))
         advance()
+    places = {module.name: module for module in view.modules}
     modules = tuple(
         ConditionedModule(
             module_name=row.module_name,
@@ -223,7 +224,7 @@ def _conditions(
             init=init.get(row.module_name),
             random=statistics.fmean(values := [each[row.module_name] for each in drawn]),
             random_std=_std(values),
-            trained=row.capacity_utilization or 0.0,
+            trained=_unless_cancelled(view, places[row.module_name], row.capacity_utilization or 0.0),
         )
         for row in rows
     )

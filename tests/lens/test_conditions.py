@@ -135,6 +135,9 @@ def test_before_training_it_is_as_peft_made_it(randomize, tiny_llama, updates, i
         utilization(update, ranks.get(name.rpartition(".")[2], 6)) if numpy.abs(update).max() > 1e-6 else 0.0
         for name, update in updates(fresh).items()
     ]
+    (untrained,) = conditions(fresh).adapters
+    trained = {module.module_name: module.trained for module in untrained.modules}
+    assert [trained[name] for name in updates(fresh)] == pytest.approx(made, abs=1e-5)
     (found,) = conditions(randomize(fresh)).adapters
     assert found.init_reason is None
     assert found.total.init == pytest.approx(numpy.mean(made), abs=0.03)
