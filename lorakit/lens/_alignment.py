@@ -19,7 +19,7 @@ from tqdm import tqdm
 from lorakit.adapters import Adapter, AdapterModule, open_adapter
 from lorakit.errors import Finding
 from lorakit.lens._measure import about_low_rank_part
-from lorakit.lens._report import group_of, has_errors, ordered
+from lorakit.lens._report import WithFindings, group_of, ordered
 from lorakit.spectral import leading_similarity, random_subspace_overlap, topk_overlap
 from lorakit.tuners.roles import layer_prefix
 
@@ -76,7 +76,7 @@ class AlignedPair:
 
 
 @dataclass(frozen=True)
-class AlignmentReport:
+class AlignmentReport(WithFindings):
     """What `lorakit.lens.alignment` found, with the `k` that was asked for."""
 
     path: str
@@ -85,10 +85,6 @@ class AlignmentReport:
     roles: tuple[AlignedGroup, ...]
     within_layer: tuple[AlignedPair, ...]
     findings: tuple[Finding, ...]
-
-    @property
-    def has_errors(self) -> bool:
-        return has_errors(self.findings)
 
     def to_dict(self) -> dict[str, Any]:
         """`roles`, `within_layer`, `summary` and `findings` as JSON has them: no NaN, no infinity."""

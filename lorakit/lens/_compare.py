@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from lorakit.adapters import Adapter, AdapterModule, open_adapter
 from lorakit.errors import Finding
-from lorakit.lens._report import group_of, grouped, has_errors, mean, ordered, some
+from lorakit.lens._report import WithFindings, group_of, grouped, mean, ordered, some
 from lorakit.spectral import (
     LowRank,
     dominance,
@@ -134,7 +134,7 @@ class ComparedGroup:
 
 
 @dataclass(frozen=True)
-class ComparisonReport:
+class ComparisonReport(WithFindings):
     """What `lorakit.lens.compare` found; `only_a` and `only_b` are the modules that the other adapter lacks."""
 
     path_a: str
@@ -150,10 +150,6 @@ class ComparisonReport:
     roles: tuple[ComparedGroup, ...]
     layers: tuple[ComparedGroup, ...]
     findings: tuple[Finding, ...]
-
-    @property
-    def has_errors(self) -> bool:
-        return has_errors(self.findings)
 
     def to_dict(self) -> dict[str, Any]:
         """`modules`, `summary` and `findings` as JSON has them: no NaN, no infinity."""

@@ -21,7 +21,7 @@ from lorakit.adapters import Adapter, AdapterModule, open_adapter
 from lorakit.errors import Finding
 from lorakit.lens._measure import Source, about_bases, about_low_rank_part, measure, of_adapter, open_all
 from lorakit.lens._random import random_adapter
-from lorakit.lens._report import AuditedModule, group_of, grouped, has_errors, mean, ordered
+from lorakit.lens._report import AuditedModule, WithFindings, group_of, grouped, mean, ordered
 from lorakit.tuners.roles import Role
 
 if TYPE_CHECKING:
@@ -95,17 +95,13 @@ class AdapterConditions:
 
 
 @dataclass(frozen=True)
-class ConditionsReport:
+class ConditionsReport(WithFindings):
     """What `lorakit.lens.conditions` found, one entry an adapter, in the order given."""
 
     seed: int
     draws: int
     adapters: tuple[AdapterConditions, ...]
     findings: tuple[Finding, ...]
-
-    @property
-    def has_errors(self) -> bool:
-        return has_errors(self.findings)
 
     def to_dict(self) -> dict[str, Any]:
         """`adapters`, `seed`, `draws` and `findings` as JSON has them: no NaN, no infinity."""

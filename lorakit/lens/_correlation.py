@@ -19,7 +19,7 @@ from lorakit.errors import Finding
 from lorakit.lens._base_weights import BaseWeights, base_weights
 from lorakit.lens._measure import Source, about_low_rank_part, measure
 from lorakit.lens._random import random_adapter
-from lorakit.lens._report import group_of, grouped, has_errors, mean, ordered, some
+from lorakit.lens._report import WithFindings, group_of, grouped, mean, ordered, some
 from lorakit.spectral import effective_rank, pearson
 from lorakit.tuners.roles import Role
 
@@ -79,7 +79,7 @@ class CorrelatedGroup:
 
 
 @dataclass(frozen=True)
-class RankCorrelation:
+class RankCorrelation(WithFindings):
     """What `lorakit.lens.rank_correlation` found; `dequantized` says that base weights were."""
 
     path: str
@@ -90,10 +90,6 @@ class RankCorrelation:
     total: CorrelatedGroup
     roles: tuple[CorrelatedGroup, ...]
     findings: tuple[Finding, ...]
-
-    @property
-    def has_errors(self) -> bool:
-        return has_errors(self.findings)
 
     def to_dict(self) -> dict[str, Any]:
         """`modules`, `summary` and `findings` as JSON has them: no NaN, no infinity."""

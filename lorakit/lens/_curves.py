@@ -17,7 +17,7 @@ from lorakit._plotting import new_figure, plain
 from lorakit.adapters import open_adapter
 from lorakit.errors import Finding
 from lorakit.lens._measure import Source, about_low_rank_part, measure
-from lorakit.lens._report import AuditedModule, grouped, has_errors, ordered
+from lorakit.lens._report import AuditedModule, WithFindings, grouped, ordered
 from lorakit.spectral import energy_curve, spectral_truncation_error, truncation_error
 from lorakit.tuners.roles import Role
 
@@ -67,7 +67,7 @@ class MeanCurve:
 
 
 @dataclass(frozen=True)
-class EnergyCurves:
+class EnergyCurves(WithFindings):
     """What `lorakit.lens.energy_curves` found; `total` is None, and `roles` empty, where every update is zero."""
 
     path: str
@@ -76,10 +76,6 @@ class EnergyCurves:
     total: MeanCurve | None
     roles: tuple[MeanCurve, ...]
     findings: tuple[Finding, ...]
-
-    @property
-    def has_errors(self) -> bool:
-        return has_errors(self.findings)
 
     def to_dict(self) -> dict[str, Any]:
         """`modules`, `summary` and `findings` as JSON has them: no NaN, no infinity."""

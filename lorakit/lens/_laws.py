@@ -16,7 +16,7 @@ from tqdm import tqdm
 from lorakit._plotting import new_figure, plain
 from lorakit.errors import Finding
 from lorakit.lens._measure import Source, about_bases, about_low_rank_part, measure, of_adapter, open_all
-from lorakit.lens._report import AuditedModule, grouped, has_errors, ordered
+from lorakit.lens._report import AuditedModule, WithFindings, grouped, ordered
 from lorakit.spectral import ScalingLaw, fit_scaling_law
 
 if TYPE_CHECKING:
@@ -51,17 +51,13 @@ class LawFit:
 
 
 @dataclass(frozen=True)
-class ScalingLawReport:
+class ScalingLawReport(WithFindings):
     """What `lorakit.lens.scaling_law` found, over the adapters at `paths`."""
 
     paths: tuple[str, ...]
     total: LawFit
     roles: tuple[LawFit, ...]
     findings: tuple[Finding, ...]
-
-    @property
-    def has_errors(self) -> bool:
-        return has_errors(self.findings)
 
     def to_dict(self) -> dict[str, Any]:
         """`total`, `roles`, `paths` and `findings` as JSON has them: no NaN, no infinity."""

@@ -14,6 +14,17 @@ from lorakit.lens._suggestions import RankSuggestion, covering
 from lorakit.tuners.roles import Role, role_of
 
 
+class WithFindings:
+    """A report with findings."""
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def has_errors(self) -> bool:
+        """Whether a finding is an error."""
+        return any(finding.severity == "error" for finding in self.findings)
+
+
 @dataclass(frozen=True)
 class AuditedModule:
     """One module's ΔW, scaling included. Where it is not finite the numbers are None, the singular values empty.
@@ -82,7 +93,7 @@ class GroupSummary:
 
 
 @dataclass(frozen=True)
-class AuditReport:
+class AuditReport(WithFindings):
     """What `lorakit.lens.audit` found; `energy` is the share that suggested ranks keep."""
 
     path: str
@@ -96,10 +107,6 @@ class AuditReport:
     parameters_beside: int
     suggestions: tuple[RankSuggestion, ...]
     findings: tuple[Finding, ...]
-
-    @property
-    def has_errors(self) -> bool:
-        return has_errors(self.findings)
 
     def to_dict(self) -> dict[str, Any]:
         """`modules`, `summary` and `findings` as JSON has them: no NaN, no infinity."""
@@ -152,10 +159,6 @@ def grouped(rows: Iterable[Row]) -> tuple[dict[str, list[Row]], dict[str, list[R
 def some(names: Sequence[str]) -> str:
     """The first two of many names."""
     return ", ".join(names[:2]) + (", …" if len(names) > 2 else "")
-
-
-def has_errors(findings: Iterable[Finding]) -> bool:
-    return any(finding.severity == "error" for finding in findings)
 
 
 def ordered(findings: Iterable[Finding]) -> tuple[Finding, ...]:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from lorakit.adapters import Adapter, AdapterModule, open_adapter
 from lorakit.adapters.checkpoints import Checkpoint, open_checkpoint, readable
 from lorakit.errors import Finding
-from lorakit.lens._report import group_of, grouped, has_errors, mean, ordered, some
+from lorakit.lens._report import WithFindings, group_of, grouped, mean, ordered, some
 from lorakit.spectral import effective_rank, energy_rank, residual_ratio, stable_rank
 from lorakit.tuners.roles import Role, layer_of, role_of
 
@@ -93,7 +93,7 @@ class ComparedWeights:
 
 
 @dataclass(frozen=True)
-class WeightsReport:
+class WeightsReport(WithFindings):
     """What `lorakit.lens.compare_weights` found; `unchanged` weights are equal entry by entry."""
 
     base: str
@@ -110,10 +110,6 @@ class WeightsReport:
     total: ComparedWeights
     roles: tuple[ComparedWeights, ...]
     findings: tuple[Finding, ...]
-
-    @property
-    def has_errors(self) -> bool:
-        return has_errors(self.findings)
 
     def to_dict(self) -> dict[str, Any]:
         """`modules`, `summary` and `findings` as JSON has them: no NaN, no infinity."""
