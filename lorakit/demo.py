@@ -236,7 +236,7 @@ def train(model: PeftModel, batches: list[Tensor], settings: DemoSettings, name:
         optimizer.step()
         optimizer.zero_grad()
         warmup.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         seconds.append(time.perf_counter() - started)
     return losses, statistics.median(seconds[len(seconds) // 8 :])
 
