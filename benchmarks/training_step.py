@@ -12,11 +12,11 @@ keeps between forward and backward, parameters aside: SpecLoRA's may exceed LoRA
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
 import warnings
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit import FisherLoRAConfig, SpecLoRAConfig
+from lorakit.lens._meta import saved_bytes
 
 R, K = 16, 200
 SHARED: dict[str, Any] = {"r": R, "lora_alpha": 2 * R}
@@ -108,30 +109,6 @@ def check(models: dict[str, nn.Module], x: Tensor, upstream: Tensor) -> float:
     return worst
 
 
-class Saved:
-    """A tensor that autograd saved, for as long as it keeps it."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """What autograd keeps between forward and backward, parameters and the input aside."""
-    graph: weakref.WeakSet[Saved] = weakref.WeakSet()
-
-    def keep(tensor: Tensor) -> Saved:
-        saved = Saved(tensor)
-        graph.add(saved)
-        return saved
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.tensor):
-        output = model(x)
-    storages = {saved.tensor.untyped_storage().data_ptr(): saved.tensor.untyped_storage().nbytes() for saved in graph}
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), x]}
-    del output
-    return sum(size for pointer, size in storages.items() if pointer not in own)
-
-
 def stepper(model: nn.Module, x: Tensor, upstream: Tensor) -> Callable[[], None]:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
 
@@ -155,6 +132,7 @@ def compare(models: dict[str, nn.Module], x: Tensor, upstream: Tensor, repeats: 
                 seconds[name].append(time.perf_counter() - started)
     rows = []
     for name, values in seconds.items():
+        model = models[name]
         ratios = [value / base for value, base in zip(values, seconds["LoRA"], strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4)
         rows.append(
@@ -164,7 +142,7 @@ def compare(models: dict[str, nn.Module], x: Tensor, upstream: Tensor, repeats: 
                 "ratio_of_medians": statistics.median(values) / statistics.median(seconds["LoRA"]),
                 "ratio": statistics.median(ratios),
                 "ratio_quartiles": [low, high],
-                "saved_bytes": saved_bytes(models[name], x),
+                "saved_bytes": saved_bytes(functools.partial(model, x), [*model.parameters(), *model.buffers(), x]),
             }
         )
     return rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,16 +84,22 @@ def resolve_adapter_name(model: PeftModel, adapter_name: str | None) -> str:
     return _resolved(adapter_name, list(model.active_adapters), model.peft_config)
 
 
-def _resolved(adapter_name: str | None, active: list[str], configs: dict[str, Any]) -> str:
+def chosen_name(adapter_name: str | None, active: Sequence[str], known: Collection[str]) -> str:
+    """The adapter named, or the one active one. Raises: ValueError for an unknown name, and where it takes one."""
     if adapter_name is None:
         if len(active) != 1:
             raise ValueError(
-                f"`adapter_name` is needed where not exactly one adapter is active; active are {active}, "
-                f"and the model has {sorted(configs)}."
+                f"`adapter_name` is needed where not exactly one adapter is active; active are {list(active)}, "
+                f"and the model has {sorted(known)}."
             )
         adapter_name = active[0]
-    if adapter_name not in configs:
-        raise ValueError(f"`adapter_name` must be one of {sorted(configs)}; got {adapter_name!r}.")
+    if adapter_name not in known:
+        raise ValueError(f"`adapter_name` must be one of {sorted(known)}; got {adapter_name!r}.")
+    return adapter_name
+
+
+def _resolved(adapter_name: str | None, active: list[str], configs: dict[str, Any]) -> str:
+    adapter_name = chosen_name(adapter_name, active, configs)
     peft_type = PeftType(configs[adapter_name].peft_type).value
     if peft_type not in _SUPPORTED_TYPES:
         raise UnsupportedModelError(

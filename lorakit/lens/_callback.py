@@ -83,9 +83,9 @@ class SpectralCallback(TrainerCallback):  # type: ignore[misc]
         model = unwrapped(kwargs["model"])
         _, modules = find_adapter(model, self.adapter_name)
         self._together = any(is_sharded(parameter) for module in modules for parameter in module.layer.parameters())
-        self._watches = self.gradients and not is_compiled(model)
-        if self.gradients and (is_compiled(model) or getattr(args, "torch_compile", False)):
-            self._watches = False
+        compiled = is_compiled(model) or getattr(args, "torch_compile", False)
+        self._watches = self.gradients and not compiled
+        if self.gradients and compiled:
             warnings.warn(
                 "SpectralCallback cannot watch the gradients of a model that torch.compile compiles: there will be no "
                 "gradient-subspace overlap (kappa).",

@@ -6,7 +6,7 @@ Reference: LoRA-Lens, section 2.1 and Figure 2.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,7 @@ from lorakit.errors import Finding
 from lorakit.lens._base_weights import BaseWeights, base_weights
 from lorakit.lens._measure import Source, about_low_rank_part, measure
 from lorakit.lens._random import random_adapter
-from lorakit.lens._report import WithFindings, group_of, grouped, mean, ordered, some
+from lorakit.lens._report import WithFindings, group_of, grouped, in_parts, mean, ordered, some
 from lorakit.spectral import effective_rank, pearson
 from lorakit.tuners.roles import Role
 
@@ -93,19 +93,7 @@ class RankCorrelation(WithFindings):
 
     def to_dict(self) -> dict[str, Any]:
         """`modules`, `summary` and `findings` as JSON has them: no NaN, no infinity."""
-        summary = {
-            "path": self.path,
-            "base": self.base,
-            "dequantized": self.dequantized,
-            "seed": self.seed,
-            "total": asdict(self.total),
-            "roles": [asdict(group) for group in self.roles],
-        }
-        return {
-            "modules": [asdict(module) for module in self.modules],
-            "summary": summary,
-            "findings": [asdict(finding) for finding in self.findings],
-        }
+        return in_parts(self)
 
     def plot(self) -> Figure:
         """One point a module, one colour a role: effective rank of ΔW against that of the pretrained weight.

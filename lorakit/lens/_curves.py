@@ -7,7 +7,7 @@ C(k) = Σ_{i≤k} σ² / Σ σ²; Eckart & Young 1936: the errors of the best ap
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,7 @@ from lorakit._plotting import new_figure, plain
 from lorakit.adapters import open_adapter
 from lorakit.errors import Finding
 from lorakit.lens._measure import Source, about_low_rank_part, measure
-from lorakit.lens._report import AuditedModule, WithFindings, grouped, ordered
+from lorakit.lens._report import AuditedModule, WithFindings, grouped, in_parts, ordered
 from lorakit.spectral import energy_curve, spectral_truncation_error, truncation_error
 from lorakit.tuners.roles import Role
 
@@ -79,17 +79,7 @@ class EnergyCurves(WithFindings):
 
     def to_dict(self) -> dict[str, Any]:
         """`modules`, `summary` and `findings` as JSON has them: no NaN, no infinity."""
-        summary = {
-            "path": self.path,
-            "peft_type": self.peft_type,
-            "total": None if self.total is None else asdict(self.total),
-            "roles": [asdict(curve) for curve in self.roles],
-        }
-        return {
-            "modules": [asdict(module) for module in self.modules],
-            "summary": summary,
-            "findings": [asdict(finding) for finding in self.findings],
-        }
+        return in_parts(self)
 
     def plot(self) -> Figure:
         """The mean curve of each role over k, and of all modules; shaded between the tenth below and that above.

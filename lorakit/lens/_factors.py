@@ -15,7 +15,7 @@ from lorakit.adapters.live import LiveModule, read_weight
 from lorakit.errors import UnsupportedModelError
 from lorakit.tuners.roles import Role, layer_of
 
-_BATCH = 1 << 20  # entries of stacked factors: past this, stacking costs a CPU more than it gains
+_BATCH = 1 << 20  # entries of stacked factors: past this, stacking gains a CPU nothing more
 _BATCH_ELSEWHERE = 1 << 26
 
 

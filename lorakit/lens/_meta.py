@@ -6,7 +6,7 @@ import copy
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,7 +159,10 @@ def count_step(model: nn.Module, inputs: Mapping[str, Any]) -> Counted | str:
     try:
         with warnings.catch_warnings(), _META, torch.enable_grad(), _Flash():
             warnings.simplefilter("ignore")
-            saved = _saved_bytes(model, inputs)  # on its own: the counter keeps what autograd would not
+            own = [*model.parameters(), *model.buffers()]
+            saved = saved_bytes(
+                lambda: _result(model(**inputs)), own
+            )  # on its own: the counter keeps what autograd would not
             with counter:
                 output = _result(model(**inputs))
                 forward = counter.get_total_flops()
@@ -173,9 +176,9 @@ def count_step(model: nn.Module, inputs: Mapping[str, Any]) -> Counted | str:
     return Counted(forward, counter.get_total_flops(), saved, by_name, names)
 
 
-def _saved_bytes(model: nn.Module, inputs: Mapping[str, Any]) -> int:
-    """What autograd holds after a forward, the model's own tensors aside."""
-    own = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
+def saved_bytes(forward: Callable[[], Tensor], own: Iterable[Tensor]) -> int:
+    """What autograd holds after a forward, for its output's backward: each storage once, those of `own` aside."""
+    others = {_storage(tensor) for tensor in own}
     graph: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
     def keep(tensor: Tensor) -> _Saved:
@@ -184,10 +187,10 @@ def _saved_bytes(model: nn.Module, inputs: Mapping[str, Any]) -> int:
         return saved
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.tensor):
-        output = _result(model(**inputs))
+        output = forward()
     kept = {_storage(saved.tensor): saved.tensor.untyped_storage().nbytes() for saved in graph}
     del output
-    return sum(size for storage, size in kept.items() if storage not in own)
+    return sum(size for storage, size in kept.items() if storage not in others)
 
 
 def _grouped_mm(a: Sequence[int], b: Sequence[int], *_: Any, out_shape: Any = None, **__: Any) -> int:

@@ -25,6 +25,13 @@ class WithFindings:
         return any(finding.severity == "error" for finding in self.findings)
 
 
+def in_parts(report: Any) -> dict[str, Any]:
+    """A report as plain data: its `modules`, its `findings`, and all else as `summary`."""
+    whole = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(report).items()}
+    modules, findings = whole.pop("modules"), whole.pop("findings")
+    return {"modules": modules, "summary": whole, "findings": findings}
+
+
 @dataclass(frozen=True)
 class AuditedModule:
     """One module's ΔW, scaling included. Where it is not finite the numbers are None, the singular values empty.

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from lorakit._distributed import unwrapped
 from lorakit._plotting import new_figure, plain
+from lorakit.adapters.live import chosen_name
 from lorakit.calibration import preserved_state
 from lorakit.errors import UnsupportedModelError
 from lorakit.lens._evaluation import Evaluate, MeanLoss, check_arguments, difference, losses_of, mean_of
@@ -215,16 +216,8 @@ def _resolve(layers: Sequence[AdaptedLayer], adapter_name: str | None) -> tuple[
             f"off one by one. Call unmerge_adapter() first."
         )
     known = list(dict.fromkeys(n for one in layers for part in one.layers for n in part._all_available_adapter_names()))
-    if adapter_name is None:
-        active = [name for name in known if any(name in part.active_adapters for one in layers for part in one.layers)]
-        if len(active) != 1:
-            raise ValueError(
-                f"`adapter_name` is needed where not exactly one adapter is active; active are {active}, and the model "
-                f"has {sorted(known)}."
-            )
-        adapter_name = active[0]
-    if adapter_name not in known:
-        raise ValueError(f"`adapter_name` must be one of {sorted(known)}; got {adapter_name!r}.")
+    active = [name for name in known if any(name in part.active_adapters for one in layers for part in one.layers)]
+    adapter_name = chosen_name(adapter_name, active, known)
     return adapter_name, [one for one in layers if one.has(adapter_name)]
 
 

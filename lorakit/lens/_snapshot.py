@@ -6,7 +6,7 @@ Reference: "LoRA-Lens: Training Induces Spectral Compression in Low-Rank Adapter
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -169,8 +169,9 @@ def snapshot(
         else:
             factors.append(pair)
     numbers: dict[str, list[float]] = {}
-    for names, columns in _on_the_host([_columns(batch) for batch in batches(factors)]):
-        numbers |= dict(zip(names, columns, strict=True))
+    parts = [_columns(batch) for batch in batches(factors)]  # all under way on the device before any is waited for
+    for names, columns in parts:
+        numbers |= dict(zip(names, columns.tolist(), strict=True))
     rows = tuple(_row(one, numbers[one.name], gradients) for one in factors)
     groups, _ = grouped(rows)
     roles = tuple(_group(name, members, gradients) for name, members in groups.items())
@@ -195,11 +196,6 @@ def _columns(batch: Sequence[Factors]) -> tuple[list[str], Tensor]:
         sigma = torch.where(finite[:, None], update.singular_values(), torch.nan)
     columns = torch.stack([sigma[:, 0].double(), stable_rank(sigma).double(), effective_rank(sigma).double()], 1)
     return [one.name for one in batch], columns
-
-
-def _on_the_host(parts: Iterable[tuple[list[str], Tensor]]) -> Iterable[tuple[list[str], list[list[float]]]]:
-    """What all parts come to, after all of them are under way on the device."""
-    return [(names, columns.tolist()) for names, columns in list(parts)]
 
 
 def _row(one: Factors, numbers: list[float], gradients: GradientWatch | None) -> SnapshotModule:

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.nn import functional as F
 
 
 @pytest.fixture
@@ -76,3 +77,23 @@ def in_memory():
         return assemble(path, AdapterSettings.from_config(settings | config), TensorDict(tensors))
 
     return make
+
+
+@pytest.fixture
+def data():
+    """Five examples to train on."""
+    generator = torch.Generator().manual_seed(6)
+    ids = [torch.randint(1, 64, (6,), generator=generator) for _ in range(5)]
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+@pytest.fixture
+def evaluate():
+    """The losses of four others, in eval mode."""
+    ids = torch.randint(1, 64, (4, 6), generator=torch.Generator().manual_seed(7))
+
+    def run(model):
+        assert not model.training
+        return F.cross_entropy(model(input_ids=ids).logits[:, :-1].mT, ids[:, 1:], reduction="none").mean(1)
+
+    return run

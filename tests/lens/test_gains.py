@@ -8,7 +8,6 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
-from torch.nn import functional as F
 from transformers import MixtralConfig, MixtralForCausalLM, get_cosine_schedule_with_warmup, set_seed
 
 from lorakit import FisherLoRAConfig, SpecLoRAConfig, lens
@@ -16,19 +15,6 @@ from lorakit.errors import UnsupportedModelError
 
 CONFIG = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
 SETTINGS = {"steps": 3, "batch_size": 2, "learning_rate": 2e-2, "progress": False}
-
-
-@pytest.fixture
-def data():
-    generator = torch.Generator().manual_seed(6)
-    ids = [torch.randint(1, 64, (6,), generator=generator) for _ in range(5)]
-    return [{"input_ids": row, "labels": row} for row in ids]
-
-
-@pytest.fixture
-def evaluate():
-    ids = torch.randint(1, 64, (4, 6), generator=torch.Generator().manual_seed(7))
-    return lambda model: F.cross_entropy(model(input_ids=ids).logits[:, :-1].mT, ids[:, 1:], reduction="none").mean(1)
 
 
 def by_hand(model, layer, data, evaluate, seed):
@@ -49,6 +35,7 @@ def by_hand(model, layer, data, evaluate, seed):
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+    adapted.eval()
     with torch.no_grad():
         return evaluate(adapted).double()
 

@@ -24,24 +24,6 @@ LORA = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS)
 SETTINGS = {"steps": 3, "batch_size": 2, "learning_rate": 1e-2, "progress": False}
 
 
-@pytest.fixture
-def data():
-    generator = torch.Generator().manual_seed(6)
-    ids = [torch.randint(1, 64, (6,), generator=generator) for _ in range(5)]
-    return [{"input_ids": row, "labels": row} for row in ids]
-
-
-@pytest.fixture
-def evaluate():
-    ids = torch.randint(1, 64, (4, 6), generator=torch.Generator().manual_seed(7))
-
-    def run(model):
-        assert not model.training
-        return F.cross_entropy(model(input_ids=ids).logits[:, :-1].mT, ids[:, 1:], reduction="none").mean(1)
-
-    return run
-
-
 class Watched:
     """A `train` that trains nothing and notes what it is given."""
 
