@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit import FisherLoRAConfig, SpecLoRAConfig
-from lorakit.lens._meta import saved_bytes
+from lorakit.cost._meta import saved_bytes
 
 R, K = 16, 200
 SHARED: dict[str, Any] = {"r": R, "lora_alpha": 2 * R}

@@ -6,84 +6,32 @@ after it. Nothing heavy is imported until it is used.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lorakit import _registration
-from lorakit._version import __version__
+from lorakit import _lazy, _registration
 
 if TYPE_CHECKING:
-    from lorakit import (
-        adapters,
-        allocation,
-        calibration,
-        compress,
-        errors,
-        export,
-        fisher,
-        lens,
-        merging,
-        spectral,
-        surgery,
-        tuners,
-    )
-    from lorakit.tuners.fisherlora import FisherLoRAConfig, FisherLoRAModel
-    from lorakit.tuners.speclora import SpecLoRAConfig, SpecLoRAModel
+    from lorakit import adapters as adapters
+    from lorakit import allocation as allocation
+    from lorakit import calibration as calibration
+    from lorakit import compress as compress
+    from lorakit import cost as cost
+    from lorakit import errors as errors
+    from lorakit import experiments as experiments
+    from lorakit import export as export
+    from lorakit import fisher as fisher
+    from lorakit import lens as lens
+    from lorakit import merging as merging
+    from lorakit import naming as naming
+    from lorakit import spectral as spectral
+    from lorakit import surgery as surgery
+    from lorakit import tuners as tuners
+    from lorakit._version import __version__ as __version__
+    from lorakit.tuners.fisherlora import FisherLoRAConfig as FisherLoRAConfig
+    from lorakit.tuners.fisherlora import FisherLoRAModel as FisherLoRAModel
+    from lorakit.tuners.speclora import SpecLoRAConfig as SpecLoRAConfig
+    from lorakit.tuners.speclora import SpecLoRAModel as SpecLoRAModel
+else:
+    __getattr__, __dir__, __all__ = _lazy.attach(__name__)
 
-__all__ = [
-    "FisherLoRAConfig",
-    "FisherLoRAModel",
-    "SpecLoRAConfig",
-    "SpecLoRAModel",
-    "__version__",
-    "adapters",
-    "allocation",
-    "calibration",
-    "compress",
-    "errors",
-    "export",
-    "fisher",
-    "lens",
-    "merging",
-    "spectral",
-    "surgery",
-    "tuners",
-]
-
-_ATTRIBUTES = {
-    "FisherLoRAConfig": "lorakit.tuners.fisherlora",
-    "FisherLoRAModel": "lorakit.tuners.fisherlora",
-    "SpecLoRAConfig": "lorakit.tuners.speclora",
-    "SpecLoRAModel": "lorakit.tuners.speclora",
-}
-_MODULES = (
-    "adapters",
-    "allocation",
-    "calibration",
-    "compress",
-    "errors",
-    "export",
-    "fisher",
-    "lens",
-    "merging",
-    "spectral",
-    "surgery",
-    "tuners",
-)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _ATTRIBUTES:
-        value = getattr(importlib.import_module(_ATTRIBUTES[name]), name)
-        globals()[name] = value
-        return value
-    if name in _MODULES:
-        return importlib.import_module(f"lorakit.{name}")
-    raise AttributeError(f"module 'lorakit' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
-
-
-_registration.register_when_peft_is_imported()
+_registration.register_when_peft_is_imported(("lorakit.tuners.speclora", "lorakit.tuners.fisherlora"))

@@ -20,7 +20,6 @@ from lorakit.errors import RegistrationError
 if TYPE_CHECKING:
     from peft.utils.peft_types import PeftType
 
-_TUNER_MODULES = ("lorakit.tuners.speclora", "lorakit.tuners.fisherlora")
 _OWNED = "_added_by_lorakit"
 _HOOKED = "_tuners_follow"
 _lock = threading.RLock()
@@ -73,11 +72,14 @@ def register_tuner(name: str, config_cls: type, model_cls: type, *, hotswap_keys
         return member
 
 
-def register_when_peft_is_imported() -> None:
-    """Register now if PEFT is imported already, and otherwise as soon as it is."""
+def register_when_peft_is_imported(tuner_modules: Sequence[str]) -> None:
+    """Import `tuner_modules` now if PEFT is imported already, and otherwise as soon as it is.
+
+    Each of them calls `register_tuner`.
+    """
     with _lock:
         others = [finder for finder in sys.meta_path if type(finder).__qualname__ != _PeftFinder.__qualname__]
-        sys.meta_path[:] = [_PeftFinder(), *others]
+        sys.meta_path[:] = [_PeftFinder(tuner_modules), *others]
     peft = sys.modules.get("peft")
     if peft is None:
         return
@@ -86,17 +88,17 @@ def register_when_peft_is_imported() -> None:
         if hasattr(spec, _HOOKED):  # on another thread: it will import the tuners itself when it is done
             return
         __import__("peft")  # waits for the thread that imports it
-    _import_tuners()
+    _import_tuners(tuner_modules)
 
 
-def _import_tuners() -> None:
+def _import_tuners(tuner_modules: Sequence[str]) -> None:
     """Import the tuner modules, anew where they were made for a PEFT that has been imported again since.
 
     `__import__`, unlike `importlib.import_module`, accepts a module that this thread is in the middle of importing;
     that module registers itself when it is done.
     """
     peft_types = sys.modules.get("peft.utils.peft_types")
-    for name in _TUNER_MODULES:
+    for name in tuner_modules:
         module = sys.modules.get(name)
         stale = getattr(module, "PeftType", None)
         if stale is not None and peft_types is not None and stale is not peft_types.PeftType:
@@ -105,7 +107,7 @@ def _import_tuners() -> None:
             for exported in [key for key, value in vars(sys.modules["lorakit"]).items() if _is_ours(value)]:
                 delattr(sys.modules["lorakit"], exported)
             break
-    for name in _TUNER_MODULES:
+    for name in tuner_modules:
         try:
             __import__(name)
         except RuntimeError as error:
@@ -116,6 +118,9 @@ def _import_tuners() -> None:
 
 class _PeftFinder(MetaPathFinder):
     """Finds ``peft`` where the other finders do, and imports lorakit's tuners right after it."""
+
+    def __init__(self, tuner_modules: Sequence[str]) -> None:
+        self._tuner_modules = tuner_modules
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -132,7 +137,7 @@ class _PeftFinder(MetaPathFinder):
 
         def exec_then_register(module: ModuleType) -> None:
             exec_module(module)
-            _import_tuners()
+            _import_tuners(self._tuner_modules)
 
         # On the instance, so that all else about the loader (resources, source) stays what it is.
         loader.exec_module = exec_then_register  # type: ignore[method-assign]

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from lorakit.errors import AllocationError
 
@@ -28,6 +28,30 @@ _ORDERS: dict[str, tuple[str | None, ...]] = {
     "fisherlora": ("value", None, "query"),
     "spectral": ("query", None, "value"),
 }
+
+
+class ProbedModule(Protocol):
+    """What an allocation needs to know of one probed module."""
+
+    @property
+    def module_name(self) -> str: ...
+    @property
+    def role(self) -> str | None: ...
+    @property
+    def d_out(self) -> int: ...
+    @property
+    def d_in(self) -> int: ...
+    @property
+    def fisher(self) -> float: ...
+
+
+class ProbeReport(Protocol):
+    """A probe's report, as far as an allocation needs it; `lorakit.fisher.FisherReport` is one."""
+
+    @property
+    def modules(self) -> Sequence[ProbedModule]: ...
+    @property
+    def target_modules(self) -> Sequence[str]: ...
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lorakit.adapters import Adapter, AdapterModule, TensorInfo, open_checkpoint
+from lorakit.adapters import Adapter, AdapterModule, TensorInfo, open_saved_adapter
+from lorakit.adapters.edit_log import edits_of, read_edits
 from lorakit.adapters.keys import tensor_name
-from lorakit.adapters.plain import (
+from lorakit.adapters.write_lora import (
     WrittenReport,
     carried_tensors,
     check_finite,
@@ -25,13 +26,12 @@ from lorakit.adapters.plain import (
     plain_config,
     write_plain,
 )
-from lorakit.adapters.record import edits_of, read_edits
 from lorakit.allocation import allocate, read_budget
 from lorakit.errors import AdapterFileError, Finding
+from lorakit.naming.patterns import lookup, unmatched
+from lorakit.naming.roles import Role
 from lorakit.spectral import LowRank, energy_rank
 from lorakit.spectral.weighted import seen_by_inputs, truncate_weighted
-from lorakit.tuners.patterns import lookup, unmatched
-from lorakit.tuners.roles import Role
 
 if TYPE_CHECKING:
     from torch import nn
@@ -124,7 +124,7 @@ def truncate(
     criterion = _criterion(ranks=ranks, energy=energy, budget=budget, max_rank=max_rank)
     if activations is not None and second_moments is not None:
         raise TypeError("Give `activations` or `second_moments`, not both.")
-    view = open_checkpoint(adapter, adapter_name=adapter_name)
+    view = open_saved_adapter(adapter, adapter_name=adapter_name)
     check_rewritable(view)
     inputs = _Inputs(view, activations, second_moments)
     with torch.no_grad():

@@ -25,12 +25,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorakit import surgery
 from lorakit._version import __version__
-from lorakit.adapters.live import live_modules
+from lorakit.adapters.in_model import live_modules
 from lorakit.errors import LorakitError
 from lorakit.export import to_lora
+from lorakit.naming.roles import role_of
 from lorakit.spectral import capacity_utilization
 from lorakit.tuners.fisherlora import FisherLoRAConfig
-from lorakit.tuners.roles import role_of
 from lorakit.tuners.speclora import SpecLoRAConfig
 
 if TYPE_CHECKING:

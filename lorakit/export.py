@@ -15,14 +15,14 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
 from lorakit.adapters import open_adapter
-from lorakit.adapters.files import replaced_directory, write_adapter
-from lorakit.adapters.live import LiveModule, live_modules, resolve_adapter_name
-from lorakit.adapters.plain import common_scaling, plain_fields
-from lorakit.adapters.record import edits_of, write_record
+from lorakit.adapters.atomic import replaced_directory, write_adapter
+from lorakit.adapters.edit_log import edits_of, write_record
+from lorakit.adapters.in_model import LiveModule, live_modules, resolve_adapter_name
+from lorakit.adapters.write_lora import common_scaling, plain_fields
 from lorakit.compress import truncate
 from lorakit.errors import ExportError
+from lorakit.naming.inits import changes_base_weights
 from lorakit.spectral import LowRank
-from lorakit.tuners import CHANGES_BASE
 from lorakit.tuners._masked_layers import SpecLoRAOutProjection
 from lorakit.tuners._masked_variants import MaskInMerge
 
@@ -152,7 +152,7 @@ def _at_rest(
 
 def _check(config: LoraConfig, modules: list[LiveModule], rank: int | None) -> None:
     init = config.init_lora_weights
-    if isinstance(init, str) and init.lower().startswith(CHANGES_BASE):
+    if changes_base_weights(init):
         raise ExportError(
             f"The adapter was made with init_lora_weights={init!r}, which changed the base weights; its factors mean "
             f"nothing to the original ones. "

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lorakit.adapters import Adapter, AdapterModule, open_checkpoint
-from lorakit.adapters.plain import (
+from lorakit.adapters import Adapter, AdapterModule, open_saved_adapter
+from lorakit.adapters.write_lora import (
     WrittenReport,
     carried_tensors,
     check_finite,
@@ -30,9 +30,9 @@ from lorakit.adapters.plain import (
     write_plain,
 )
 from lorakit.errors import Finding, UnsupportedModelError
+from lorakit.naming.roles import Role
 from lorakit.spectral import LowRank, energy_rank
 from lorakit.spectral.dense import factored, leading
-from lorakit.tuners.roles import Role
 
 if TYPE_CHECKING:
     from torch import nn
@@ -120,7 +120,7 @@ def merge(
         `out` is then as it was.
     """
     weights = _check(adapters, weights, method, rank, energy, density)
-    views = [open_checkpoint(adapter) for adapter in adapters]
+    views = [open_saved_adapter(adapter) for adapter in adapters]
     for view in views:
         check_rewritable(view)
     present = _modules(views)

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorakit import fisher
-from lorakit.adapters.files import replaced_directory
-from lorakit.calibration import IGNORED_LABEL
+from lorakit.adapters.atomic import replaced_directory
+from lorakit.calibration.losses import IGNORED_LABEL
 from lorakit.errors import CalibrationError
 from lorakit.tuners.fisherlora import FisherLoRAConfig, allocation_of
 

@@ -1,4 +1,4 @@
-"""Truncated adapters against numpy's float64 SVD of ΔW, and against what PEFT makes of the files."""
+"""Truncated adapters against numpy's float64 SVD of ΔW, and against what PEFT makes of the atomic."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lorakit import FisherLoRAConfig, SpecLoRAConfig
-from lorakit.adapters import files, open_adapter
+from lorakit.adapters import atomic, open_adapter
 from lorakit.compress import truncate
 from lorakit.errors import AdapterFileError, UnsupportedModelError
 from lorakit.spectral import LowRank
@@ -466,13 +466,13 @@ def test_the_target_may_be_the_source_and_keeps_its_other_files(trained, tiny_ll
 
 def test_what_was_written_wrongly_never_takes_its_place(trained, tmp_path, monkeypatch):
     _, directory = trained(CONFIGS["plain"]())
-    write = files.save_file
+    write = atomic.save_file
 
     def flawed(tensors, *args, **options):
         key = next(key for key in tensors if "lora_B" in key)
         write(tensors | {key: tensors[key] * 1.001}, *args, **options)
 
-    monkeypatch.setattr(files, "save_file", flawed)
+    monkeypatch.setattr(atomic, "save_file", flawed)
     with pytest.raises(AdapterFileError, match="with an error of"):
         truncate(directory, tmp_path / "out", ranks=2)
     assert not (tmp_path / "out").exists()
@@ -491,7 +491,7 @@ def test_a_disk_that_takes_no_more_leaves_the_target_as_it_was(trained, tmp_path
 
     for part in ("save_file", "_plain_json"):
         with monkeypatch.context() as patched:
-            patched.setattr(files, part, fail)
+            patched.setattr(atomic, part, fail)
             with pytest.raises(OSError, match=os.strerror(code)):
                 truncate(directory, other, ranks=2)
         assert snapshot(other) == before

@@ -12,9 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import KasaConfig, MontecloraConfig
 from safetensors.torch import load_file
 
-import lorakit.adapters.files as files
+import lorakit.adapters.atomic as files
 from lorakit import FisherLoRAConfig, SpecLoRAConfig
-from lorakit.adapters.live import live_modules
+from lorakit.adapters.in_model import live_modules
 from lorakit.export import to_lora
 from lorakit.tuners.speclora import MODES
 

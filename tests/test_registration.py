@@ -149,7 +149,7 @@ def test_registering_again_changes_nothing():
     module = importlib.import_module("lorakit.tuners.speclora")
     register_tuner("speclora", module.SpecLoRAConfig, module.SpecLoRAModel, hotswap_keys=["k"])
     assert list(PeftType) == before
-    lorakit._registration.register_when_peft_is_imported()
+    lorakit._registration.register_when_peft_is_imported(["lorakit.tuners.speclora", "lorakit.tuners.fisherlora"])
     assert PEFT_TYPE_TO_CONFIG_MAPPING["SPECLORA"] is SpecLoRAConfig
 
 

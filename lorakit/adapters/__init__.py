@@ -1,50 +1,17 @@
-"""The view over adapters: the only code that knows key names, scaling and files.
-
-Importing this package imports neither PEFT nor transformers; `lorakit.adapters.live` does.
-"""
+"""Adapters, wherever they are: one view over directories, files, Hub ids and models, and how adapters are written."""
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
-from lorakit.adapters.disk import open_file_or_hub
-from lorakit.adapters.view import Adapter, AdapterModule, ExtraTensor, TensorInfo
+from lorakit import _lazy
 
 if TYPE_CHECKING:
-    from torch import nn
-
-__all__ = ["Adapter", "AdapterModule", "ExtraTensor", "TensorInfo", "open_adapter", "open_checkpoint"]
-
-
-def open_adapter(adapter: str | os.PathLike[str] | nn.Module | Adapter, *, adapter_name: str | None = None) -> Adapter:
-    """The one view over an adapter: of a directory, a .safetensors or .bin file, a Hub id, or a PeftModel.
-
-    Of a PeftModel, `adapter_name` says which of its adapters, if not the one active; the view then follows the model,
-    as its tensors are the parameters' own.
-    Raises: AdapterFileError for what cannot be read, UnsupportedModelError for adapters of other kinds; TypeError for
-    other arguments.
-    """
-    if isinstance(adapter, Adapter):
-        return adapter
-    if isinstance(adapter, str | os.PathLike):
-        if adapter_name is not None:
-            raise TypeError("`adapter_name` is for adapters in a model; an adapter on disk has no name.")
-        return open_file_or_hub(adapter)
-    from lorakit.adapters.live import live_adapter
-
-    return live_adapter(adapter, adapter_name)
-
-
-def open_checkpoint(
-    adapter: str | os.PathLike[str] | nn.Module | Adapter, *, adapter_name: str | None = None
-) -> Adapter:
-    """The view that `open_adapter` gives; of a PeftModel with all that its checkpoint would hold beside the updates.
-
-    For whoever writes another adapter of this one. Raises: as `open_adapter`.
-    """
-    if isinstance(adapter, str | os.PathLike | Adapter):
-        return open_adapter(adapter, adapter_name=adapter_name)
-    from lorakit.adapters.live import saved_adapter
-
-    return saved_adapter(adapter, adapter_name)
+    from lorakit.adapters.adapter import Adapter as Adapter
+    from lorakit.adapters.adapter import AdapterModule as AdapterModule
+    from lorakit.adapters.adapter import ExtraTensor as ExtraTensor
+    from lorakit.adapters.adapter import TensorInfo as TensorInfo
+    from lorakit.adapters.open import open_adapter as open_adapter
+    from lorakit.adapters.open import open_saved_adapter as open_saved_adapter
+else:
+    __getattr__, __dir__, __all__ = _lazy.attach(__name__)

@@ -11,8 +11,9 @@ from typing import Annotated
 import typer
 
 from lorakit._version import __version__
-from lorakit.cli import at_rest, operate
-from lorakit.cli.output import check_share, print_json, show
+from lorakit.cli import rewrite
+from lorakit.cli import surgery as surgery_command
+from lorakit.cli._output import check_share, print_json, show
 from lorakit.errors import LorakitError
 
 app = typer.Typer(name="lorakit", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -195,7 +196,7 @@ def alignment(
     show(report, as_json, "print_alignment")
 
 
-for _command in (at_rest.compress, at_rest.merge, at_rest.export, operate.surgery):
+for _command in (rewrite.compress, rewrite.merge, rewrite.export, surgery_command.surgery):
     app.command()(_command)
 
 

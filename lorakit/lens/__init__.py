@@ -1,126 +1,55 @@
-"""Looking at adapters. Importing this imports torch and safetensors, not PEFT or transformers."""
+"""What an adapter learned: audits, comparisons and diagnostics of adapters at rest and in training."""
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lorakit.lens._alignment import AlignedGroup, AlignedPair, AlignmentReport, alignment
-from lorakit.lens._audit import audit
-from lorakit.lens._compare import ComparedGroup, ComparedModule, ComparisonReport, compare
-from lorakit.lens._gradients import GradientWatch, watch_gradients
-from lorakit.lens._html import write_html
-from lorakit.lens._plots import write_plots
-from lorakit.lens._report import AuditedModule, AuditReport, GroupSummary
-from lorakit.lens._snapshot import Snapshot, SnapshotGroup, SnapshotModule, snapshot
-from lorakit.lens._suggestions import RankSuggestion
-from lorakit.lens._trajectory import Trajectory
-from lorakit.lens._weights import ComparedWeight, ComparedWeights, WeightsReport, compare_weights
+from lorakit import _lazy
 
 if TYPE_CHECKING:
-    from lorakit.lens._accounting import AccountedModule, Accounting, Flops, Memory, accounting
-    from lorakit.lens._callback import SpectralCallback
-    from lorakit.lens._conditions import (
-        AdapterConditions,
-        ConditionedGroup,
-        ConditionedModule,
-        ConditionsReport,
-        conditions,
-    )
-    from lorakit.lens._correlation import CorrelatedGroup, RankCorrelation, RankPair, rank_correlation
-    from lorakit.lens._curves import EnergyCurve, EnergyCurves, MeanCurve, energy_curves
-    from lorakit.lens._evaluation import MeanLoss
-    from lorakit.lens._gains import LayerGain, LayerGains, adapt_each_layer
-    from lorakit.lens._laws import LawFit, LawPoint, ScalingLawReport, scaling_law
-    from lorakit.lens._sensitivity import LayerSensitivity, SensitivityGroup, layer_sensitivity
-    from lorakit.lens._sweep import PairedDifference, RankSweep, SweepRun, SweptRank, rank_sweep
-
-__all__ = [
-    "AccountedModule",
-    "Accounting",
-    "AdapterConditions",
-    "AlignedGroup",
-    "AlignedPair",
-    "AlignmentReport",
-    "AuditReport",
-    "AuditedModule",
-    "ComparedGroup",
-    "ComparedModule",
-    "ComparedWeight",
-    "ComparedWeights",
-    "ComparisonReport",
-    "ConditionedGroup",
-    "ConditionedModule",
-    "ConditionsReport",
-    "CorrelatedGroup",
-    "EnergyCurve",
-    "EnergyCurves",
-    "Flops",
-    "GradientWatch",
-    "GroupSummary",
-    "LawFit",
-    "LawPoint",
-    "LayerGain",
-    "LayerGains",
-    "LayerSensitivity",
-    "MeanCurve",
-    "MeanLoss",
-    "Memory",
-    "PairedDifference",
-    "RankCorrelation",
-    "RankPair",
-    "RankSuggestion",
-    "RankSweep",
-    "ScalingLawReport",
-    "SensitivityGroup",
-    "Snapshot",
-    "SnapshotGroup",
-    "SnapshotModule",
-    "SpectralCallback",
-    "SweepRun",
-    "SweptRank",
-    "Trajectory",
-    "WeightsReport",
-    "accounting",
-    "adapt_each_layer",
-    "alignment",
-    "audit",
-    "compare",
-    "compare_weights",
-    "conditions",
-    "energy_curves",
-    "layer_sensitivity",
-    "rank_correlation",
-    "rank_sweep",
-    "scaling_law",
-    "snapshot",
-    "watch_gradients",
-    "write_html",
-    "write_plots",
-]
-
-_LAZY = {
-    "_accounting": ("AccountedModule", "Accounting", "Flops", "Memory", "accounting"),
-    "_callback": ("SpectralCallback",),  # a subclass of transformers' TrainerCallback
-    "_conditions": ("AdapterConditions", "ConditionedGroup", "ConditionedModule", "ConditionsReport", "conditions"),
-    "_correlation": ("CorrelatedGroup", "RankCorrelation", "RankPair", "rank_correlation"),
-    "_curves": ("EnergyCurve", "EnergyCurves", "MeanCurve", "energy_curves"),
-    "_evaluation": ("MeanLoss",),
-    "_gains": ("LayerGain", "LayerGains", "adapt_each_layer"),
-    "_laws": ("LawFit", "LawPoint", "ScalingLawReport", "scaling_law"),
-    "_sensitivity": ("LayerSensitivity", "SensitivityGroup", "layer_sensitivity"),
-    "_sweep": ("PairedDifference", "RankSweep", "SweepRun", "SweptRank", "rank_sweep"),
-}
-_OWNERS = {name: module for module, names in _LAZY.items() for name in names}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _OWNERS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_OWNERS[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+    from lorakit.lens.diagnostics.conditions import AdapterConditions as AdapterConditions
+    from lorakit.lens.diagnostics.conditions import ConditionedGroup as ConditionedGroup
+    from lorakit.lens.diagnostics.conditions import ConditionedModule as ConditionedModule
+    from lorakit.lens.diagnostics.conditions import ConditionsReport as ConditionsReport
+    from lorakit.lens.diagnostics.conditions import conditions as conditions
+    from lorakit.lens.diagnostics.correlation import CorrelatedGroup as CorrelatedGroup
+    from lorakit.lens.diagnostics.correlation import RankCorrelation as RankCorrelation
+    from lorakit.lens.diagnostics.correlation import RankPair as RankPair
+    from lorakit.lens.diagnostics.correlation import rank_correlation as rank_correlation
+    from lorakit.lens.diagnostics.curves import EnergyCurve as EnergyCurve
+    from lorakit.lens.diagnostics.curves import EnergyCurves as EnergyCurves
+    from lorakit.lens.diagnostics.curves import MeanCurve as MeanCurve
+    from lorakit.lens.diagnostics.curves import energy_curves as energy_curves
+    from lorakit.lens.diagnostics.laws import LawFit as LawFit
+    from lorakit.lens.diagnostics.laws import LawPoint as LawPoint
+    from lorakit.lens.diagnostics.laws import ScalingLawReport as ScalingLawReport
+    from lorakit.lens.diagnostics.laws import scaling_law as scaling_law
+    from lorakit.lens.render.html import write_html as write_html
+    from lorakit.lens.render.plots import write_plots as write_plots
+    from lorakit.lens.static.alignment import AlignedGroup as AlignedGroup
+    from lorakit.lens.static.alignment import AlignedPair as AlignedPair
+    from lorakit.lens.static.alignment import AlignmentReport as AlignmentReport
+    from lorakit.lens.static.alignment import alignment as alignment
+    from lorakit.lens.static.audit import audit as audit
+    from lorakit.lens.static.compare import ComparedGroup as ComparedGroup
+    from lorakit.lens.static.compare import ComparedModule as ComparedModule
+    from lorakit.lens.static.compare import ComparisonReport as ComparisonReport
+    from lorakit.lens.static.compare import compare as compare
+    from lorakit.lens.static.report import AuditedModule as AuditedModule
+    from lorakit.lens.static.report import AuditReport as AuditReport
+    from lorakit.lens.static.report import GroupSummary as GroupSummary
+    from lorakit.lens.static.suggestions import RankSuggestion as RankSuggestion
+    from lorakit.lens.static.weights import ComparedWeight as ComparedWeight
+    from lorakit.lens.static.weights import ComparedWeights as ComparedWeights
+    from lorakit.lens.static.weights import WeightsReport as WeightsReport
+    from lorakit.lens.static.weights import compare_weights as compare_weights
+    from lorakit.lens.training.callback import SpectralCallback as SpectralCallback
+    from lorakit.lens.training.gradients import GradientWatch as GradientWatch
+    from lorakit.lens.training.gradients import watch_gradients as watch_gradients
+    from lorakit.lens.training.snapshot import Snapshot as Snapshot
+    from lorakit.lens.training.snapshot import SnapshotGroup as SnapshotGroup
+    from lorakit.lens.training.snapshot import SnapshotModule as SnapshotModule
+    from lorakit.lens.training.snapshot import snapshot as snapshot
+    from lorakit.lens.training.trajectory import Trajectory as Trajectory
+else:
+    __getattr__, __dir__, __all__ = _lazy.attach(__name__)

@@ -1,72 +1,43 @@
-"""Batched linear algebra of low-rank updates, from their factors: no models, no files, no devices by name."""
+"""Batched linear algebra of low-rank updates, from their factors: no models, no files, no device names."""
 
-from lorakit.spectral.lowrank import SVD, LowRank
-from lorakit.spectral.metrics import (
-    ScalingLaw,
-    adapter_parameters,
-    capacity_utilization,
-    dominance,
-    effective_rank,
-    energy_curve,
-    energy_rank,
-    fit_scaling_law,
-    forward_multiply_adds,
-    full_parameters,
-    imbalance_ratio,
-    knee,
-    loss_gap_bound,
-    parameter_ratio,
-    pearson,
-    spectral_entropy,
-    spectral_truncation_error,
-    stable_rank,
-    truncation_error,
-    utilization,
-)
-from lorakit.spectral.subspace import (
-    gradient_overlap,
-    leading_similarity,
-    principal_angles,
-    principal_cosines,
-    random_subspace_overlap,
-    random_update_cosine,
-    residual_ratio,
-    subspace_overlap,
-    topk_overlap,
-    update_cosine,
-)
+from __future__ import annotations
 
-__all__ = [
-    "SVD",
-    "LowRank",
-    "ScalingLaw",
-    "adapter_parameters",
-    "capacity_utilization",
-    "dominance",
-    "effective_rank",
-    "energy_curve",
-    "energy_rank",
-    "fit_scaling_law",
-    "forward_multiply_adds",
-    "full_parameters",
-    "gradient_overlap",
-    "imbalance_ratio",
-    "knee",
-    "leading_similarity",
-    "loss_gap_bound",
-    "parameter_ratio",
-    "pearson",
-    "principal_angles",
-    "principal_cosines",
-    "random_subspace_overlap",
-    "random_update_cosine",
-    "residual_ratio",
-    "spectral_entropy",
-    "spectral_truncation_error",
-    "stable_rank",
-    "subspace_overlap",
-    "topk_overlap",
-    "truncation_error",
-    "update_cosine",
-    "utilization",
-]
+from typing import TYPE_CHECKING
+
+from lorakit import _lazy
+
+if TYPE_CHECKING:
+    from lorakit.spectral.lowrank import SVD as SVD
+    from lorakit.spectral.lowrank import LowRank as LowRank
+    from lorakit.spectral.metrics import ScalingLaw as ScalingLaw
+    from lorakit.spectral.metrics import adapter_parameters as adapter_parameters
+    from lorakit.spectral.metrics import capacity_utilization as capacity_utilization
+    from lorakit.spectral.metrics import dominance as dominance
+    from lorakit.spectral.metrics import effective_rank as effective_rank
+    from lorakit.spectral.metrics import energy_curve as energy_curve
+    from lorakit.spectral.metrics import energy_rank as energy_rank
+    from lorakit.spectral.metrics import fit_scaling_law as fit_scaling_law
+    from lorakit.spectral.metrics import forward_multiply_adds as forward_multiply_adds
+    from lorakit.spectral.metrics import full_parameters as full_parameters
+    from lorakit.spectral.metrics import imbalance_ratio as imbalance_ratio
+    from lorakit.spectral.metrics import knee as knee
+    from lorakit.spectral.metrics import loss_gap_bound as loss_gap_bound
+    from lorakit.spectral.metrics import parameter_ratio as parameter_ratio
+    from lorakit.spectral.metrics import pearson as pearson
+    from lorakit.spectral.metrics import spectral_entropy as spectral_entropy
+    from lorakit.spectral.metrics import spectral_truncation_error as spectral_truncation_error
+    from lorakit.spectral.metrics import stable_rank as stable_rank
+    from lorakit.spectral.metrics import truncation_error as truncation_error
+    from lorakit.spectral.metrics import utilization as utilization
+    from lorakit.spectral.subspace import gradient_overlap as gradient_overlap
+    from lorakit.spectral.subspace import leading_similarity as leading_similarity
+    from lorakit.spectral.subspace import principal_angles as principal_angles
+    from lorakit.spectral.subspace import principal_cosines as principal_cosines
+    from lorakit.spectral.subspace import random_subspace_overlap as random_subspace_overlap
+    from lorakit.spectral.subspace import random_update_cosine as random_update_cosine
+    from lorakit.spectral.subspace import residual_ratio as residual_ratio
+    from lorakit.spectral.subspace import subspace_overlap as subspace_overlap
+    from lorakit.spectral.subspace import topk_overlap as topk_overlap
+    from lorakit.spectral.subspace import update_cosine as update_cosine
+else:
+    __getattr__, __dir__, __all__ = _lazy.attach(__name__)

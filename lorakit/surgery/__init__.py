@@ -1,35 +1,27 @@
-"""Spectral surgery: reweight the singular values of a trained adapter by what a little data says of them."""
+"""Spectral surgery: reweight the singular values of a trained adapter by their measured sensitivity."""
 
-from lorakit.surgery._policies import (
-    POLICIES,
-    AbsSelect,
-    DoubleSmooth,
-    GradDirection,
-    Policy,
-    RandomIndex,
-    RobustZ,
-    SmoothAbs,
-    ZScore,
-)
-from lorakit.surgery._reports import EditedRow, SensitivityReport, SensitivityRow
-from lorakit.surgery._reweight import SurgeryReport, reweight
-from lorakit.surgery._sensitivity import select_modules, sensitivity
+from __future__ import annotations
 
-__all__ = [
-    "POLICIES",
-    "AbsSelect",
-    "DoubleSmooth",
-    "EditedRow",
-    "GradDirection",
-    "Policy",
-    "RandomIndex",
-    "RobustZ",
-    "SensitivityReport",
-    "SensitivityRow",
-    "SmoothAbs",
-    "SurgeryReport",
-    "ZScore",
-    "reweight",
-    "select_modules",
-    "sensitivity",
-]
+from typing import TYPE_CHECKING
+
+from lorakit import _lazy
+
+if TYPE_CHECKING:
+    from lorakit.surgery._policies import POLICIES as POLICIES
+    from lorakit.surgery._policies import AbsSelect as AbsSelect
+    from lorakit.surgery._policies import DoubleSmooth as DoubleSmooth
+    from lorakit.surgery._policies import GradDirection as GradDirection
+    from lorakit.surgery._policies import Policy as Policy
+    from lorakit.surgery._policies import RandomIndex as RandomIndex
+    from lorakit.surgery._policies import RobustZ as RobustZ
+    from lorakit.surgery._policies import SmoothAbs as SmoothAbs
+    from lorakit.surgery._policies import ZScore as ZScore
+    from lorakit.surgery._report import EditedRow as EditedRow
+    from lorakit.surgery._report import SensitivityReport as SensitivityReport
+    from lorakit.surgery._report import SensitivityRow as SensitivityRow
+    from lorakit.surgery._reweight import SurgeryReport as SurgeryReport
+    from lorakit.surgery._reweight import reweight as reweight
+    from lorakit.surgery._sensitivity import select_modules as select_modules
+    from lorakit.surgery._sensitivity import sensitivity as sensitivity
+else:
+    __getattr__, __dir__, __all__ = _lazy.attach(__name__)

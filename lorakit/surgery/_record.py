@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig, PeftModel
 
-from lorakit.adapters.record import edits_of, set_edits, write_record
+from lorakit.adapters.edit_log import edits_of, set_edits, write_record
 from lorakit.tuners.fisherlora import FisherLoRAConfig
 from lorakit.tuners.speclora import SpecLoRAConfig
 

@@ -11,15 +11,17 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from lorakit._distributed import from_first, unwrapped
+from lorakit._distributed.fsdp import unwrapped
+from lorakit._distributed.shards import from_first
 from lorakit._version import __version__
-from lorakit.adapters.live import LiveModule, read_weight, write_weight
-from lorakit.calibration import LossFn, preserved_rng
+from lorakit.adapters.in_model import LiveModule, read_weight, write_weight
+from lorakit.calibration.losses import LossFn
+from lorakit.calibration.state import preserved_rng
 from lorakit.errors import SurgeryError
 from lorakit.spectral import LowRank
 from lorakit.surgery._policies import ENERGIES, Aggregate, Policy, preserve, resolve_policy
 from lorakit.surgery._record import add_record, remove_record
-from lorakit.surgery._reports import EditedRow, SensitivityReport
+from lorakit.surgery._report import EditedRow, SensitivityReport
 from lorakit.surgery._sensitivity import Decomposed, aggregate_examples, check_aggregate, measure
 
 

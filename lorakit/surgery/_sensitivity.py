@@ -19,13 +19,15 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorakit._distributed import is_sharded, unwrapped, whole
-from lorakit.adapters.live import LiveModule, live_modules, resolve_adapter_name
-from lorakit.calibration import Collected, LossFn, activated, collect
+from lorakit._distributed.fsdp import full_tensor, is_sharded, unwrapped
+from lorakit.adapters.in_model import LiveModule, live_modules, resolve_adapter_name
+from lorakit.calibration.losses import LossFn
+from lorakit.calibration.run import Collected, collect
+from lorakit.calibration.state import activated
 from lorakit.errors import CalibrationError, SurgeryError, UnsupportedModelError
+from lorakit.naming.roles import RESIDUAL_WRITING
 from lorakit.surgery._policies import AGGREGATES, Aggregate
-from lorakit.surgery._reports import SensitivityReport, SensitivityRow
-from lorakit.tuners.roles import RESIDUAL_WRITING
+from lorakit.surgery._report import SensitivityReport, SensitivityRow
 
 
 @dataclass(frozen=True, eq=False)
@@ -320,7 +322,7 @@ def _standing_in(item: Decomposed) -> Iterator[_Down]:
     probe = _Down(item.Vh, item.S)
     try:
         layer.lora_A[name] = probe
-        layer.lora_B[name] = _Up(item.U, item.module.scaling, None if bias is None else whole(bias.detach()))
+        layer.lora_B[name] = _Up(item.U, item.module.scaling, None if bias is None else full_tensor(bias.detach()))
         yield probe
     finally:
         layer.lora_A[name] = down

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorakit.tuners import CHANGES_BASE
+from lorakit.naming.inits import changes_base_weights
 from lorakit.tuners._combination import Combination
 from lorakit.tuners.module_tree import Tree, module_tree, restore
 
@@ -238,5 +238,5 @@ def _forget(before: Tree, adapter_name: str) -> None:
 def changes_base(config: Any) -> bool:
     """Whether the initialization that a config asks for changes the base weights."""
     init = getattr(config, "init_lora_weights", None)
-    by_init = isinstance(init, str) and init.lower().startswith(CHANGES_BASE)
+    by_init = changes_base_weights(init)
     return by_init or getattr(config, "kasa_config", None) is not None

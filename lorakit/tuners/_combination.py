@@ -10,7 +10,7 @@ from typing import Any
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from lorakit.tuners.patterns import alpha_of
+from lorakit.naming.patterns import alpha_of
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,16 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft import LoraConfig
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lorakit._registration import register_tuner
-from lorakit.allocation import Allocation, Per, Rule, allocate
+from lorakit.allocation import Allocation, Per, ProbeReport, Rule, allocate
 from lorakit.errors import AllocationError, UnsupportedModelError
-from lorakit.tuners._base import NamesItsInit, ResolvingLoraModel, not_positive_integers
-from lorakit.tuners.patterns import (
+from lorakit.naming.patterns import (
     alpha_of,
     compact_pattern,
     lookup,
@@ -27,10 +25,9 @@ from lorakit.tuners.patterns import (
     targeted_parameters,
     warn_of_unmatched,
 )
-from lorakit.tuners.roles import role_of
-
-if TYPE_CHECKING:
-    from lorakit.fisher import FisherReport
+from lorakit.naming.roles import role_of
+from lorakit.naming.targets import default_targets
+from lorakit.tuners._base import NamesItsInit, ResolvingLoraModel, not_positive_integers
 
 
 @dataclass
@@ -79,7 +76,7 @@ class FisherLoRAConfig(NamesItsInit, LoraConfig):
     @classmethod
     def from_probe(
         cls,
-        report: FisherReport,
+        report: ProbeReport,
         *,
         budget: float | None = None,
         params: int | None = None,
@@ -119,7 +116,7 @@ class FisherLoRAConfig(NamesItsInit, LoraConfig):
 
 
 def allocation_of(
-    report: FisherReport,
+    report: ProbeReport,
     *,
     budget: float | None = None,
     params: int | None = None,
@@ -213,40 +210,6 @@ class FisherLoRAModel(ResolvingLoraModel):
         peft_config.r_q *= 2
         peft_config.r_v = peft_config.r_v and 2 * peft_config.r_v
         return converted
-
-
-def default_targets(model: nn.Module) -> set[str]:
-    """The last name components of the model's query and value projections.
-
-    Raises: UnsupportedModelError (a ValueError) where there are none, or where they are fused with others.
-    """
-    roles = {
-        name: role_of(name)
-        for name, module in model.named_modules()
-        if isinstance(module, Conv1D) or hasattr(module, "in_features")
-    }
-    by_role = {role: [name for name in roles if roles[name] == role] for role in ("query", "value", "fused_qkv")}
-    targets = {name.rpartition(".")[2] for role in ("query", "value") for name in by_role[role]}
-    fused = by_role["fused_qkv"]
-    if by_role["query"] and by_role["value"]:
-        if fused:
-            warnings.warn(
-                f"FisherLoRA: `target_modules` was not given; {sorted(targets)} are adapted, but {fused[0]!r} and "
-                f"{len(fused) - 1} more modules, which fuse query, key and value, are not.",
-                stacklevel=2,
-            )
-        return targets
-    if fused:
-        raise UnsupportedModelError(
-            f"FisherLoRA gives query and value projections different ranks, but this model fuses them: {fused[0]!r} "
-            f"(and {len(fused) - 1} more) computes all three in one matrix. Please specify `target_modules`, "
-            f"for instance target_modules=[{fused[0].rpartition('.')[2]!r}], which then takes rank `r`."
-        )
-    linear = sorted({name.rpartition(".")[2] for name in roles})
-    raise UnsupportedModelError(
-        f"FisherLoRA found no query and value projections by name in {type(model).__name__}. Please specify "
-        f"`target_modules`; its linear modules are named {linear}."
-    )
 
 
 register_tuner(

@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 
 from lorakit._registration import register_tuner
 from lorakit.errors import UnsupportedModelError
+from lorakit.naming.patterns import lookup, targeted_modules, targeted_parameters, warn_of_unmatched
 from lorakit.tuners._base import NamesItsInit, ResolvingLoraModel, not_positive_integers
 from lorakit.tuners._masked_layers import (
     MODES,
@@ -48,7 +49,6 @@ from lorakit.tuners._masked_layers import (
     quantized_class,
     svd_blocks,
 )
-from lorakit.tuners.patterns import lookup, targeted_modules, targeted_parameters, warn_of_unmatched
 
 __all__ = [
     "MODES",

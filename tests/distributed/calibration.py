@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
-from lorakit.calibration import collect
+from lorakit.calibration.run import collect
 from lorakit.errors import CalibrationError
 from lorakit.fisher import probe
 from lorakit.surgery import SensitivityReport, SurgeryReport, reweight, sensitivity

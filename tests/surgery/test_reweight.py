@@ -14,7 +14,7 @@ from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from lorakit import FisherLoRAConfig, SpecLoRAConfig
-from lorakit.adapters.live import live_modules
+from lorakit.adapters.in_model import live_modules
 from lorakit.surgery import POLICIES, AbsSelect, SmoothAbs, reweight, sensitivity
 from lorakit.surgery import _reweight as implementation
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lorakit import FisherLoRAConfig, SpecLoRAConfig
-from lorakit.adapters.live import live_modules
-from lorakit.calibration import _LossScheme
+from lorakit.adapters.in_model import live_modules
+from lorakit.calibration.losses import LossScheme
 from lorakit.surgery import sensitivity
 
 TOLERANCE = 1e-5
@@ -373,7 +373,7 @@ def test_half_precision_losses_are_not_mistaken(kind, dtype, randomize, tiny_lla
         ids = torch.randint(1, 64, (8, 12), generator=generator)
         labels = torch.where(torch.rand(8, 12, generator=generator) < 0.7, -100, ids)
         labels[:, 1] = ids[:, 1]
-        scheme = _LossScheme(model)
+        scheme = LossScheme(model)
         with torch.no_grad():
             losses = scheme({"input_ids": ids, "labels": labels})
         assert list(scheme.known.values()) == ["shifted" if kind == "llama" else "tokens"]
@@ -398,7 +398,7 @@ def test_half_precision_does_not_hide_an_auxiliary_loss():
     )
     ids = torch.randint(1, 64, (2, 9))
     with pytest.raises(ValueError, match="is not the mean of its examples' losses"):
-        _LossScheme(model)({"input_ids": ids, "labels": ids})
+        LossScheme(model)({"input_ids": ids, "labels": ids})
 
 
 def test_a_causal_model_of_any_name_whose_first_example_has_only_a_first_label(randomize):
@@ -516,7 +516,7 @@ def test_a_masked_model_named_like_a_causal_one_keeps_its_first_labels():
     config = transformers.XLMConfig(emb_dim=32, n_layers=1, n_heads=4, vocab_size=50, n_langs=1)
     model = get_peft_model(transformers.XLMWithLMHeadModel(config), LoraConfig(r=2, target_modules=["q_lin"])).eval()
     ids = torch.randint(3, 50, (3, 6))
-    scheme = _LossScheme(model)
+    scheme = LossScheme(model)
     assert scheme.shifts  # misled by the name
     batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
     loss = scheme(batch).loss

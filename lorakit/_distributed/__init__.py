@@ -1,0 +1,1 @@
+"""Training and passes on several processes."""

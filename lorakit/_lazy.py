@@ -1,0 +1,171 @@
+"""The public names of every package, and where each one is defined.
+
+A package's `__init__` calls `attach`, so that importing the package imports none of its files: a name is imported when
+it is first used. What type checkers see stands beside that call, under TYPE_CHECKING; a test keeps the two equal.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+# package → file → public names; a file that is itself public has no names.
+_FILES: dict[str, dict[str, tuple[str, ...]]] = {
+    "lorakit": {
+        "_version": ("__version__",),
+        "tuners.speclora": ("SpecLoRAConfig", "SpecLoRAModel"),
+        "tuners.fisherlora": ("FisherLoRAConfig", "FisherLoRAModel"),
+        "adapters": (),
+        "allocation": (),
+        "calibration": (),
+        "compress": (),
+        "cost": (),
+        "errors": (),
+        "experiments": (),
+        "export": (),
+        "fisher": (),
+        "lens": (),
+        "merging": (),
+        "naming": (),
+        "spectral": (),
+        "surgery": (),
+        "tuners": (),
+    },
+    "lorakit.adapters": {
+        "adapter": ("Adapter", "AdapterModule", "ExtraTensor", "TensorInfo"),
+        "open": ("open_adapter", "open_saved_adapter"),
+    },
+    "lorakit.calibration": {
+        "losses": ("IGNORED_LABEL", "LossFn"),
+        "run": ("Collected", "Probe", "collect"),
+    },
+    "lorakit.cost": {"_accounting": ("AccountedModule", "Accounting", "Flops", "Memory", "accounting")},
+    "lorakit.experiments": {
+        "_adapt_each_layer": ("LayerGain", "LayerGains", "adapt_each_layer"),
+        "_layer_sensitivity": ("LayerSensitivity", "SensitivityGroup", "layer_sensitivity"),
+        "_losses": ("MeanLoss",),
+        "_rank_sweep": ("PairedDifference", "RankSweep", "SweepRun", "SweptRank", "rank_sweep"),
+    },
+    "lorakit.fisher": {
+        "_probe": ("probe",),
+        "_report": ("Estimate", "FisherGroup", "FisherReport", "FisherRow", "Moments"),
+    },
+    "lorakit.lens": {
+        "static.audit": ("audit",),
+        "static.report": ("AuditReport", "AuditedModule", "GroupSummary"),
+        "static.suggestions": ("RankSuggestion",),
+        "static.compare": ("ComparedGroup", "ComparedModule", "ComparisonReport", "compare"),
+        "static.alignment": ("AlignedGroup", "AlignedPair", "AlignmentReport", "alignment"),
+        "static.weights": ("ComparedWeight", "ComparedWeights", "WeightsReport", "compare_weights"),
+        "diagnostics.conditions": (
+            "AdapterConditions",
+            "ConditionedGroup",
+            "ConditionedModule",
+            "ConditionsReport",
+            "conditions",
+        ),
+        "diagnostics.correlation": ("CorrelatedGroup", "RankCorrelation", "RankPair", "rank_correlation"),
+        "diagnostics.curves": ("EnergyCurve", "EnergyCurves", "MeanCurve", "energy_curves"),
+        "diagnostics.laws": ("LawFit", "LawPoint", "ScalingLawReport", "scaling_law"),
+        "training.callback": ("SpectralCallback",),
+        "training.gradients": ("GradientWatch", "watch_gradients"),
+        "training.snapshot": ("Snapshot", "SnapshotGroup", "SnapshotModule", "snapshot"),
+        "training.trajectory": ("Trajectory",),
+        "render.html": ("write_html",),
+        "render.plots": ("write_plots",),
+    },
+    "lorakit.naming": {
+        "patterns": ("alpha_of", "compact_pattern", "lookup", "targeted_modules", "targeted_parameters", "unmatched"),
+        "roles": ("ROLES", "Role", "layer_of", "layer_prefix", "role_of"),
+        "targets": ("default_targets",),
+    },
+    "lorakit.spectral": {
+        "lowrank": ("SVD", "LowRank"),
+        "metrics": (
+            "ScalingLaw",
+            "adapter_parameters",
+            "capacity_utilization",
+            "dominance",
+            "effective_rank",
+            "energy_curve",
+            "energy_rank",
+            "fit_scaling_law",
+            "forward_multiply_adds",
+            "full_parameters",
+            "imbalance_ratio",
+            "knee",
+            "loss_gap_bound",
+            "parameter_ratio",
+            "pearson",
+            "spectral_entropy",
+            "spectral_truncation_error",
+            "stable_rank",
+            "truncation_error",
+            "utilization",
+        ),
+        "subspace": (
+            "gradient_overlap",
+            "leading_similarity",
+            "principal_angles",
+            "principal_cosines",
+            "random_subspace_overlap",
+            "random_update_cosine",
+            "residual_ratio",
+            "subspace_overlap",
+            "topk_overlap",
+            "update_cosine",
+        ),
+    },
+    "lorakit.surgery": {
+        "_policies": (
+            "POLICIES",
+            "AbsSelect",
+            "DoubleSmooth",
+            "GradDirection",
+            "Policy",
+            "RandomIndex",
+            "RobustZ",
+            "SmoothAbs",
+            "ZScore",
+        ),
+        "_report": ("EditedRow", "SensitivityReport", "SensitivityRow"),
+        "_reweight": ("SurgeryReport", "reweight"),
+        "_sensitivity": ("select_modules", "sensitivity"),
+    },
+}
+
+
+def exports(package: str) -> dict[str, str]:
+    """The public names of `package`, each with the module that defines it (or that it is)."""
+    found: dict[str, str] = {}
+    for file, names in _FILES[package].items():
+        found |= dict.fromkeys(names or (file,), f"{package}.{file}")
+    return found
+
+
+def attach(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """`__getattr__`, `__dir__` and `__all__` for the package's `__init__`.
+
+    Example:
+        >>> __getattr__, __dir__, __all__ = attach("lorakit.spectral")
+        >>> __getattr__("effective_rank").__name__
+        'effective_rank'
+    """
+    owners = exports(package)
+
+    def get(name: str) -> Any:
+        if name not in owners:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        module = importlib.import_module(owners[name])
+        if owners[name] == f"{package}.{name}":
+            return module
+        value = getattr(module, name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    def listed() -> list[str]:
+        return sorted(set(vars(sys.modules[package])) | set(owners))
+
+    return get, listed, sorted(owners)

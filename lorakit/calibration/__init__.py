@@ -1,0 +1,16 @@
+"""One pass of a loader through a model that collects statistics per example."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lorakit import _lazy
+
+if TYPE_CHECKING:
+    from lorakit.calibration.losses import IGNORED_LABEL as IGNORED_LABEL
+    from lorakit.calibration.losses import LossFn as LossFn
+    from lorakit.calibration.run import Collected as Collected
+    from lorakit.calibration.run import Probe as Probe
+    from lorakit.calibration.run import collect as collect
+else:
+    __getattr__, __dir__, __all__ = _lazy.attach(__name__)

@@ -1,0 +1,72 @@
+"""What commands print: JSON alone on stdout, or a table folded by role."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import typer
+
+# In lorakit.lens.render.table, which is imported only where a table is printed.
+Printer = Literal["print_report", "print_comparison", "print_alignment"]
+Column = tuple[str, Callable[[Sequence[Any]], str]]
+
+
+def print_json(report: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(report, allow_nan=False) + "\n")
+
+
+def show(report: Any, as_json: bool, printer: Printer) -> None:
+    """Print a report of `lorakit.lens`; exit code 1 if one of its findings is an error."""
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        from rich.console import Console
+
+        from lorakit.lens.render import table as _table
+
+        getattr(_table, printer)(report, Console())
+    if report.has_errors:
+        raise typer.Exit(1)
+
+
+def check_share(option: str, value: float | None) -> None:
+    """A usage error for the value of an option that was given and is no share."""
+    if value is not None and not 0 < value <= 1:
+        raise typer.BadParameter("must be a share in (0, 1].", param_hint=option)
+
+
+def print_folded(title: str, modules: Iterable[Any], columns: Sequence[Column]) -> None:
+    """One line for each role, or last component of a name where there is none, and one for all."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from lorakit.naming.roles import group_of
+
+    groups: dict[str, list[Any]] = {}
+    for module in modules:
+        groups.setdefault(group_of(module.module_name), []).append(module)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
+    table.add_column("role", no_wrap=True)
+    for heading, _ in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, rows in groups.items():
+        table.add_row(Text(name), *(Text(render(rows)) for _, render in columns))
+    table.add_section()
+    every = [row for rows in groups.values() for row in rows]
+    table.add_row("all", *(Text(render(every)) for _, render in columns))
+    console = Console(soft_wrap=False)
+    console.print(Text(title, style="bold"))
+    console.print(table)
+
+
+def print_lines(*lines: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    for line in lines:
+        Console().print(Text(line))

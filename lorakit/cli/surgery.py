@@ -1,0 +1,132 @@
+"""``lorakit surgery``: spectral surgery on an adapter on disk."""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lorakit.cli._output import Column, print_folded, print_json, print_lines
+
+
+class PolicyName(StrEnum):
+    smooth_abs = "smooth_abs"
+    abs_select = "abs_select"
+    grad_direction = "grad_direction"
+    double_smooth = "double_smooth"
+    z_score = "z_score"
+    robust_z = "robust_z"
+    random_index = "random_index"
+
+
+class AggregateName(StrEnum):
+    mean_abs = "mean_abs"
+    mean = "mean"
+    abs_mean = "abs_mean"
+
+
+class EnergyName(StrEnum):
+    l1 = "l1"
+    l2 = "l2"
+    none = "none"
+
+
+def surgery(
+    base: Annotated[str, typer.Option(help="The base model: a path or Hub id, with its tokenizer.")],
+    adapter: Annotated[str, typer.Option(help="The adapter: a directory or Hub id.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="Examples: .jsonl with `text`, `prompt` and `completion`, or `messages`; .txt by paragraphs."
+        ),
+    ],
+    out: Annotated[str, typer.Option(help="Directory to write; may be that of the adapter.")],
+    policy: Annotated[PolicyName, typer.Option(help="random_index is the control.")] = PolicyName.smooth_abs,
+    layers: Annotated[str | None, typer.Option(help="A layer or a range of them: 12, 8-15, 8-; default: all.")] = None,
+    modules: Annotated[
+        str | None, typer.Option(help="Names with commas between, or all-linear; default: what writes the residual.")
+    ] = None,
+    aggregate: Annotated[
+        AggregateName | None, typer.Option(help="Over examples; default: what the policy needs.", show_default=False)
+    ] = None,
+    preserve_energy: Annotated[EnergyName, typer.Option(help="Norm of the spectrum that is kept.")] = EnergyName.l1,
+    num_examples: Annotated[int, typer.Option(min=1, help="Examples to use.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples a batch; the result does not depend on it.")] = 8,
+    length: Annotated[int, typer.Option(min=2, help="Tokens after which an example is cut off.")] = 512,
+    seed: Annotated[int, typer.Option(help="Seed of policies that draw.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
+) -> None:
+    """Reweight the singular values of an adapter's updates by what calibration data says of them."""
+    bounds = None if layers is None else _bounds(layers)
+    from transformers import AutoTokenizer
+
+    from lorakit.adapters.atomic import replaced_directory
+    from lorakit.cli._models import load_adapted
+    from lorakit.probing import make_batches, read_examples
+    from lorakit.surgery import reweight
+
+    examples = read_examples(data, 4 * num_examples)  # some may have no label
+    batches = make_batches(AutoTokenizer.from_pretrained(base), examples, length, batch_size)
+    model = load_adapted(base, adapter)
+    report = reweight(
+        model,
+        batches,
+        policy=policy.value,
+        target_modules=_targets(model, modules, bounds),
+        aggregate=None if aggregate is None else aggregate.value,
+        preserve_energy=preserve_energy.value,
+        num_examples=num_examples,
+        seed=seed,
+    )
+    with replaced_directory(out) as directory:
+        model.save_pretrained(str(directory))
+    if as_json:
+        print_json({**report.to_dict(), "path": out})
+        return
+    columns: list[Column] = [
+        ("modules", lambda rows: str(len(rows))),
+        ("gate, least", lambda rows: f"{min(min(row.gate, default=1.0) for row in rows):.3f}"),
+        ("gate, largest", lambda rows: f"{max(max(row.gate, default=1.0) for row in rows):.3f}"),
+    ]
+    print_folded(f"{adapter} → {out}", report.modules, columns)
+    left = [f"{len(names)} {what}" for what, names in _left_alone(report).items() if names]
+    print_lines(
+        f"{report.policy} on {report.num_examples} examples, {report.aggregate}, energy {report.preserve_energy}, seed "
+        f"{report.seed}." + (f" Left alone: {', '.join(left)}." if left else "")
+    )
+
+
+def _left_alone(report: Any) -> dict[str, list[str]]:
+    return {"modules without update": report.zero_modules, "idle modules": report.idle_modules}
+
+
+def _bounds(text: str) -> tuple[int, float]:
+    match = re.fullmatch(r"(\d+)(?:(-)(\d*))?", text.strip())
+    first = int(match[1]) if match else 0
+    last = first if match and not match[2] else float(match[3] or "inf") if match else 0
+    if match is None or last < first:
+        raise typer.BadParameter("must be a layer, or first-last: 12, 8-15, 8-.", param_hint="--layers")
+    return first, last
+
+
+def _targets(model: Any, modules: str | None, bounds: tuple[int, float] | None) -> str | list[str] | None:
+    """The modules meant, by name where layers are asked for. Raises: SurgeryError where there are none."""
+    from lorakit.adapters.in_model import resolve_adapter_name
+    from lorakit.errors import SurgeryError
+    from lorakit.naming.roles import layer_of
+    from lorakit.probing import named_targets
+    from lorakit.surgery import select_modules
+
+    targets = named_targets(modules)
+    if bounds is None:
+        return targets
+    first, last = bounds
+    meant = [module.name for module in select_modules(model, resolve_adapter_name(model, None), targets)]
+    names = [name for name in meant if first <= (-1 if (layer := layer_of(name)) is None else layer) <= last]
+    if not names:
+        there = sorted({layer for layer in map(layer_of, meant) if layer is not None})
+        raise SurgeryError(f"None of the {len(meant)} modules meant is in layers {first}-{last}; they are in {there}.")
+    return names

@@ -1,0 +1,16 @@
+"""What an adapter costs to train: parameters, memory and FLOPs, counted without allocating the model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lorakit import _lazy
+
+if TYPE_CHECKING:
+    from lorakit.cost._accounting import AccountedModule as AccountedModule
+    from lorakit.cost._accounting import Accounting as Accounting
+    from lorakit.cost._accounting import Flops as Flops
+    from lorakit.cost._accounting import Memory as Memory
+    from lorakit.cost._accounting import accounting as accounting
+else:
+    __getattr__, __dir__, __all__ = _lazy.attach(__name__)

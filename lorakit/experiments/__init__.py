@@ -1,0 +1,23 @@
+"""Experiments that train or switch adapters and compare them on the same data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lorakit import _lazy
+
+if TYPE_CHECKING:
+    from lorakit.experiments._adapt_each_layer import LayerGain as LayerGain
+    from lorakit.experiments._adapt_each_layer import LayerGains as LayerGains
+    from lorakit.experiments._adapt_each_layer import adapt_each_layer as adapt_each_layer
+    from lorakit.experiments._layer_sensitivity import LayerSensitivity as LayerSensitivity
+    from lorakit.experiments._layer_sensitivity import SensitivityGroup as SensitivityGroup
+    from lorakit.experiments._layer_sensitivity import layer_sensitivity as layer_sensitivity
+    from lorakit.experiments._losses import MeanLoss as MeanLoss
+    from lorakit.experiments._rank_sweep import PairedDifference as PairedDifference
+    from lorakit.experiments._rank_sweep import RankSweep as RankSweep
+    from lorakit.experiments._rank_sweep import SweepRun as SweepRun
+    from lorakit.experiments._rank_sweep import SweptRank as SweptRank
+    from lorakit.experiments._rank_sweep import rank_sweep as rank_sweep
+else:
+    __getattr__, __dir__, __all__ = _lazy.attach(__name__)

@@ -1,0 +1,142 @@
+"""Per-example gradients of lora_B, from one forward and backward of a batch."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorakit._distributed.fsdp import full_tensor
+from lorakit.adapters.in_model import LiveModule, read_weight
+from lorakit.errors import CalibrationError, UnsupportedModelError
+
+
+class LoraBGradientProbe(nn.Module):
+    """Stands in for lora_B: computes what it computes, and reads each example's gradient off what comes back.
+
+    Its statistic of an example is (n, k): the root of the mean squared gradient of B's entries, then by option of A's,
+    then the roots of W's row and column sums: proportional to the gradient, as the pass weighs them.
+    """
+
+    def __init__(self, module: LiveModule, factors: set[str]) -> None:
+        super().__init__()
+        up = module.up
+        self.weight = read_weight(up)
+        bias = getattr(up, "bias", None)
+        if bias is not None and bias.is_meta:
+            raise UnsupportedModelError(f"{module.name!r} has an offloaded `lora_bias`, which the probe does not read.")
+        self.bias = None if bias is None else full_tensor(bias.detach())
+        self.scaling = module.scaling
+        self.d_in = int(cast(Any, module.down).weight.shape[1])
+        self.factors = factors
+        # A branch that adds nothing need not be computed, nor gone back through.
+        self.idle = self.bias is None and not bool(self.weight.any())
+        self.begin(one_example=False)
+
+    def begin(self, *, one_example: bool) -> None:
+        self.one_example = one_example
+        self.separable = True
+        self.ran_without_grad = False
+        self.calls = 0
+        self.input: Tensor | None = None
+        self.sizes: set[int] = set()
+        self.gradients: dict[str, Tensor] = {}
+        self.statistic: Tensor | None = None
+
+    def forward(self, a: Tensor) -> Tensor:
+        d_out = self.weight.shape[0]
+        if not torch.is_grad_enabled():
+            self.ran_without_grad = True
+            return F.linear(a, self.weight, self.bias)
+        x, self.input = self.input, None
+        self.calls += 1
+        n = 1 if self.one_example or a.ndim == 1 else a.shape[0]
+        if not self.one_example:
+            # Tokens of one example must share the first index. Two dimensions may be tokens of all examples in a row,
+            # and equal leading ones may be time first: neither is certain.
+            self.separable &= n == 1 or (a.ndim >= 3 and a.shape[1] != n)
+        self.sizes.add(n)
+        zero = a.new_zeros(()).expand(*a.shape[:-1], d_out)
+        out = zero if self.idle else F.linear(a, self.weight, self.bias)
+        kept = a.detach()
+        if not out.requires_grad:
+            out = out.detach().requires_grad_()
+        cast(Any, out).register_hook(lambda gradient: self._receive(n, kept, x, gradient))
+        return out
+
+    @torch.no_grad()
+    def _receive(self, n: int, a: Tensor, x: Tensor | None, gradient: Tensor) -> None:
+        if not self.separable:
+            return
+        dtype = torch.promote_types(gradient.dtype, torch.float32)
+        a, delta = (t.reshape(n, -1, t.shape[-1]).to(dtype) for t in (a, gradient))
+        found = {"B": torch.bmm(delta.mT, a)}
+        if x is not None:
+            x = x.reshape(n, -1, x.shape[-1]).to(dtype)
+            if "A" in self.factors:
+                found["A"] = torch.bmm((delta @ self.weight.to(dtype)).mT, x)
+            if "weight" in self.factors:
+                found["x"], found["delta"] = x, delta / self.scaling
+        for name, value in found.items():
+            known = self.gradients.get(name)
+            if known is not None:  # the module was used more than once: gradients add up, before they are squared
+                value = torch.cat([known, value], dim=1) if name in ("x", "delta") else known + value
+            self.gradients[name] = value
+        if self.calls == 1 and not self.ran_without_grad:
+            self.statistic, self.gradients = self._reduce(), {}
+
+    def _reduce(self) -> Tensor:
+        parts = []
+        for name in ("B", "A"):
+            if name in self.factors:
+                gradient = self.gradients[name]
+                count = gradient.shape[1] * gradient.shape[2]
+                parts.append(torch.linalg.vector_norm(gradient, dim=(1, 2)).unsqueeze(1) / math.sqrt(count))
+        if "weight" in self.factors:
+            x, delta = self.gradients["x"], self.gradients["delta"]
+            for left, right in ((delta, x), (x, delta)):
+                squares = (torch.bmm(torch.bmm(right, right.mT), left) * left).sum(1)
+                parts.append(squares.clamp(min=0).sqrt())
+        return torch.cat(parts, dim=1)
+
+    def collect(self, num_examples: int) -> Tensor | None:
+        if self.ran_without_grad and not self.calls:
+            raise CalibrationError(
+                "An adapted module ran without gradients, so its Fisher information cannot be measured. If the model "
+                "uses reentrant gradient checkpointing, switch it to use_reentrant=False."
+            )
+        if not self.separable or not self.sizes <= {num_examples}:
+            return None
+        if self.gradients:
+            self.statistic, self.gradients = self._reduce(), {}
+        if self.statistic is None:  # it did not run, or nothing of it reached the loss
+            widths = {"B": 1, "A": 1, "weight": self.weight.shape[0] + self.d_in}
+            dtype = torch.promote_types(self.weight.dtype, torch.float32)
+            return self.weight.new_zeros(num_examples, sum(widths[name] for name in self.factors), dtype=dtype)
+        return self.statistic
+
+
+@contextlib.contextmanager
+def probed(module: LiveModule, factors: set[str]) -> Iterator[LoraBGradientProbe]:
+    layer, name = module.layer, module.adapter_name
+    up, down = layer.lora_B[name], module.down
+    tap = LoraBGradientProbe(module, factors)
+    handle = None
+
+    def see(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        tap.input = arguments[0].detach()
+
+    try:
+        if factors - {"B"}:
+            handle = down.register_forward_pre_hook(see)
+        layer.lora_B[name] = tap
+        yield tap
+    finally:
+        layer.lora_B[name] = up
+        if handle is not None:
+            handle.remove()

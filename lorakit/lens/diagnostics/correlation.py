@@ -1,0 +1,284 @@
+"""Whether modules whose pretrained weight has a high effective rank get adapters of a high one.
+
+Reference: LoRA-Lens, section 2.1 and Figure 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lorakit._checks import preview
+from lorakit._figures import new_figure, plain
+from lorakit._report import WithFindings, in_parts, ordered
+from lorakit.adapters import AdapterModule, open_adapter
+from lorakit.adapters.module_weights import BaseWeights, base_weights
+from lorakit.errors import Finding
+from lorakit.lens._rows import grouped, mean
+from lorakit.lens.diagnostics.random_adapter import random_adapter
+from lorakit.lens.static.measure import Source, about_low_rank_part, measure
+from lorakit.naming.roles import Role, group_of
+from lorakit.spectral import effective_rank, pearson
+
+if TYPE_CHECKING:
+    import os
+
+    from matplotlib.figure import Figure
+
+_BATCH = 1 << 20  # entries of weights decomposed together
+
+
+@dataclass(frozen=True)
+class RankPair:
+    """One module: the effective rank of its pretrained weight, (d_out, d_in), of its ΔW, and of random factors of the
+    shapes of its own.
+
+    None where the weight, or the update, is missing or not finite, as the findings say; 0 for what is zero.
+    """
+
+    module_name: str
+    role: Role | None
+    layer: int | None
+    d_out: int
+    d_in: int
+    rank: int
+    low_rank_part_only: bool
+    pretrained_effective_rank: float | None
+    adapter_effective_rank: float | None
+    random_effective_rank: float
+
+    @property
+    def group(self) -> str:
+        return group_of(self.module_name)
+
+    @property
+    def counts(self) -> bool:
+        """Whether it enters correlation and means: neither is missing nor zero."""
+        return bool(self.pretrained_effective_rank and self.adapter_effective_rank)
+
+
+@dataclass(frozen=True)
+class CorrelatedGroup:
+    """The modules of one role, or all, of which both effective ranks are there and not zero.
+
+    `pearson` is None where it is undefined, and `reason` says why. `random_pearson` is its control: what an adapter of
+    random factors gives with the same weights, by their widths and ranks alone.
+    """
+
+    name: str
+    modules: int
+    pearson: float | None
+    random_pearson: float | None
+    pretrained_mean: float | None
+    adapter_mean: float | None
+    random_mean: float | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class RankCorrelation(WithFindings):
+    """What `lorakit.lens.rank_correlation` found; `dequantized` says that base weights were."""
+
+    path: str
+    base: str
+    dequantized: bool
+    seed: int
+    modules: tuple[RankPair, ...]
+    total: CorrelatedGroup
+    roles: tuple[CorrelatedGroup, ...]
+    findings: tuple[Finding, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """`modules`, `summary` and `findings` as JSON has them: no NaN, no infinity."""
+        return in_parts(self)
+
+    def plot(self) -> Figure:
+        """One point a module, one colour a role: effective rank of ΔW against that of the pretrained weight.
+
+        Raises: MissingExtraError (an ImportError) where matplotlib, lorakit's extra `plots`, is not installed.
+        """
+        figure = new_figure(7, 5)
+        axes = figure.subplots()
+        groups, _ = grouped(row for row in self.modules if row.counts)
+        for name, rows in groups.items():
+            x = [row.pretrained_effective_rank or 0.0 for row in rows]
+            axes.plot(x, [row.adapter_effective_rank or 0.0 for row in rows], "o", ms=4, alpha=0.7, label=plain(name))
+        r, control = self.total.pearson, self.total.random_pearson
+        axes.set(xlabel="effective rank of the pretrained weight", ylabel="effective rank of ΔW")
+        title = f"{self.total.modules} modules"
+        if r is not None:
+            title += f", Pearson r = {r:.2f}" + ("" if control is None else f" (random factors: {control:.2f})")
+        axes.set_title(title)
+        if groups:
+            axes.legend(fontsize=8)
+        return figure
+
+
+@torch.no_grad()
+def rank_correlation(
+    adapter: Source,
+    base: str | os.PathLike[str] | nn.Module | None = None,
+    *,
+    dequantize: bool = False,
+    seed: int = 0,
+    adapter_name: str | None = None,
+    device: torch.device | str | None = None,
+) -> RankCorrelation:
+    """Correlate the effective ranks of pretrained weights and of an adapter's updates, over modules.
+
+    A full set of singular values of every adapted weight is computed, in float32: minutes for a large model on a CPU;
+    `device` is there for that. Effective ranks on both sides also follow widths, and ranks where these differ: what
+    that alone makes of the correlation is measured by an adapter of random factors of the same shapes. Modules that the
+    base lacks, and those that are zero or not finite on either side, are left out and among the findings. Of DoRA and
+    SPECLORA it is the low-rank part of the update.
+
+    Args:
+        adapter: a directory, a file, a Hub id, a PeftModel or an open adapter.
+        base: the pretrained model: a directory with model.safetensors or its shards, a .safetensors file, or a module,
+            with modules named as in the adapter. None for a PeftModel, which has the weights in its own base layers.
+        dequantize: take quantized weights as what PEFT dequantizes them to (bitsandbytes, HQQ, torchao), of models in
+            memory. Their effective rank is then that of the rounded weight.
+        seed: of the random factors.
+        adapter_name: which adapter of a PeftModel, if not the active one.
+        device: where to decompose weights; where they are unless given.
+    Raises: AdapterFileError, UnsupportedModelError for what cannot be read, is quantized, or has an adapter merged into
+        it; ValueError for an adapter without its base.
+    """
+    view = open_adapter(adapter, adapter_name=adapter_name)
+    if base is None and isinstance(adapter, nn.Module):
+        base = adapter
+    if base is None:
+        known = f", {view.settings.base_model!r}" if view.settings.base_model else ""
+        raise ValueError(
+            f"`base` must be the adapter's base model{known}: a directory with its safetensors, or the model in "
+            "memory. Only a PeftModel has it with it."
+        )
+    weights = base_weights(base, view.modules, dequantize=dequantize)
+    findings = list(view.findings)
+    rows = measure(view, {}, findings, description="adapter")
+    findings += about_low_rank_part(view)
+    ours = {row.module_name: row.effective_rank for row in rows}
+    drawn = random_adapter(view, torch.Generator("cpu").manual_seed(seed))
+    control = {row.module_name: row.effective_rank or 0.0 for row in measure(drawn, {}, [], description="random")}
+    theirs = _effective_ranks(view.modules, weights, device, findings)
+    pairs = tuple(
+        RankPair(
+            module_name=row.module_name,
+            role=row.role,
+            layer=row.layer,
+            d_out=row.d_out,
+            d_in=row.d_in,
+            rank=row.rank,
+            low_rank_part_only=row.low_rank_part_only,
+            pretrained_effective_rank=theirs.get(row.module_name),
+            adapter_effective_rank=ours[row.module_name],
+            random_effective_rank=control[row.module_name],
+        )
+        for row in rows
+    )
+    findings += _about(pairs)
+    counted = [pair for pair in pairs if pair.counts]
+    groups, _ = grouped(counted)
+    return RankCorrelation(
+        path=view.path,
+        base=weights.path,
+        dequantized=weights.dequantized,
+        seed=seed,
+        modules=pairs,
+        total=_correlated("all", counted),
+        roles=tuple(_correlated(name, group) for name, group in groups.items()),
+        findings=ordered(findings),
+    )
+
+
+def _about(pairs: Sequence[RankPair]) -> Iterator[Finding]:
+    zero = [p.module_name for p in pairs if 0 in (p.pretrained_effective_rank, p.adapter_effective_rank)]
+    if zero:
+        message = f"{len(zero)} modules have an update or a weight that is zero, and are left out: {preview(zero)}"
+        yield Finding("warning", "left_out", None, message)
+    ranks = sorted({pair.rank for pair in pairs if pair.counts})
+    if len(ranks) > 1:
+        message = f"The modules have ranks from {ranks[0]} to {ranks[-1]}, which their effective ranks follow."
+        yield Finding("warning", "mixed_ranks", None, message)
+
+
+def _correlated(name: str, pairs: Sequence[RankPair]) -> CorrelatedGroup:
+    x = [pair.pretrained_effective_rank or 0.0 for pair in pairs]
+    y = [pair.adapter_effective_rank or 0.0 for pair in pairs]
+    reason = None
+    if len(pairs) < 2:
+        reason = f"a correlation needs two modules; there {'is one' if pairs else 'are none'}"
+    elif len(set(x)) == 1 or len(set(y)) == 1:
+        reason = f"the effective rank of {'the weights' if len(set(x)) == 1 else 'the updates'} is one and the same"
+    random = [pair.random_effective_rank for pair in pairs]
+    return CorrelatedGroup(
+        name=name,
+        modules=len(pairs),
+        pearson=None if reason else pearson(x, y),
+        random_pearson=None if len(pairs) < 2 or len(set(x)) == 1 or len(set(random)) == 1 else pearson(x, random),
+        pretrained_mean=mean(x),
+        adapter_mean=mean(y),
+        random_mean=mean(random),
+        reason=reason,
+    )
+
+
+def _effective_ranks(
+    modules: Sequence[AdapterModule],
+    weights: BaseWeights,
+    device: torch.device | str | None,
+    findings: list[Finding],
+) -> dict[str, float]:
+    """Effective ranks of the base weights, by module; what is missing or unfit is added to `findings`."""
+    missing = [module.name for module in modules if module.name not in weights.read]
+    if missing:
+        message = (
+            f"{len(missing)} of {len(modules)} adapted modules are not in the base: {preview(missing)}. Does it name "
+            "its modules as the adapter does? The model in memory that the adapter was made for does."
+        )
+        findings.append(Finding("error" if not weights.read else "warning", "base_missing", None, message))
+    shapes: dict[tuple[int, int], list[AdapterModule]] = {}
+    for module in modules:
+        if module.name in weights.read:
+            shapes.setdefault((module.d_out, module.d_in), []).append(module)
+    found: dict[str, float] = {}
+    total = sum(map(len, shapes.values()))
+    with tqdm(total=total, desc="weights", delay=1.0, unit="weight", leave=False, disable=None) as progress:
+        for (d_out, d_in), group in shapes.items():
+            step = max(1, _BATCH // (d_out * d_in))
+            for batch in (group[start : start + step] for start in range(0, len(group), step)):
+                fitting = {
+                    module.name: weight
+                    for module in batch
+                    if (weight := _matrix(module, weights.read[module.name](), device, findings)) is not None
+                }
+                if fitting:
+                    sigma = torch.linalg.svdvals(torch.stack(list(fitting.values()))).double()
+                    found |= zip(fitting, effective_rank(sigma).tolist(), strict=True)
+                progress.update(len(batch))
+    return found
+
+
+def _matrix(
+    module: AdapterModule, weight: Tensor, device: torch.device | str | None, findings: list[Finding]
+) -> Tensor | None:
+    """The weight as (d_out, d_in) or its transpose, which has the same singular values, made (d_out, d_in) again."""
+    shape = tuple(weight.shape)
+    weight = weight.to(device=device, dtype=torch.float32)
+    weight = weight.flatten(1) if weight.ndim > 2 else weight
+    if weight.shape != (module.d_out, module.d_in) and weight.ndim == 2:
+        weight = weight.mT
+    if weight.shape != (module.d_out, module.d_in):
+        message = f"{module.name}: the base weight is {shape}, the adapter's update {module.d_out} × {module.d_in}."
+        findings.append(Finding("error", "shape_mismatch", module.name, message))
+        return None
+    if not bool(weight.isfinite().all()):
+        message = f"{module.name}: the base weight has NaN or infinite entries."
+        findings.append(Finding("error", "non_finite", module.name, message))
+        return None
+    return weight

@@ -1,0 +1,101 @@
+"""Ranks that an audit suggests, each with what it costs and keeps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lorakit.allocation import allocate, read_budget
+
+if TYPE_CHECKING:
+    from lorakit.lens.static.report import AuditedModule
+
+SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what servers take as their largest rank
+
+
+@dataclass(frozen=True)
+class RankSuggestion:
+    """Ranks by one policy. Every rank is at least 1 and at most the module's own.
+
+    `rank` is the one rank of a global policy, None elsewhere. `energy_kept` is the share of Σ ‖ΔW‖_F² that the best
+    approximations of these ranks keep; `modules_covered` of the modules keep the energy asked for. `served_rank` is
+    the largest rank, rounded up to a size that servers offer, and `served_parameters` the parameters if every module's
+    rank is rounded up so.
+    """
+
+    policy: str
+    rank: int | None
+    ranks: dict[str, int]
+    parameters: int
+    energy_kept: float
+    modules_covered: int
+    served_rank: int
+    served_parameters: int
+
+
+def covering(values: Sequence[int], share: float) -> int:
+    """The smallest of `values` that at least `share` of them do not exceed."""
+    return sorted(values)[max(0, math.ceil(share * len(values) - 1e-9) - 1)]
+
+
+def served(rank: int) -> int:
+    """`rank`, rounded up to a size that servers offer; itself above the largest."""
+    return next((size for size in SERVED_RANKS if size >= rank), rank)
+
+
+def suggest(modules: Sequence[AuditedModule], threshold: str, budget: int | str | None) -> list[RankSuggestion]:
+    """Every policy's suggestion, for modules that are finite; none where all updates are zero.
+
+    Raises: ValueError for a budget below rank 1 in every module.
+    """
+    if not any(module.spectral_norm for module in modules):
+        return []
+    needed = {m.module_name: max(1, (m.energy_rank or {})[threshold]) for m in modules}
+    suggestions = []
+    for policy, share in (("global_median", 0.5), ("global_p90", 0.9)):
+        k = covering(list(needed.values()), share)
+        suggestions.append(_suggestion(policy, modules, needed, {m.module_name: min(k, m.rank) for m in modules}, k))
+    knees = {m.module_name: max(1, m.knee or 0) for m in modules}
+    effective = {m.module_name: max(1, math.ceil((m.effective_rank or 0.0) - 1e-6)) for m in modules}
+    for policy, ranks in (("per_module", needed), ("knee", knees), ("entropy", effective)):
+        suggestions.append(_suggestion(policy, modules, needed, ranks))
+    if budget is not None:
+        suggestions.append(_suggestion("budget", modules, needed, within(modules, budget)))
+    return suggestions
+
+
+def within(modules: Sequence[AuditedModule], budget: int | str) -> dict[str, int]:
+    """Ranks under a budget of parameters or bytes, by greedy energy per parameter."""
+    amount, unit = read_budget(budget)
+    size = {m.module_name: m.bytes_per_entry if unit == "bytes" else 1 for m in modules}
+    costs = {m.module_name: size[m.module_name] * (m.d_out + m.d_in) for m in modules}
+    return allocate({m.module_name: m.singular_values for m in modules}, costs, amount).ranks
+
+
+def _suggestion(
+    policy: str,
+    modules: Sequence[AuditedModule],
+    needed: Mapping[str, int],
+    ranks: dict[str, int],
+    rank: int | None = None,
+) -> RankSuggestion:
+    peak = max(m.spectral_norm or 0.0 for m in modules)
+    kept = total = 0.0
+    for module in modules:
+        energies = [(value / peak) ** 2 for value in module.singular_values]
+        kept += sum(energies[: ranks[module.module_name]])
+        total += sum(energies)
+    largest = max(ranks.values()) if rank is None else rank
+    rounded = {name: served(k if rank is None else rank) for name, k in ranks.items()}
+    return RankSuggestion(
+        policy=policy,
+        rank=rank,
+        ranks=ranks,
+        parameters=sum(ranks[m.module_name] * (m.d_out + m.d_in) for m in modules),
+        energy_kept=kept / total,
+        modules_covered=sum(ranks[name] >= k for name, k in needed.items()),
+        served_rank=served(largest),
+        served_parameters=sum(rounded[m.module_name] * (m.d_out + m.d_in) for m in modules),
+    )

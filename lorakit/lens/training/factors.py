@@ -1,0 +1,101 @@
+"""The factors of an adapter in training: as they are, on their devices, also where processes share them out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import ParamWrapper
+from torch import Tensor
+
+from lorakit._distributed.fsdp import gram, is_sharded
+from lorakit.adapters.in_model import LiveModule, read_weight
+from lorakit.errors import UnsupportedModelError
+from lorakit.naming.roles import Role, layer_of
+
+_BATCH = 1 << 20  # entries of stacked factors: past this, stacking gains a CPU nothing more
+_BATCH_ELSEWHERE = 1 << 26
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """One module's ΔW = scaling · B A, B (d_out, r) and A (r, d_in) detached; both, one or none of them sharded."""
+
+    module: LiveModule
+    B: Tensor
+    A: Tensor
+
+    @property
+    def name(self) -> str:
+        return self.module.name
+
+    @property
+    def role(self) -> Role | None:
+        return self.module.role
+
+    @property
+    def layer(self) -> int | None:
+        return layer_of(self.module.name)
+
+    @property
+    def rank(self) -> int:
+        return int(self.A.shape[0])
+
+    @property
+    def sharded(self) -> bool:
+        return is_sharded(self.B) or is_sharded(self.A)
+
+
+def factors_of(module: LiveModule) -> Factors | None:
+    """None for what has no one pair of factors: expert weights, and convolutions in groups.
+
+    Raises: UnsupportedModelError for weights that DeepSpeed has partitioned.
+    """
+    layer, name = module.layer, module.adapter_name
+    if isinstance(layer, ParamWrapper):
+        return None
+    if name in layer.lora_embedding_A:
+        B, A = layer.lora_embedding_B[name].detach(), layer.lora_embedding_A[name].detach()
+    else:
+        B, A = _weight(module.up, module.name), _weight(module.down, module.name)
+    if A.ndim > 2 and not (is_sharded(B) or is_sharded(A)):
+        B, A = B.flatten(1), A.flatten(1)
+    return Factors(module, B, A) if B.ndim == 2 and B.shape[1] == A.shape[0] else None
+
+
+def _weight(module: Any, name: str) -> Tensor:
+    weight: Tensor = module.weight
+    if hasattr(weight, "ds_id") and not weight.numel():
+        raise UnsupportedModelError(
+            f"{name!r} is partitioned by DeepSpeed ZeRO-3, whose weights are only there within its own passes. Use "
+            f"ZeRO-2 or fully_shard (FSDP2), or look at saved checkpoints with lorakit.lens.audit."
+        )
+    return read_weight(module) if weight.is_meta else weight.detach()
+
+
+def batches(factors: Sequence[Factors]) -> Iterator[list[Factors]]:
+    """Factors that can be stacked: of the same shapes, dtypes and devices, sharded alike."""
+    groups: dict[Any, list[Factors]] = {}
+    for one in factors:
+        kinds = [(x.shape, x.dtype, x.device, _sharding(x)) for x in (one.B, one.A)]
+        groups.setdefault(tuple(kinds), []).append(one)
+    for group in groups.values():
+        entries = group[0].B.numel() + group[0].A.numel()
+        step = max(1, (_BATCH if group[0].B.device.type == "cpu" else _BATCH_ELSEWHERE) // entries)
+        yield from (group[start : start + step] for start in range(0, len(group), step))
+
+
+def _sharding(tensor: Any) -> Any:
+    return (tensor.device_mesh, tensor.placements) if is_sharded(tensor) else None
+
+
+def scalings(batch: Sequence[Factors]) -> Tensor:
+    """(n,), float64, where the factors are."""
+    return torch.tensor([one.module.scaling for one in batch], dtype=torch.float64, device=batch[0].B.device)
+
+
+def grams(batch: Sequence[Factors]) -> tuple[Tensor, Tensor]:
+    """BᵀB and A Aᵀ (n, r, r) in float64, whole. Of sharded factors all processes must ask together."""
+    return gram([one.B for one in batch], 0), gram([one.A for one in batch], 1)

@@ -1,0 +1,23 @@
+"""What module names mean: roles, layers, rank patterns and default targets."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lorakit import _lazy
+
+if TYPE_CHECKING:
+    from lorakit.naming.patterns import alpha_of as alpha_of
+    from lorakit.naming.patterns import compact_pattern as compact_pattern
+    from lorakit.naming.patterns import lookup as lookup
+    from lorakit.naming.patterns import targeted_modules as targeted_modules
+    from lorakit.naming.patterns import targeted_parameters as targeted_parameters
+    from lorakit.naming.patterns import unmatched as unmatched
+    from lorakit.naming.roles import ROLES as ROLES
+    from lorakit.naming.roles import Role as Role
+    from lorakit.naming.roles import layer_of as layer_of
+    from lorakit.naming.roles import layer_prefix as layer_prefix
+    from lorakit.naming.roles import role_of as role_of
+    from lorakit.naming.targets import default_targets as default_targets
+else:
+    __getattr__, __dir__, __all__ = _lazy.attach(__name__)
