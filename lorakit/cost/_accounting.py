@@ -17,10 +17,10 @@ import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from lorakit._figures import new_figure, plain
+from lorakit._figures import escape_mathtext, new_figure
+from lorakit._format import extent
 from lorakit.adapters.tuner_layers import AdaptedLayer, adapted_layers, trained_in_full
 from lorakit.cost._meta import Counted, attached, count_step, meta_inputs, meta_twin
-from lorakit.lens.render.text import extent
 from lorakit.naming.roles import Role, group_of, layer_of, role_of
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ class Accounting:
         left.set(xlabel="GiB", title=f"Memory of training, {self.optimizer}, batch of {size}")
         left.legend(fontsize=8)
         groups = {label: sum(row.params for row in group) for label, group in self._by_role().items()}
-        right.barh([plain(label) for label in groups], [params / 1e6 for params in groups.values()])
+        right.barh([escape_mathtext(label) for label in groups], [params / 1e6 for params in groups.values()])
         right.invert_yaxis()
         right.set(xlabel="trainable parameters (millions)", title=f"{self.ratio:.3%} of the base model's")
         return figure

@@ -16,7 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lorakit._distributed.fsdp import unwrapped
-from lorakit._figures import new_figure, plain
+from lorakit._figures import escape_mathtext, new_figure
 from lorakit.adapters.in_model import chosen_name
 from lorakit.adapters.tuner_layers import AdaptedLayer, adapted_layers, trained_in_full
 from lorakit.calibration.state import preserved_state
@@ -111,7 +111,7 @@ def draw(axes: Axes, by: By, rows: Sequence[tuple[Placed, float, float | None]])
 def _bars(axes: Axes, by: By, rows: Sequence[tuple[Placed, float, float | None]]) -> None:
     layers = [group.layer for group, _, _ in rows]
     numbered = by == "layer" and len({layer for layer in layers if layer is not None}) == len(layers)
-    labels = [str(group.layer) if numbered else plain(group.name) for group, _, _ in rows]
+    labels = [str(group.layer) if numbered else escape_mathtext(group.name) for group, _, _ in rows]
     axes.bar(range(len(rows)), [value for _, value, _ in rows], yerr=[e or 0.0 for _, _, e in rows], capsize=2)
     every = max(1, len(rows) // 40)
     long = max(map(len, labels)) * len(labels) / every > 80
@@ -128,7 +128,7 @@ def _lines(axes: Axes, rows: Sequence[tuple[Placed, float, float | None]]) -> No
     for label, members in lines.items():
         places = [-1 if group.layer is None else group.layer for group, _, _ in members]
         values, errors = [value for _, value, _ in members], [error or 0.0 for _, _, error in members]
-        axes.errorbar(places, values, yerr=errors, fmt="o-", ms=4, capsize=2, label=plain(label))
+        axes.errorbar(places, values, yerr=errors, fmt="o-", ms=4, capsize=2, label=escape_mathtext(label))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     outside = any(group.layer is None for group, _, _ in rows)
     axes.set_xlabel("layer (−1: in none)" if outside else "layer")

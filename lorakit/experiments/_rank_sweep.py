@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
-from lorakit._figures import new_figure, plain
+from lorakit._figures import escape_mathtext, new_figure
 from lorakit.calibration.state import preserved_rng, preserved_state
 from lorakit.errors import CalibrationError
 from lorakit.experiments._configs import distinct_integers, named_configs, preserved_base
@@ -155,11 +155,11 @@ class RankSweep:
         errors = [row.difference.stderr or 0.0 for row in rows]
         right.axhline(0, color="0.6", lw=0.8)
         right.errorbar(places, [row.difference.value for row in rows], yerr=errors, fmt=marks, ms=4, capsize=3)
-        right.set(ylabel=f"loss − that of {plain(self.reference)}", title="Paired by seed and example")
+        right.set(ylabel=f"loss − that of {escape_mathtext(self.reference)}", title="Paired by seed and example")
         for axes in (left, right):
             if numbered:
                 axes.set_xscale("log", base=2)
-            axes.set_xticks(places, [plain(row.name) for row in rows])
+            axes.set_xticks(places, [escape_mathtext(row.name) for row in rows])
             axes.minorticks_off()
             axes.set_xlabel("rank" if numbered else "config")
         return figure

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from lorakit._figures import new_figure, plain
-from lorakit._report import WithFindings, ordered
+from lorakit._figures import escape_mathtext, new_figure
+from lorakit._report import Report, ordered
 from lorakit.adapters import Adapter, AdapterModule, open_adapter
 from lorakit.errors import Finding
 from lorakit.lens._rows import grouped, mean
@@ -97,7 +97,7 @@ class AdapterConditions:
 
 
 @dataclass(frozen=True)
-class ConditionsReport(WithFindings):
+class ConditionsReport(Report):
     """What `lorakit.lens.conditions` found, one entry an adapter, in the order given."""
 
     seed: int
@@ -154,7 +154,7 @@ def _draw_layers(axes: Any, adapter: AdapterConditions) -> None:
         at = [[module for module in modules if module.layer == layer] for layer in layers]
         trained = [mean(module.trained * module.rank for module in each) for each in at]
         random = [mean(module.random * module.rank for module in each) for each in at]
-        axes.plot(layers, trained, "o-", ms=3, color=f"C{i}", label=plain(name))
+        axes.plot(layers, trained, "o-", ms=3, color=f"C{i}", label=escape_mathtext(name))
         axes.plot(layers, random, "--", lw=1, color=f"C{i}")
     axes.locator_params(axis="x", integer=True)
     low, high = adapter.ranks or (0, 0)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lorakit._checks import preview
-from lorakit._figures import new_figure, plain
-from lorakit._report import WithFindings, in_parts, ordered
+from lorakit._figures import escape_mathtext, new_figure
+from lorakit._report import Report, ordered
 from lorakit.adapters import AdapterModule, open_adapter
 from lorakit.adapters.module_weights import BaseWeights, base_weights
 from lorakit.errors import Finding
@@ -81,7 +81,7 @@ class CorrelatedGroup:
 
 
 @dataclass(frozen=True)
-class RankCorrelation(WithFindings):
+class RankCorrelation(Report):
     """What `lorakit.lens.rank_correlation` found; `dequantized` says that base weights were."""
 
     path: str
@@ -95,7 +95,7 @@ class RankCorrelation(WithFindings):
 
     def to_dict(self) -> dict[str, Any]:
         """`modules`, `summary` and `findings` as JSON has them: no NaN, no infinity."""
-        return in_parts(self)
+        return super().to_dict()
 
     def plot(self) -> Figure:
         """One point a module, one colour a role: effective rank of ΔW against that of the pretrained weight.
@@ -107,7 +107,14 @@ class RankCorrelation(WithFindings):
         groups, _ = grouped(row for row in self.modules if row.counts)
         for name, rows in groups.items():
             x = [row.pretrained_effective_rank or 0.0 for row in rows]
-            axes.plot(x, [row.adapter_effective_rank or 0.0 for row in rows], "o", ms=4, alpha=0.7, label=plain(name))
+            axes.plot(
+                x,
+                [row.adapter_effective_rank or 0.0 for row in rows],
+                "o",
+                ms=4,
+                alpha=0.7,
+                label=escape_mathtext(name),
+            )
         r, control = self.total.pearson, self.total.random_pearson
         axes.set(xlabel="effective rank of the pretrained weight", ylabel="effective rank of ΔW")
         title = f"{self.total.modules} modules"

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lorakit._figures import new_figure, plain
-from lorakit._report import WithFindings, in_parts, ordered
+from lorakit._figures import escape_mathtext, new_figure
+from lorakit._report import Report, ordered
 from lorakit.adapters import open_adapter
 from lorakit.errors import Finding
 from lorakit.lens._rows import grouped
@@ -69,7 +69,7 @@ class MeanCurve:
 
 
 @dataclass(frozen=True)
-class EnergyCurves(WithFindings):
+class EnergyCurves(Report):
     """What `lorakit.lens.energy_curves` found; `total` is None, and `roles` empty, where every update is zero."""
 
     path: str
@@ -81,7 +81,7 @@ class EnergyCurves(WithFindings):
 
     def to_dict(self) -> dict[str, Any]:
         """`modules`, `summary` and `findings` as JSON has them: no NaN, no infinity."""
-        return in_parts(self)
+        return super().to_dict()
 
     def plot(self) -> Figure:
         """The mean curve of each role over k, and of all modules; shaded between the tenth below and that above.
@@ -92,7 +92,7 @@ class EnergyCurves(WithFindings):
         axes = figure.subplots()
         for curve in self.roles:
             k = range(1, len(curve.mean) + 1)
-            (line,) = axes.plot(k, curve.mean, "o-", ms=3, label=f"{plain(curve.name)} ({curve.modules})")
+            (line,) = axes.plot(k, curve.mean, "o-", ms=3, label=f"{escape_mathtext(curve.name)} ({curve.modules})")
             axes.fill_between(k, curve.low, curve.high, color=line.get_color(), alpha=0.12, linewidth=0)
         if self.total is not None:
             k = range(1, len(self.total.mean) + 1)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from lorakit._figures import new_figure, plain
-from lorakit._report import WithFindings, ordered
+from lorakit._figures import escape_mathtext, new_figure
+from lorakit._report import Report, ordered
 from lorakit.errors import Finding
 from lorakit.lens._rows import grouped
 from lorakit.lens.static.measure import Source, about_bases, about_low_rank_part, measure, of_adapter, open_all
@@ -53,7 +53,7 @@ class LawFit:
 
 
 @dataclass(frozen=True)
-class ScalingLawReport(WithFindings):
+class ScalingLawReport(Report):
     """What `lorakit.lens.scaling_law` found, over the adapters at `paths`."""
 
     paths: tuple[str, ...]
@@ -83,7 +83,7 @@ class ScalingLawReport(WithFindings):
             if not fit.points:
                 continue
             x = [point.rank for point in fit.points]
-            label = plain(fit.name)
+            label = escape_mathtext(fit.name)
             if fit.law is not None:
                 label += f": {fit.law.a:.3g} · r^{fit.law.beta:.3f}, R² = {fit.law.r_squared:.4f}"
             axes.errorbar(

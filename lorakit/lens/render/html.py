@@ -9,9 +9,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorakit._format import count, number
 from lorakit._version import __version__
 from lorakit.lens.render.figures import Curve, Heatmap, Spectrum, energy_curves, heatmaps, spectra
-from lorakit.lens.render.text import columns_of, count, facts, module_columns, number, suggestion_columns
+from lorakit.lens.render.text import columns_of, facts, module_columns, suggestion_columns
 
 if TYPE_CHECKING:
     from lorakit.lens.static.report import AuditReport

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lorakit._figures import new_figure, plain
+from lorakit._figures import escape_mathtext, new_figure
 from lorakit.lens.render.figures import Heatmap, comparison_heatmaps, energy_curves, heatmaps, spectra
 from lorakit.lens.static.alignment import AlignedGroup, AlignmentReport
 from lorakit.lens.static.compare import ComparisonReport
@@ -77,7 +77,7 @@ def _heatmaps(maps: list[Heatmap], scales: Sequence[_Scale] = ()) -> Figure | No
         image = axes.imshow(values, aspect="auto", cmap=colours, vmin=low, vmax=high)
         every = max(1, across // 32)
         axes.set_xticks(range(0, across, every), heatmap.layers[::every], fontsize=7)
-        axes.set_yticks(range(down), [plain(group) for group in heatmap.groups], fontsize=8)
+        axes.set_yticks(range(down), [escape_mathtext(group) for group in heatmap.groups], fontsize=8)
         axes.set_title(heatmap.title, fontsize=9)
         figure.colorbar(image, ax=axes, pad=0.01)
     figure.supxlabel("layer", fontsize=9)
@@ -92,7 +92,7 @@ def _spectra(report: AuditReport) -> Figure | None:
     axes = figure.subplots()
     for spectrum in found:
         places = range(1, len(spectrum.median) + 1)
-        (line,) = axes.plot(places, spectrum.median, label=plain(spectrum.group))
+        (line,) = axes.plot(places, spectrum.median, label=escape_mathtext(spectrum.group))
         axes.fill_between(places, spectrum.low, spectrum.high, color=line.get_color(), alpha=0.12, linewidth=0)
     axes.set(
         xlabel="component k", ylabel="σ_k / σ_1", title="Spectra: median over layers, 10 to 90 % shaded", ylim=(0, 1.02)
@@ -135,7 +135,7 @@ def _between_layers(report: AlignmentReport, quantity: Literal["similarity", "ov
         chance = group.random_similarity if quantity == "similarity" else group.random_overlap
         between = group.similarity_mean if quantity == "similarity" else group.overlap_mean
         top = "" if quantity == "similarity" else f", k = {group.k}"
-        axes.set_title(f"{plain(group.name)}{top}\nmean {between:.3f}, by chance {chance:.3f}", fontsize=8)
+        axes.set_title(f"{escape_mathtext(group.name)}{top}\nmean {between:.3f}, by chance {chance:.3f}", fontsize=8)
     for axes in panels[len(groups) :]:
         axes.set_axis_off()
     what = "|cos| of the leading output directions" if quantity == "similarity" else "Overlap of top output subspaces"
@@ -152,7 +152,7 @@ def _without_diagonal(square: Sequence[Sequence[float]]) -> list[list[float]]:
 def _ticks(group: AlignedGroup) -> tuple[list[int], list[str]]:
     every = max(1, len(group.labels) // 8)
     places = list(range(0, len(group.labels), every))
-    return places, [plain(group.labels[place]) for place in places]
+    return places, [escape_mathtext(group.labels[place]) for place in places]
 
 
 def _short(labels: list[str]) -> bool:

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lorakit.lens.render.text import columns_of, facts, number, share, suggestion_columns
+from lorakit._format import number, share
+from lorakit.lens.render.text import columns_of, facts, suggestion_columns
 
 if TYPE_CHECKING:
     from lorakit.errors import Finding

@@ -4,32 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from lorakit._format import count, extent, number, share
 from lorakit.lens.static.report import AuditedModule, AuditReport, GroupSummary
 from lorakit.lens.static.suggestions import RankSuggestion
 
 Column = tuple[str, Callable[[GroupSummary], str]]
-
-
-def number(value: float | None) -> str:
-    """Three significant digits; empty for None."""
-    return "" if value is None else f"{value:.3g}"
-
-
-def count(value: float) -> str:
-    """A number of things, in thousands or millions where there are many."""
-    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{suffix}"
-    return f"{value:.3g}"
-
-
-def share(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.0f}%"
-
-
-def extent(pair: tuple[int, int] | None) -> str:
-    """A range of whole numbers, or the one number."""
-    return "" if pair is None else str(pair[0]) if pair[0] == pair[1] else f"{pair[0]}–{pair[1]}"
 
 
 def _at(ranks: Mapping[str, int] | None, threshold: str) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lorakit._report import WithFindings, ordered
+from lorakit._report import Report, ordered
 from lorakit.adapters import Adapter, AdapterModule, open_adapter
 from lorakit.errors import Finding
 from lorakit.lens.static.measure import about_low_rank_part
@@ -76,7 +76,7 @@ class AlignedPair:
 
 
 @dataclass(frozen=True)
-class AlignmentReport(WithFindings):
+class AlignmentReport(Report):
     """What `lorakit.lens.alignment` found, with the `k` that was asked for."""
 
     path: str

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lorakit._checks import preview
-from lorakit._report import WithFindings, ordered
+from lorakit._report import Report, ordered
 from lorakit.adapters import Adapter, AdapterModule, open_adapter
 from lorakit.errors import Finding
 from lorakit.lens._rows import grouped, mean
@@ -136,7 +136,7 @@ class ComparedGroup:
 
 
 @dataclass(frozen=True)
-class ComparisonReport(WithFindings):
+class ComparisonReport(Report):
     """What `lorakit.lens.compare` found; `only_a` and `only_b` are the modules that the other adapter lacks."""
 
     path_a: str

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from lorakit._report import WithFindings
+from lorakit._report import Report
 from lorakit.adapters.adapter import Kind
 from lorakit.errors import Finding
 from lorakit.lens._rows import mean
@@ -83,7 +83,7 @@ class GroupSummary:
 
 
 @dataclass(frozen=True)
-class AuditReport(WithFindings):
+class AuditReport(Report):
     """What `lorakit.lens.audit` found; `energy` is the share that suggested ranks keep."""
 
     path: str

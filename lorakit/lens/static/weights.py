@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lorakit._checks import preview
-from lorakit._report import WithFindings, ordered
+from lorakit._report import Report, ordered
 from lorakit.adapters import Adapter, AdapterModule, open_adapter
 from lorakit.adapters.base_weights import Checkpoint, open_base_weights, readable
 from lorakit.errors import Finding
@@ -95,7 +95,7 @@ class ComparedWeights:
 
 
 @dataclass(frozen=True)
-class WeightsReport(WithFindings):
+class WeightsReport(Report):
     """What `lorakit.lens.compare_weights` found; `unchanged` weights are equal entry by entry."""
 
     base: str

@@ -1,0 +1,32 @@
+"""How numbers are written for people, on a screen, in HTML and in figures."""
+
+from __future__ import annotations
+
+
+def number(value: float | None) -> str:
+    """Three significant digits; empty for None."""
+    return "" if value is None else f"{value:.3g}"
+
+
+def count(value: float) -> str:
+    """A number of things, in thousands, millions or billions where there are many: 999,552 is 1M.
+
+    Example:
+        >>> count(999_552), count(2_488_320), count(640)
+        ('1M', '2.49M', '640')
+    """
+    value = float(f"{value:.3g}")
+    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{suffix}"
+    return f"{value:.3g}"
+
+
+def share(value: float | None) -> str:
+    """A fraction as a percentage; empty for None."""
+    return "" if value is None else f"{100 * value:.0f}%"
+
+
+def extent(pair: tuple[int, int] | None) -> str:
+    """A range of integers, or the one integer; empty for None."""
+    return "" if pair is None else str(pair[0]) if pair[0] == pair[1] else f"{pair[0]}–{pair[1]}"
