@@ -95,7 +95,7 @@ class AlignmentReport(Report):
             "findings": [asdict(finding) for finding in self.findings],
         }
 
-    def plot(self, directory: str | os.PathLike[str]) -> list[Path]:
+    def plot(self, directory: str | os.PathLike[str]) -> list[Path]:  # type: ignore[override]
         """`lorakit.lens.write_plots` of this report."""
         from lorakit.lens.render.plots import write_plots
 
