@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         lens,
         merging,
         spectral,
+        statistics,
         surgery,
         tuners,
     )
@@ -46,6 +47,7 @@ __all__ = [
     "lens",
     "merging",
     "spectral",
+    "statistics",
     "surgery",
     "tuners",
 ]
@@ -67,6 +69,7 @@ _MODULES = (
     "lens",
     "merging",
     "spectral",
+    "statistics",
     "surgery",
     "tuners",
 )

@@ -15,7 +15,7 @@ ROOT = Path(lorakit.__file__).parent
 LAYERS = [
     {"_version", "errors", "_cross_entropy"},
     {"_distributed", "_plotting"},
-    {"spectral", "allocation"},
+    {"spectral", "allocation", "statistics"},
     {"_registration"},
     {"tuners"},
     {"adapters"},
