@@ -84,14 +84,13 @@ def mean_and_error(d: Floats, groups: NDArray[np.intp] | None = None) -> tuple[f
     scale = float(np.abs(d).max())
     if scale == 0:
         scale = 1.0
-    scaled = d / scale  # so that squares neither overflow nor vanish
+    scaled = d / scale  # squares neither overflow nor vanish, and equal differences have no spread
     mean = float(scaled.mean())
     residuals = scaled - mean
     sums = residuals if groups is None else np.bincount(groups, weights=residuals)
     count = sums.size
-    constant = bool((d == d[0]).all())  # else rounding of the mean would be taken for spread
-    error = 0.0 if constant else math.sqrt(count / (count - 1) * float(sums @ sums)) / d.size
-    return float(d[0]) if constant else mean * scale, error * scale, count - 1
+    error = math.sqrt(count / (count - 1) * float(sums @ sums)) / d.size
+    return mean * scale, error * scale, count - 1
 
 
 def t_bounds(difference: float, error: float, degrees_of_freedom: float, alpha: float) -> tuple[float, float]:

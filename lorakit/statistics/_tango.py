@@ -19,7 +19,7 @@ def reference_only_probability(
 ) -> NDArray[np.float64]:
     """Maximum-likelihood probability that the reference alone is right, given the true difference.
 
-    Tango's closed form, with the root taken in the form that does not cancel. Broadcasts.
+    Tango's closed form. Broadcasts.
     """
     b = np.asarray(candidate_only, dtype=np.float64)
     c = np.asarray(reference_only, dtype=np.float64)
@@ -27,8 +27,7 @@ def reference_only_probability(
     linear = -b - c + (2 * n - b + c) * difference
     constant = -c * difference * (1 - difference)
     root = np.sqrt(np.maximum(linear * linear - 8 * n * constant, 0))
-    divisor = np.where(linear > 0, linear + root, 1)
-    q: NDArray[np.float64] = np.where(linear > 0, -2 * constant / divisor, (root - linear) / (4 * n))
+    q: NDArray[np.float64] = np.maximum(root - linear, 0) / (4 * n)
     return q
 
 
@@ -53,15 +52,13 @@ def p_value_greater(candidate_only: int, reference_only: int, n: int, threshold:
     """One-sided p-value of the score test that the true difference exceeds `threshold`."""
     if not -1 <= threshold < 1:
         return 0.0 if threshold < -1 else 1.0
-    if threshold == -1 and reference_only == n:
-        return 1.0
     return float(special.ndtr(-score(candidate_only, reference_only, n, threshold)))
 
 
 def lower_bound(candidate_only: int, reference_only: int, n: int, z: float) -> float:
     """The difference λ at which Z(λ) = z. The upper bound is minus the lower one of the swapped counts."""
     b, c = candidate_only, reference_only
-    if z == 0 or c == n:
+    if z == 0:
         return (b - c) / n
     if b == n:
         return (n - z * z) / (n + z * z)

@@ -151,10 +151,10 @@ def test_extreme_scores_neither_overflow_nor_vanish(factor):
 
 
 def test_a_constant_difference_has_no_spread():
-    interval = paired_interval([0.3, 7.0, -2.0], [0.8, 7.5, -1.5])
-    assert interval.lower == interval.difference == interval.upper == 0.5
-    assert interval.p_value(0.4) == 0
-    assert interval.p_value(0.5) == interval.p_value(0.5, alternative="less") == 1
+    interval = paired_interval([0.0] * 7, [0.1] * 7)  # seven times 0.1 is not 0.7
+    assert interval.lower == interval.difference == interval.upper == 0.1
+    assert interval.p_value(0.09) == 0
+    assert interval.p_value(0.1) == interval.p_value(0.1, alternative="less") == 1
 
 
 # --- Groups

@@ -120,6 +120,14 @@ def test_bounds_contain_the_difference_and_shrink_as_alpha_grows(table, first, s
     assert narrow[1] - 1e-12 <= wide[1] <= 1
 
 
+def test_alpha_within_rounding_of_one_half_gives_the_difference():
+    alpha = math.nextafter(0.5, 0)
+    for n in range(1, 25):
+        for b in range(n):
+            lower, upper = tango_bounds(b, n - 1 - b, n, alpha)
+            assert (lower, upper) == pytest.approx(((2 * b + 1 - n) / n,) * 2, abs=1e-12)
+
+
 @settings(deadline=None)
 @given(tables(100_000_000), st.sampled_from([0.5 - 1e-12, 0.05, 1e-12]))
 def test_bounds_of_huge_and_lopsided_tables_solve_the_equation(table, alpha):
