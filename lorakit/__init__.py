@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lorakit import merging as merging
     from lorakit import naming as naming
     from lorakit import spectral as spectral
+    from lorakit import statistics as statistics
     from lorakit import surgery as surgery
     from lorakit import tuners as tuners
     from lorakit._version import __version__ as __version__

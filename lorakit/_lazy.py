@@ -30,6 +30,7 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "merging": (),
         "naming": (),
         "spectral": (),
+        "statistics": (),
         "surgery": (),
         "tuners": (),
     },
@@ -117,6 +118,22 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
             "topk_overlap",
             "update_cosine",
         ),
+    },
+    "lorakit.statistics": {
+        "_corpus": ("CorpusInterval", "jackknife_interval"),
+        "_interval": ("Interval",),
+        "_multiple": (
+            "CandidateVerdicts",
+            "FixedSequence",
+            "TaskVerdicts",
+            "combine_tasks",
+            "compare_candidates",
+            "fixed_sequence",
+            "holm",
+        ),
+        "_paired": ("PairedInterval", "paired_interval"),
+        "_seeds": ("SeedsInterval", "seeds_interval"),
+        "_verdict": ("Verdict", "control_p_value", "documents_needed", "verdict"),
     },
     "lorakit.surgery": {
         "_policies": (

@@ -30,6 +30,10 @@ class AllocationError(LorakitError, ValueError):
     """Ranks that cannot be had for the budget, or scores that say nothing."""
 
 
+class EvaluationError(LorakitError, ValueError):
+    """Scores or settings from which no interval or verdict can be had."""
+
+
 class ExportError(LorakitError, ValueError):
     """An adapter that cannot be written as a plain LoRA."""
 
