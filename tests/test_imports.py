@@ -26,7 +26,7 @@ LAYERS = [
     {"fisher", "surgery", "compress", "merging", "export", "serving"},
     {"lens", "cost"},
     {"experiments", "fleet"},
-    {"demo", "probing"},
+    {"demo"},
     {"cli"},
     {"__main__", "__init__"},
 ]
@@ -79,9 +79,10 @@ def _imports(module: str) -> list[tuple[str, ast.AST | None, int]]:
                 if child.level:
                     above = package.split(".")[: len(package.split(".")) - child.level + 1]
                     source = ".".join([*above, *([source] if source else [])])
+                public = _lazy.exports(source) if source in _lazy._FILES else {}
                 for alias in child.names:
                     inner = f"{source}.{alias.name}"
-                    found.append((inner if inner in FILES else source, function, child.lineno))
+                    found.append((inner if inner in FILES else public.get(alias.name, source), function, child.lineno))
             inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
             visit(child, child if inside else function)
 
@@ -165,7 +166,7 @@ def test_imports_inside_functions_have_a_reason(module):
     """A heavy or optional package, or a file of lorakit's that imports one, which this file does not load anyway."""
     loaded = _loaded_by(module)
     for name, function, line in IMPORTS[module]:
-        if function is None or (module, name) in TO_BE_MENDED or module.startswith("lorakit.cli"):
+        if function is None or (module, name) in TO_BE_MENDED:
             continue
         packages = _loaded_by(name) if name in FILES else _prefixes(name)
         deferred = (packages & set(DEFERRED)) - loaded

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lorakit.errors import UnsupportedModelError
+
 if TYPE_CHECKING:
     from peft import PeftModel
 
@@ -27,7 +29,6 @@ def load_adapted(base: str, adapter: str) -> PeftModel:
     from peft import PeftModel
 
     from lorakit.adapters import open_adapter
-    from lorakit.errors import UnsupportedModelError
 
     task = open_adapter(adapter).settings.raw.get("task_type")
     name = _AUTO_CLASSES.get(str(task))

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import typer
 
+from lorakit.naming.roles import group_of
+
 # In lorakit.lens.render.table, which is imported only where a table is printed.
 Printer = Literal["print_report", "print_comparison", "print_alignment"]
 Column = tuple[str, Callable[[Sequence[Any]], str]]
@@ -44,8 +46,6 @@ def print_folded(title: str, modules: Iterable[Any], columns: Sequence[Column]) 
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
-
-    from lorakit.naming.roles import group_of
 
     groups: dict[str, list[Any]] = {}
     for module in modules:

@@ -9,7 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
+from lorakit.cli._data import named_targets
+from lorakit.cli._models import load_adapted
 from lorakit.cli._output import Column, print_folded, print_json, print_lines
+from lorakit.errors import SurgeryError
+from lorakit.naming.roles import layer_of
 
 
 class PolicyName(StrEnum):
@@ -64,8 +68,7 @@ def surgery(
     from transformers import AutoTokenizer
 
     from lorakit.adapters.atomic import replaced_directory
-    from lorakit.cli._models import load_adapted
-    from lorakit.probing import make_batches, read_examples
+    from lorakit.data._examples import make_batches, read_examples
     from lorakit.surgery import reweight
 
     examples = read_examples(data, 4 * num_examples)  # some may have no label
@@ -115,9 +118,6 @@ def _bounds(text: str) -> tuple[int, float]:
 def _targets(model: Any, modules: str | None, bounds: tuple[int, float] | None) -> str | list[str] | None:
     """The modules meant, by name where layers are asked for. Raises: SurgeryError where there are none."""
     from lorakit.adapters.in_model import resolve_adapter_name
-    from lorakit.errors import SurgeryError
-    from lorakit.naming.roles import layer_of
-    from lorakit.probing import named_targets
     from lorakit.surgery import select_modules
 
     targets = named_targets(modules)

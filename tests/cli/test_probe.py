@@ -33,9 +33,9 @@ def test_wrong_usage_is_exit_code_2(arguments):
     assert done.stdout == ""
 
 
-def test_bad_input_is_exit_code_1_with_a_message_and_no_traceback(tmp_path):
+def test_bad_input_is_exit_code_2_with_a_message_and_no_traceback(tmp_path):
     done = run("demo", "--model", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out"), "--json")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stdout == ""
     assert "lorakit: " in done.stderr
     assert "Traceback" not in done.stderr
@@ -103,7 +103,7 @@ def test_probe_says_what_is_wrong_with_its_input(base_model, tmp_path, name, tex
     data = tmp_path / name
     data.write_text(text)
     done = run("probe", str(base_model), str(data), "--out", str(tmp_path / "out"), *arguments)
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()

@@ -20,10 +20,10 @@ from transformers import AutoTokenizer
 from lorakit import FisherLoRAConfig, SpecLoRAConfig
 from lorakit.adapters import open_adapter
 from lorakit.cli import main
+from lorakit.cli.probe import make_batches, read_examples
 from lorakit.compress import truncate
 from lorakit.errors import CalibrationError
 from lorakit.export import to_lora
-from lorakit.probing import make_batches, read_examples
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

@@ -1,4 +1,4 @@
-"""The command ``lorakit probe``: a model and a file of examples → the modules' Fisher information, and ranks."""
+"""Examples from files, tokenized into batches with labels."""
 
 from __future__ import annotations
 
@@ -9,66 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lorakit import fisher
-from lorakit.adapters.atomic import replaced_directory
 from lorakit.calibration.losses import IGNORED_LABEL
 from lorakit.errors import CalibrationError
-from lorakit.tuners.fisherlora import FisherLoRAConfig, allocation_of
 
 Batch = dict[str, Tensor]
 Chat = list[dict[str, str]]
 Example = tuple[str, str] | Chat
-
-
-def run_probe(
-    model_name: str,
-    data: Path,
-    *,
-    target_modules: str | None,
-    num_examples: int,
-    length: int,
-    batch_size: int,
-    seed: int,
-    out: Path | None,
-    **allocation_settings: Any,
-) -> tuple[dict[str, Any], str]:
-    """The results as plain data, and a text for people; with `out`, ``adapter_config.json`` is written there.
-
-    Raises: OSError for files that cannot be read, ValueError subclasses for unfit data, targets or budgets.
-    """
-    pieces = read_examples(data, 4 * num_examples)  # some may have no label
-    tokenizer = AutoTokenizer.from_pretrained(model_name)
-    batches = make_batches(tokenizer, pieces, length, batch_size)
-    model = AutoModelForCausalLM.from_pretrained(model_name, dtype="auto")
-    report = fisher.probe(
-        model, batches, target_modules=named_targets(target_modules), num_examples=num_examples, seed=seed
-    )
-    allocation = allocation_of(report, **allocation_settings)
-    if out is not None:
-        config = FisherLoRAConfig.from_probe(
-            report, **allocation_settings, task_type="CAUSAL_LM", base_model_name_or_path=model_name
-        )
-        with replaced_directory(out) as directory:
-            config.save_pretrained(str(directory))
-    ratio = report.vq_ratio
-    lines = [allocation.explain(), f"score: mean squared gradient of lora_B's entries, {report.num_examples} examples"]
-    if ratio is not None:
-        error = "" if ratio.stderr is None else f" ± {ratio.stderr:.2g}"
-        lines.append(f"V/Q ratio: {ratio.value:.3g}{error}")
-    if report.num_without_labels:
-        lines.append(f"left out, having no label: {report.num_without_labels}")
-    if out is not None:
-        lines.append(f"written: {out / 'adapter_config.json'}")
-    return {"report": report.to_dict(), "allocation": allocation.to_dict()}, "\n".join(lines)
-
-
-def named_targets(text: str | None) -> str | list[str] | None:
-    """Target modules as the shell has them: names with commas between, "all-linear", or None."""
-    if text is None or text == "all-linear":
-        return text
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def read_examples(path: Path, at_most: int) -> list[Example]:

@@ -1,0 +1,48 @@
+"""The command ``lorakit``: its subcommands, and what becomes of errors."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from lorakit._version import __version__
+from lorakit.cli.demo import demo
+from lorakit.cli.inspect import alignment, audit, compare
+from lorakit.cli.probe import probe
+from lorakit.cli.rewrite import compress, export, merge
+from lorakit.cli.surgery import surgery
+from lorakit.errors import LorakitError
+
+app = typer.Typer(name="lorakit", no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"lorakit {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Audit, compress, merge, edit and train LoRA adapters of Hugging Face PEFT."""
+
+
+for _command in (audit, compare, alignment, compress, merge, export, probe, surgery, demo):
+    app.command()(_command)
+
+
+def main() -> None:
+    """Run the command; exit code 0, 1 for a finding of severity error, 2 for wrong usage and bad input."""
+    try:
+        app()
+    except (LorakitError, ValueError, OSError) as error:
+        from rich.console import Console
+
+        Console(stderr=True, soft_wrap=True).print(f"lorakit: {error}", style="red", markup=False, highlight=False)
+        raise SystemExit(2) from None

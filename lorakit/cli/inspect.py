@@ -1,0 +1,59 @@
+"""``lorakit audit``, ``compare`` and ``alignment``: look at adapters, change nothing."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lorakit import lens
+from lorakit.cli._output import check_share, show
+
+
+def audit(
+    adapter: Annotated[str, typer.Argument(help="A directory, a .safetensors or .bin file, or a Hub id.")],
+    suggest_ranks: Annotated[bool, typer.Option("--suggest-ranks", help="Suggest ranks, by several policies.")] = False,
+    energy: Annotated[float, typer.Option(help="Share of each update's energy that suggested ranks keep.")] = 0.9,
+    budget: Annotated[
+        str | None, typer.Option(help="Suggest ranks under a budget: 2000000, 2M (parameters), 4MB (bytes).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
+    html: Annotated[str | None, typer.Option(help="Also write the report as one HTML file.")] = None,
+    plots: Annotated[str | None, typer.Option(help="Also write figures into this directory.")] = None,
+) -> None:
+    """Spectra, ranks and findings of an adapter at rest; exit code 1 if one of the findings is an error."""
+    check_share("--energy", energy)
+    report = lens.audit(adapter, energy=energy, suggest_ranks=suggest_ranks, budget=budget)
+    if html is not None:
+        lens.write_html(report, html)
+    if plots is not None:
+        lens.write_plots(report, plots)
+    show(report, as_json, "print_report")
+
+
+def compare(
+    a: Annotated[str, typer.Argument(help="A directory, a .safetensors or .bin file, or a Hub id.")],
+    b: Annotated[str, typer.Argument(help="The other one.")],
+    energy: Annotated[float, typer.Option(help="Share of each update's energy in the directions compared.")] = 1.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
+    plots: Annotated[str | None, typer.Option(help="Also write figures into this directory.")] = None,
+) -> None:
+    """Shared directions, agreement and balance of two adapters; exit code 1 if one of the findings is an error."""
+    check_share("--energy", energy)
+    report = lens.compare(a, b, energy=energy)
+    if plots is not None:
+        lens.write_plots(report, plots)
+    show(report, as_json, "print_comparison")
+
+
+def alignment(
+    adapter: Annotated[str, typer.Argument(help="A directory, a .safetensors or .bin file, or a Hub id.")],
+    k: Annotated[int, typer.Option(min=1, help="How many leading directions of each update.")] = 4,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
+    plots: Annotated[str | None, typer.Option(help="Also write heatmaps into this directory.")] = None,
+) -> None:
+    """Output directions across and within layers; exit code 1 if one of the findings is an error."""
+    report = lens.alignment(adapter, k=k)
+    if plots is not None:
+        lens.write_plots(report, plots)
+    show(report, as_json, "print_alignment")

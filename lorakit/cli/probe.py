@@ -1,0 +1,123 @@
+"""``lorakit probe``: the Fisher information of a model's modules, and ranks for them under a budget."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lorakit import fisher
+from lorakit.cli._data import named_targets
+from lorakit.cli._output import print_json
+
+
+class RuleName(StrEnum):
+    """The rules that a probe can serve; "energy" needs a trained adapter's spectra."""
+
+    fisher = "fisher"
+    fisherlora = "fisherlora"
+    spectral = "spectral"
+    prior = "prior"
+    uniform = "uniform"
+
+
+def probe(
+    model: Annotated[str, typer.Argument(help="A causal language model: a path or Hub id.")],
+    data: Annotated[
+        Path, typer.Argument(help="Examples: .jsonl with `text`, or `prompt` and `completion`; .txt by paragraphs.")
+    ],
+    target_modules: Annotated[
+        str | None, typer.Option(help="Names with commas between, or all-linear; default: query and value.")
+    ] = None,
+    num_examples: Annotated[int, typer.Option(min=1, help="Examples to use.")] = 16,
+    length: Annotated[int, typer.Option(min=2, help="Tokens after which an example is cut off.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples a batch; the result does not depend on it.")] = 8,
+    rule: Annotated[RuleName, typer.Option(help="How ranks follow from the measurements.")] = RuleName.fisher,
+    budget: Annotated[
+        float | None, typer.Option(help="Fraction of uniform rank's parameters; default 0.625.", show_default=False)
+    ] = None,
+    params: Annotated[int | None, typer.Option(min=1, help="The budget as a number of parameters instead.")] = None,
+    rank: Annotated[int, typer.Option(min=1, help="The uniform rank that the budget is a fraction of.")] = 16,
+    min_rank: Annotated[int, typer.Option(min=1, help="The smallest rank of a module.")] = 1,
+    max_rank: Annotated[int | None, typer.Option(min=1, help="The largest rank of a module.")] = None,
+    per_role: Annotated[bool, typer.Option("--per-role", help="One rank for all modules of a role.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the temporary adapter.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write adapter_config.json into this directory.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print report and ranks as JSON on stdout.")] = False,
+) -> None:
+    """Measure the Fisher information of a model's modules, and give them ranks under a budget."""
+    if budget is not None and params is not None:
+        raise typer.BadParameter(
+            "give a fraction or a number of parameters, not both.", param_hint="--budget, --params"
+        )
+    if budget is not None and not 0 < budget <= 1:
+        raise typer.BadParameter("must be a fraction in (0, 1].", param_hint="--budget")
+    settings: dict[str, Any] = {
+        "budget": budget,
+        "params": params,
+        "rule": rule.value,
+        "r": rank,
+        "min_rank": min_rank,
+        "max_rank": max_rank,
+        "per": "role" if per_role else "module",
+    }
+    report = _measure(model, data, named_targets(target_modules), num_examples, length, batch_size, seed)
+    allocation = _allocate(report, settings, model, out)
+    if as_json:
+        print_json({"report": report.to_dict(), "allocation": allocation.to_dict()})
+    else:
+        sys.stdout.write("\n".join(_lines(report, allocation, out)) + "\n")
+
+
+def _measure(
+    model_name: str,
+    data: Path,
+    targets: str | list[str] | None,
+    num_examples: int,
+    length: int,
+    batch_size: int,
+    seed: int,
+) -> Any:
+    """The Fisher report of the model on the file's examples.
+
+    Raises: OSError for files that cannot be read; ValueError subclasses for data or targets that do not fit.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from lorakit.data._examples import make_batches, read_examples
+
+    examples = read_examples(data, 4 * num_examples)  # some may have no label
+    batches = make_batches(AutoTokenizer.from_pretrained(model_name), examples, length, batch_size)
+    model = AutoModelForCausalLM.from_pretrained(model_name, dtype="auto")
+    return fisher.probe(model, batches, target_modules=targets, num_examples=num_examples, seed=seed)
+
+
+def _allocate(report: Any, settings: dict[str, Any], model_name: str, out: Path | None) -> Any:
+    """The ranks under the budget; with `out`, the config that has them is written there."""
+    from lorakit.adapters.atomic import replaced_directory
+    from lorakit.tuners.fisherlora import FisherLoRAConfig, allocation_of
+
+    allocation = allocation_of(report, **settings)
+    if out is not None:
+        config = FisherLoRAConfig.from_probe(
+            report, **settings, task_type="CAUSAL_LM", base_model_name_or_path=model_name
+        )
+        with replaced_directory(out) as directory:
+            config.save_pretrained(str(directory))
+    return allocation
+
+
+def _lines(report: Any, allocation: Any, out: Path | None) -> list[str]:
+    lines = [allocation.explain(), f"score: mean squared gradient of lora_B's entries, {report.num_examples} examples"]
+    ratio = report.vq_ratio
+    if ratio is not None:
+        error = "" if ratio.stderr is None else f" ± {ratio.stderr:.2g}"
+        lines.append(f"V/Q ratio: {ratio.value:.3g}{error}")
+    if report.num_without_labels:
+        lines.append(f"examples without labels, left out: {report.num_without_labels}")
+    if out is not None:
+        lines.append(f"written: {out / 'adapter_config.json'}")
+    return lines

@@ -1,0 +1,1 @@
+"""Examples from files and datasets, as batches with labels."""
