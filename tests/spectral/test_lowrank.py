@@ -149,7 +149,7 @@ def test_parameters_and_strided_factors_take_the_same_path():
     expected = LowRank(B, A).singular_values()
     parameters = LowRank(torch.nn.Parameter(B), torch.nn.Parameter(A)).singular_values()
     strided = LowRank(B.mT.contiguous().mT, A.mT.contiguous().mT).singular_values()
-    assert torch.equal(parameters.detach(), expected)
+    torch.testing.assert_close(parameters.detach(), expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(strided, expected, rtol=1e-6, atol=0)
 
 
