@@ -90,6 +90,7 @@ def test_nothing_worth_taking_that_fits_is_left(modules, extra, max_rank):
         assert not left or (left[0] / peak) ** 2 == 0 or result.cost + costs[name] > budget
 
 
+@pytest.mark.slow
 @given(modules=SPECTRA, extra=st.integers(0, 60), more=st.integers(0, 60))
 @settings(max_examples=300, deadline=None)
 def test_a_larger_budget_never_keeps_less_energy(modules, extra, more):

@@ -58,6 +58,7 @@ def adapter(tiny_llama, randomize, tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_compress(adapter, tmp_path):
     adapter()
     done = run_apart("compress", tmp_path / "adapter", tmp_path / "out", "--ranks", "q_proj=1,v_proj=2", "--json")
@@ -75,6 +76,7 @@ def test_compress(adapter, tmp_path):
     assert "of the energy kept" in " ".join(done.stdout.split())
 
 
+@pytest.mark.slow
 def test_compress_imports_neither_peft_nor_transformers(adapter, tmp_path, run_python):
     adapter()
     code = f"""
@@ -88,6 +90,7 @@ def test_compress_imports_neither_peft_nor_transformers(adapter, tmp_path, run_p
     assert run_python(code).stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_merge(adapter, tmp_path):
     adapter()
     adapter(LoraConfig(r=2, target_modules=["q_proj"]), "other", seed=3)
@@ -145,6 +148,7 @@ def data(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_surgery_edits_the_layers_asked_for(adapter, base_model, data, tmp_path):
     adapter()
     common = ("--base", base_model, "--adapter", tmp_path / "adapter", "--data", data, "--out", tmp_path / "out")

@@ -654,7 +654,28 @@ DIFFUSERS = [
 ]
 
 FAMILIES = [*DECODERS, *ENCODERS, *VISION_AND_SOUND, *SEQUENCE_TO_SEQUENCE, *SEVERAL_KINDS, *DIFFUSERS]
-each_family = pytest.mark.parametrize("family", FAMILIES, ids=[family.name for family in FAMILIES])
+# Of the fast tests: some of each kind, and those whose last bits depend on the processor most.
+FAST = {
+    "llama",
+    "gpt2",
+    "mixtral",
+    "mamba",
+    "bert",
+    "longformer",
+    "segformer",
+    "whisper",
+    "t5",
+    "siglip",
+    "unet",
+    "sd3",
+}
+each_family = pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, id=family.name, marks=() if family.name in FAST else pytest.mark.slow)
+        for family in FAMILIES
+    ],
+)
 
 
 def speclora(family: Family, **options: Any) -> SpecLoRAConfig:

@@ -481,6 +481,7 @@ def test_what_cannot_be_probed_says_why(tiny_llama, tiny_gpt2):
 RULES = ["fisher", "fisherlora", "spectral", "prior", "uniform"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"])
 def test_a_config_from_a_probe_gives_exactly_the_allocated_ranks(tiny_llama, tmp_path, rule, targets):

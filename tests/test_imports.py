@@ -93,6 +93,7 @@ def test_every_public_name_of_the_lens_is_there_and_documented(name):
     assert name in dir(lorakit.lens)
 
 
+@pytest.mark.slow
 def test_importing_the_lens_imports_neither_transformers_nor_peft(run_python):
     code = """
         import sys

@@ -118,6 +118,7 @@ def test_generation(config, tiny_llama, randomize, token_ids):
     assert generated.shape == (2, 10)
 
 
+@pytest.mark.slow
 def test_without_lorakit_the_type_is_unknown_and_nothing_else(saved, run_python):
     _, adapter, _ = saved
     code = f"from peft import PeftConfig; PeftConfig.from_pretrained({str(adapter)!r})"

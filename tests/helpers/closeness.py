@@ -35,10 +35,10 @@ REPORT_RELATIVE, REPORT_ABSOLUTE = TOLERANCE[torch.float32], 1e-6
 def assert_close_outputs(actual: Tensor, expected: Tensor, tolerance: float | None = None) -> None:
     """Assert equality of shape, dtype and, up to the order in which sums are taken, values.
 
-    `tolerance` is relative to the largest entry of `expected`; by default it is that of the dtype.
+    `tolerance` is relative to the largest entry of `expected`; by default it is that of the dtype, and 0 for integers.
     """
     assert expected.isfinite().all()
-    relative = TOLERANCE[expected.dtype] if tolerance is None else tolerance
+    relative = TOLERANCE.get(expected.dtype, 0.0) if tolerance is None else tolerance
     torch.testing.assert_close(actual, expected, rtol=0, atol=relative * float(expected.detach().abs().max()))
 
 

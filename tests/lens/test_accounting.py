@@ -62,6 +62,7 @@ def state_bytes(model, optimizer):
     return sum(v.nbytes for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_against_a_model_that_is_allocated(kind, tiny_llama):
     base = tiny_llama(attn_implementation="eager")
@@ -110,6 +111,7 @@ def base_params(model):
     return sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_full_fine_tuning_and_other_optimizers(tiny_gpt2, dtype):
     model = tiny_gpt2().to(dtype)  # tied embeddings
@@ -153,6 +155,7 @@ def test_attention_without_a_mask_is_the_flash_kernel(tiny_llama):
     assert flash.memory.activations < eager.memory.activations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention"])
 def test_attention_that_is_not_installed_here(implementation):
     plain = LlamaConfig(**SMALL)
@@ -161,6 +164,7 @@ def test_attention_that_is_not_installed_here(implementation):
     assert other._attn_implementation == implementation
 
 
+@pytest.mark.slow
 def test_any_form_of_a_model_and_none_is_changed(tiny_llama, tmp_path):
     model = tiny_llama(torch.bfloat16)
     model.model.layers[0].requires_grad_(False)
@@ -253,6 +257,7 @@ def test_experts():
     assert found.plot().axes
 
 
+@pytest.mark.slow
 def test_nothing_is_allocated(run_python):
     code = """
         import json, resource, torch
@@ -275,6 +280,7 @@ def test_nothing_is_allocated(run_python):
     assert grown < 200e6
 
 
+@pytest.mark.slow
 def test_refused(tiny_llama):
     lora = CONFIGS["lora"]
     with pytest.raises(ValueError, match="`optimizer` must be one of adamw, adamw_8bit, sgd, sgd_momentum; got 'lion'"):

@@ -177,6 +177,7 @@ def test_it_is_shown_in_80_columns(adapter):
     assert any(line.startswith("output–down 12") for line in text.splitlines())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 def test_plots(adapter, write_adapter, tmp_path):
     report = alignment(adapter)
@@ -187,6 +188,7 @@ def test_plots(adapter, write_adapter, tmp_path):
     assert write_plots(alone, tmp_path / "none") == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 def test_every_role_has_its_heatmap(adapter):
     from lorakit.lens._plots import _between_layers
@@ -209,6 +211,7 @@ def run(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_the_command(adapter, write_adapter, tmp_path):
     done = run(adapter, "--json", "--k", "2", "--plots", tmp_path / "plots")
     assert (done.returncode, done.stderr) == (0, "")

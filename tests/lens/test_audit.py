@@ -408,6 +408,7 @@ FIELDS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @given(changes=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4))
 @FUZZ
 def test_configs_with_other_values_give_a_report_or_a_typed_error(tmp_path, valid, changes):

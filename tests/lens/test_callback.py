@@ -94,6 +94,7 @@ def test_loggers_see_it_and_the_trainer_logs_as_without_it(make_trainer):
     assert history[-1]["spectral/qv_gap"] == callback.trajectory.snapshots[-1].qv_gap
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(CONFIGS))
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"gradient_accumulation_steps": 2}])
 def test_training_is_bit_for_bit_as_without_it(make_trainer, kind, options):
@@ -109,6 +110,7 @@ def test_training_is_bit_for_bit_as_without_it(make_trainer, kind, options):
     assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
 
 
+@pytest.mark.slow
 def test_the_overlap_is_of_all_micro_batches(make_trainer):
     """Accumulated over two micro-batches, it is that of the two as one batch."""
     found = []
@@ -140,6 +142,7 @@ def test_log_modules(make_trainer):
     assert any(f"spectral/cu/{name}" in row for row in trainer.state.log_history)
 
 
+@pytest.mark.slow
 def test_resuming_goes_on_in_the_same_file(make_trainer, tmp_path):
     options = {"save_strategy": "steps", "save_steps": 4}
     whole = SpectralCallback(every=1)
@@ -156,6 +159,7 @@ def test_resuming_goes_on_in_the_same_file(make_trainer, tmp_path):
         assert one.qv_gap == pytest.approx(other.qv_gap, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_new_training_keeps_the_file_that_is_there(make_trainer, tmp_path):
     for _ in range(2):
         make_trainer([SpectralCallback(every=4)]).train()
@@ -173,6 +177,7 @@ def test_it_looks_where_training_stopped_early(make_trainer):
     assert steps(callback.trajectory) == [0, 3, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])
 def test_the_end_is_the_last_step_and_not_the_best_checkpoint(make_trainer, strategy):
     """Trainer loads the best one, and loggers close, before it says that training has ended."""
@@ -229,6 +234,7 @@ def test_an_interrupted_training_leaves_no_hooks_once_the_callback_is_gone(make_
     assert not hooked(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "message"),
     [("logs", "`path` must be that of a file, new or old; .*logs is something else"), ("file/x.jsonl", "File exists")],

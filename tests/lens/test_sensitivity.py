@@ -103,6 +103,7 @@ def test_an_ablated_layer_is_one_whose_lora_b_is_zero(tiny_llama, randomize, ids
     assert found.groups[1].loss.value == pytest.approx(losses(ids)(model).mean().item(), rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["module", "role"])
 def test_modules_and_roles(by, tiny_llama, randomize, ids):
     model = randomize(get_peft_model(tiny_llama(), CONFIGS["lora"]))

@@ -413,6 +413,7 @@ def exercise(update):
 SHAPES = [((9, 3), (3, 7)), ((2, 9, 3), (2, 3, 7)), ((4, 9), (9, 5)), ((0, 9, 3), (0, 3, 7))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shapes", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_off_the_cpu_nothing_looks_at_the_data(shapes, dtype):
@@ -422,6 +423,7 @@ def test_off_the_cpu_nothing_looks_at_the_data(shapes, dtype):
         assert exercise(LowRank(*(torch.ones(s, dtype=dtype, device="meta") for s in shapes), scaling)) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shapes", SHAPES)
 def test_fake_tensors_propagate(shapes):
     expected = exercise(LowRank(*(torch.ones(s) for s in shapes), 2.0))

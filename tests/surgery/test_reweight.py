@@ -47,6 +47,7 @@ def everything(model):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("energy", ["l1", "l2", "none"])
 def test_the_written_spectrum_is_the_reported_one_in_the_same_directions(adapted, batches, policy, energy):

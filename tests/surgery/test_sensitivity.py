@@ -355,6 +355,7 @@ def test_cpu_offloaded_bases(adapted, examples, batches):
     assert_same(sensitivity(model, batches(3), progress=False), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["bert", "t5", "llama"])
 def test_half_precision_losses_are_not_mistaken(kind, dtype, randomize, tiny_llama):

@@ -434,6 +434,7 @@ def test_all_linear_leaves_tied_weights_to_peft(tiny_llama):
             assert type(model.get_base_model().lm_head) is nn.Linear
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 def test_injection_by_the_state_dict_of_a_compiled_model(tiny_llama, compiled):
     """torch.compile puts `_orig_mod.` before the names, in the model or in the state dict."""

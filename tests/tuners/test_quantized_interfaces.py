@@ -260,6 +260,7 @@ def test_fisherlora_gives_ranks_by_role(backend, make):
         assert_near(layer(x), x.double() @ expected_weight(layer).T + layer.get_base_layer().bias.double())
 
 
+@pytest.mark.slow
 def test_unpickling_finds_the_classes_in_a_process_that_has_made_none(packages, randomize, tmp_path, run_python):
     pickled = {}
     backends = {name: backend for name, backend in BACKENDS.items() if name != "inc"}  # torch unpickles no float8

@@ -364,6 +364,7 @@ def test_pickle_and_deepcopy(randomize, tiny_llama, token_ids):
         assert_close_outputs(other(input_ids=token_ids).logits, expected)
 
 
+@pytest.mark.slow
 def test_a_bare_layer_is_unpickled_where_nothing_has_been_imported(run_python, tmp_path):
     _, layer = adapted()
     (tmp_path / "layer.pkl").write_bytes(pickle.dumps(layer))
