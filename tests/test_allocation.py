@@ -76,6 +76,7 @@ def test_ranks_per_role_are_the_same_in_a_role(problem):
     assert all(len(ranks) == 1 for ranks in by_role.values())
 
 
+@pytest.mark.slow
 @given(modules=SPECTRA, extra=st.integers(0, 100), max_rank=st.none() | st.integers(1, 6))
 @settings(max_examples=300, deadline=None)
 def test_nothing_worth_taking_that_fits_is_left(modules, extra, max_rank):

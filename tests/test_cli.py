@@ -26,6 +26,7 @@ def test_version_and_help():
     assert "--model" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [("demo", "--steps", "0"), ("demo", "--nothing"), ("nothing",)])
 def test_wrong_usage_is_exit_code_2(arguments):
     done = run(*arguments)

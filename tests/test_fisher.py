@@ -105,6 +105,7 @@ def adapt(base, targets, randomize):
     return randomize(get_peft_model(base, config)).double().eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5"])
 def test_it_is_one_backward_per_example(kind, tiny_llama, tiny_gpt2, randomize):
     base, targets, examples = make(kind, tiny_llama, tiny_gpt2)
@@ -417,6 +418,7 @@ def test_the_probe_after_some_training(tiny_llama):
         probe(model, batches, train_loader=iter(batches), progress=False)
 
 
+@pytest.mark.slow
 def test_the_report_is_plain_data_and_can_be_drawn(tiny_llama):
     report = probe(tiny_llama(), padded(text_examples(), 5), target_modules="all-linear", progress=False)
     plain = json.loads(json.dumps(report.to_dict(), allow_nan=False))

@@ -144,6 +144,7 @@ def test_a_model_of_linear_layers_by_hand():
     assert (found.batch_size, found.sequence_length) == (n, None)
 
 
+@pytest.mark.slow
 def test_attention_without_a_mask_is_the_flash_kernel(tiny_llama):
     s, heads, layers = 48, 4, 2
     eager = lens.accounting(tiny_llama(attn_implementation="eager"), CONFIGS["lora"], sequence_length=s)
@@ -194,6 +195,7 @@ def test_any_form_of_a_model_and_none_is_changed(tiny_llama, tmp_path):
     assert not any(isinstance(m, BaseTunerLayer) for m in shell.modules())
 
 
+@pytest.mark.slow
 def test_dtypes(tiny_llama):
     half = lens.accounting(LlamaConfig(**SMALL), CONFIGS["lora"])  # which says none
     assert half.memory.weights == 2 * half.base_params
@@ -204,6 +206,7 @@ def test_dtypes(tiny_llama):
     assert lens.accounting(tiny_llama(), CONFIGS["lora"]).memory.weights == 4 * params
 
 
+@pytest.mark.slow
 def test_encoder_decoders_and_classifiers():
     settings = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 1, "num_heads": 4, "vocab_size": 64}
     config = T5Config(**settings, decoder_start_token_id=0, architectures=["T5ForConditionalGeneration"])

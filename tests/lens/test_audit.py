@@ -435,6 +435,7 @@ HEADERS = st.dictionaries(st.sampled_from([layer(0), layer(1), "x"]), MODULE, mi
 )
 
 
+@pytest.mark.slow
 @given(header=HEADERS, fill=st.binary(min_size=1, max_size=8))
 @FUZZ
 def test_well_formed_files_of_anything_give_a_report_or_a_typed_error(tmp_path, valid, header, fill):

@@ -128,12 +128,14 @@ def test_the_overlap_is_of_all_micro_batches(make_trainer):
     assert found[0] == pytest.approx(found[1], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_without_gradients_there_is_no_kappa(make_trainer):
     callback = SpectralCallback(every=2, gradients=False)
     make_trainer([callback]).train()
     assert all(row.kappa is None for one in callback.trajectory.snapshots for row in one.modules)
 
 
+@pytest.mark.slow
 def test_log_modules(make_trainer):
     callback = SpectralCallback(every=2, log_modules=True)
     trainer = make_trainer([callback])
@@ -215,6 +217,7 @@ def test_the_end_is_the_last_step_and_not_the_best_checkpoint(make_trainer, stra
     assert seen["closed"] == end
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_leaves_no_hooks_once_the_callback_is_gone(make_trainer):
     class Interrupted(Trainer):
         def training_step(self, *args, **kwargs):
@@ -249,6 +252,7 @@ def test_a_file_that_cannot_be_written_is_said_before_training(make_trainer, tmp
     assert (tmp_path / "logs").is_dir()
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_written_any_more_costs_no_training(make_trainer, tmp_path):
     class Full(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -266,6 +270,7 @@ def test_a_file_that_cannot_be_written_any_more_costs_no_training(make_trainer, 
     assert [row["step"] for row in trainer.state.log_history if "spectral/cu" in row] == [0, 2, 4, 6, 7]
 
 
+@pytest.mark.slow
 def test_an_adapter_of_which_nothing_is_finite_is_not_logged(make_trainer):
     class Spoil(TrainerCallback):
         def on_step_begin(self, args, state, control, model=None, **kwargs):
@@ -280,6 +285,7 @@ def test_an_adapter_of_which_nothing_is_finite_is_not_logged(make_trainer):
     assert all("loss" in logs or "train_loss" in logs or "spectral/cu" in logs for _, logs in logger.seen)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_has_no_kappa_and_says_so(make_trainer):
     callback = SpectralCallback(every=2)
     trainer = make_trainer([callback], max_steps=2)
@@ -301,6 +307,7 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
+@pytest.mark.slow
 def test_sft_trainer(tiny_llama, tokenizer, tmp_path):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
@@ -321,6 +328,7 @@ def test_sft_trainer(tiny_llama, tokenizer, tmp_path):
     assert callback.trajectory.snapshots[-1].role("query").kappa > 0
 
 
+@pytest.mark.slow
 def test_dpo_trainer(tiny_llama, tokenizer, tmp_path):
     """Its reference passes are without the adapter, or with a copy of it: they count for nothing."""
     from datasets import Dataset
@@ -380,6 +388,7 @@ def test_series(trajectory):
         trajectory.series("cu")
 
 
+@pytest.mark.slow
 def test_the_plot_shows_roles_gap_and_overlap(trajectory):
     left, middle, right = trajectory.plot().axes
     assert [text.get_text() for text in left.get_legend().get_texts()] == ["query", "value", "down"]

@@ -147,6 +147,7 @@ def test_embeddings_and_grouped_convolutions(tmp_path, randomize):
         check(row, a.factors(one).dense(), b.factors(other).dense(), 4, 4)
 
 
+@pytest.mark.slow
 @given(
     seed=st.integers(0, 10**6),
     ranks=st.tuples(st.integers(1, 6), st.integers(1, 6)),

@@ -171,6 +171,7 @@ def test_heatmaps_spectra_and_curves_are_those_of_the_modules(adapter):
     )
 
 
+@pytest.mark.slow
 def test_adapters_with_nothing_to_draw_are_shown(tmp_path):
     nowhere = write(tmp_path / "a", layers=1, prefix="x", names=["y"])
     zero = write(tmp_path / "b", layers=1)

@@ -378,6 +378,7 @@ def test_each_run_has_a_config_of_its_own(data, evaluate):
     assert config.modules_to_save is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("rank", [4, 8, 64])
 def test_a_template_keeps_every_scaling(use_rslora, rank, tiny_llama):

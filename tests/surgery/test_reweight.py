@@ -228,6 +228,7 @@ def test_only_the_named_adapter_is_edited(adapted, batches, randomize):
         reweight(model, batches(), progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [
