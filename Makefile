@@ -8,7 +8,7 @@ BACKENDS_VENV  := .venv-backends
 BACKENDS_STAMP := $(BACKENDS_VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-backends lint unit wheel setup clean
+.PHONY: demo test test-backends test-processors fast lint unit wheel setup clean
 
 demo: setup
 	$(BIN)/lorakit demo
@@ -31,6 +31,16 @@ lint: setup
 # Two files at a time, with one thread each: threads of two processes would wait for each other.
 unit: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/backends
+
+# Under a minute on two cores.
+fast: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" --ignore=tests/backends
+
+# The fast tests with the kernels that torch and MKL choose on other processors: no test may depend on which these are.
+test-processors: setup
+	ATEN_CPU_CAPABILITY=default $(MAKE) fast
+	ATEN_CPU_CAPABILITY=avx2 $(MAKE) fast
+	MKL_CBWR=COMPATIBLE $(MAKE) fast
 
 # Quantized bases, in an environment of their own: PEFT and transformers import these backends wherever they find them.
 test-backends: $(BACKENDS_STAMP)

@@ -76,6 +76,7 @@ def test_ranks_per_role_are_the_same_in_a_role(problem):
     assert all(len(ranks) == 1 for ranks in by_role.values())
 
 
+@pytest.mark.slow
 @given(modules=SPECTRA, extra=st.integers(0, 100), max_rank=st.none() | st.integers(1, 6))
 @settings(max_examples=300, deadline=None)
 def test_nothing_worth_taking_that_fits_is_left(modules, extra, max_rank):
@@ -90,6 +91,7 @@ def test_nothing_worth_taking_that_fits_is_left(modules, extra, max_rank):
         assert not left or (left[0] / peak) ** 2 == 0 or result.cost + costs[name] > budget
 
 
+@pytest.mark.slow
 @given(modules=SPECTRA, extra=st.integers(0, 60), more=st.integers(0, 60))
 @settings(max_examples=300, deadline=None)
 def test_a_larger_budget_never_keeps_less_energy(modules, extra, more):

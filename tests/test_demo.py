@@ -28,6 +28,7 @@ def model_directory(tmp_path, tiny_llama):
     return tmp_path / "model"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_whole_demo_on_a_tiny_model(model_directory, tmp_path, capfd):
     out = tmp_path / "out"

@@ -54,6 +54,7 @@ def relative(a, b):
     return float((a - b).abs().max() / b.abs().max())
 
 
+@pytest.mark.slow
 def test_peft_loads_it_in_a_process_that_cannot_import_lorakit(trained, tiny_llama, token_ids, tmp_path, run_python):
     tiny_llama().save_pretrained(tmp_path / "base")
     to_lora(trained, tmp_path / "plain")

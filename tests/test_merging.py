@@ -254,6 +254,7 @@ def test_modules_to_save_are_carried_where_they_agree(trained, tiny_llama, token
     merge([a, a], tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

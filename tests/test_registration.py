@@ -16,6 +16,8 @@ from lorakit import FisherLoRAConfig, SpecLoRAConfig
 from lorakit._registration import register_tuner
 from lorakit.errors import RegistrationError
 
+pytestmark = pytest.mark.slow
+
 TYPES = {"SPECLORA": SpecLoRAConfig, "FISHERLORA": FisherLoRAConfig}
 
 CHECK = """

@@ -126,6 +126,7 @@ KILLED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", KILLED)
 def test_a_killed_write_leaves_one_whole_adapter(tmp_path, run_python, where):
     out = tmp_path / "out"
@@ -149,6 +150,7 @@ def test_a_killed_write_leaves_one_whole_adapter(tmp_path, run_python, where):
     assert [module.rank for module in adapter.modules] == [2 if where == "after the exchange" else 1]
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_in_the_middle_of_the_weights(tmp_path, run_python):
     code = f"""
         import resource, signal

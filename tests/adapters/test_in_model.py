@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import cpu_offload
+from closeness import assert_close_outputs
 from peft import LoraConfig, get_peft_model
 
 from lorakit import FisherLoRAConfig
@@ -40,7 +41,7 @@ def test_offloaded_weights_are_read_and_written(tiny_llama, randomize):
     write_weight(module.up, expected + 1)
     assert module.up.weight.is_meta
     assert torch.equal(read_weight(module.up), expected + 1)
-    assert torch.equal(module.up(torch.eye(2)), (expected + 1).T)
+    assert_close_outputs(module.up(torch.eye(2)), (expected + 1).T)
 
 
 def test_which_adapter_is_meant(tiny_llama):

@@ -467,6 +467,7 @@ def test_the_model_s_present_scaling_counts(saved):
     check_against_peft(open_adapter(model), model)
 
 
+@pytest.mark.slow
 def test_the_view_imports_neither_peft_nor_transformers(plain, run_python):
     code = f"""
         import sys

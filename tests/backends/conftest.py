@@ -44,7 +44,7 @@ class Backend:
 
     @property
     def tolerance(self) -> float:
-        """Of a layer's output, relative to its norm, from the formula in float64."""
+        """Of a layer's output from the formula in float64, or of two runs from each other; relative to the norm."""
         if not self.exact:
             return 2e-2
         return 1e-5 if self.dtype == torch.float32 else 1e-2

@@ -92,11 +92,11 @@ def tensors_and_flags(module: nn.Module) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("config", [spec(), spec(mode="svd"), FisherLoRAConfig(r=4, r_q=2)], ids=lambda c: c.peft_type)
-def test_a_new_adapter_changes_nothing(quantized, config, token_ids):
+def test_a_new_adapter_changes_nothing(backend, quantized, config, token_ids):
     base = quantized()
     before = logits(base, token_ids)
     model = get_peft_model(base, config)
-    assert torch.equal(logits(model.eval(), token_ids), before)
+    assert distance(logits(model.eval(), token_ids), before) <= backend.tolerance
 
 
 @pytest.mark.parametrize("config", [spec(), spec(mode="svd"), FisherLoRAConfig(r=4, r_q=2)], ids=lambda c: c.peft_type)
@@ -194,13 +194,13 @@ def test_two_training_steps(quantized, dequantize, token_ids, config):
 def test_saving_and_loading(backend, quantized, adapted, token_ids, tmp_path, config, low_cpu_mem_usage):
     model = adapted(config)
     expected = logits(model, token_ids)
-    assert not torch.equal(expected, logits(quantized(), token_ids))
+    assert distance(expected, logits(quantized(), token_ids)) > 2 * backend.tolerance
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(quantized(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     if low_cpu_mem_usage and backend.dtype == torch.bfloat16:  # to which PEFT rounds LoRA's factors then
         assert distance(logits(loaded, token_ids), expected) < 2e-2
     else:
-        assert torch.equal(logits(loaded, token_ids), expected)
+        assert distance(logits(loaded, token_ids), expected) <= backend.tolerance
 
 
 @pytest.mark.parametrize("safe_merge", [False, True])
@@ -239,7 +239,7 @@ def test_merge_and_unload_leaves_a_base_model_with_the_formula_s_weights(quantiz
         assert distance(dequantize(merged.get_submodule(name)), target) < 0.15
 
 
-def test_disabling_and_mixed_batches(quantized, adapted, randomize, token_ids):
+def test_disabling_and_mixed_batches(backend, quantized, adapted, randomize, token_ids):
     model = adapted(spec())
     model.add_adapter("other", spec(k=5, r=2, mode="svd"))
     model.set_adapter("other")
@@ -249,7 +249,7 @@ def test_disabling_and_mixed_batches(quantized, adapted, randomize, token_ids):
     alone["default"] = logits(model, token_ids)
     with model.disable_adapter():
         alone["__base__"] = logits(model, token_ids)
-    assert torch.equal(alone["__base__"], logits(quantized(), token_ids))
+    assert distance(alone["__base__"], logits(quantized(), token_ids)) <= backend.tolerance
     assert distance(alone["other"], alone["default"]) > 0.1
     for names in (["default", "other"], ["other", "__base__"], ["default", "default"]):
         mixed = logits(model, token_ids, adapter_names=names)
@@ -274,7 +274,7 @@ def test_dora(backend, quantized, adapted, dequantize):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_where_lora_s_can_be_made(adapted, token_ids, copied):
+def test_copies_where_lora_s_can_be_made(backend, adapted, token_ids, copied):
     try:
         copied(adapted(LoraConfig(r=2, target_modules=TARGETS)))
     except Exception as error:
@@ -282,7 +282,7 @@ def test_copies_where_lora_s_can_be_made(adapted, token_ids, copied):
             copied(adapted(spec()))
         return
     model = adapted(spec())
-    assert torch.equal(logits(copied(model), token_ids), logits(model, token_ids))
+    assert distance(logits(copied(model), token_ids), logits(model, token_ids)) <= backend.tolerance
 
 
 def test_k_patterns_and_clipping(quantized):
@@ -317,7 +317,7 @@ def test_an_export_is_a_plain_lora_with_the_same_outputs(backend, quantized, ada
 
 
 def test_effective_ranks_of_quantized_weights_are_those_of_what_they_dequantize_to(
-    quantized, adapted, dequantize, token_ids, files, tmp_path
+    backend, quantized, adapted, dequantize, token_ids, files, tmp_path
 ):
     model = adapted(LoraConfig(r=4, target_modules=TARGETS))
     model.save_pretrained(tmp_path)
@@ -334,5 +334,5 @@ def test_effective_ranks_of_quantized_weights_are_those_of_what_they_dequantize_
             sigma = torch.linalg.svdvals(dequantize(layers[row.module_name].get_base_layer()))
             expected = torch.distributions.Categorical(sigma / sigma.sum()).entropy().exp()
             assert row.pretrained_effective_rank == pytest.approx(float(expected), rel=1e-4)
-    assert torch.equal(logits(model, token_ids), before)
+    assert distance(logits(model, token_ids), before) <= backend.tolerance
     assert not lorakit.lens.rank_correlation(model, files).dequantized

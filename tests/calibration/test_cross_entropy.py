@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import transformers
+from closeness import TOLERANCE, assert_close_outputs
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -177,7 +178,7 @@ def test_models_have_the_loss_and_the_gradients_that_they_had(kind, dtype):
     with low_memory_cross_entropy(model):
         again, found = run()
     assert vars(model).keys() == before.keys()
-    assert torch.equal(loss, again)
+    assert_close_outputs(again, loss, TOLERANCE[torch.float32])  # in which most of these models compute it
     # Models with a loss function compute it in float32, whatever they are in; bfloat16 ones then round its gradient.
     tolerance = 1e-2 if dtype == torch.bfloat16 else 2e-6
     for a, b in zip(gradients, found, strict=True):

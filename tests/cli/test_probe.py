@@ -26,6 +26,7 @@ def test_version_and_help():
     assert "--model" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [("demo", "--steps", "0"), ("demo", "--nothing"), ("nothing",)])
 def test_wrong_usage_is_exit_code_2(arguments):
     done = run(*arguments)
@@ -33,6 +34,7 @@ def test_wrong_usage_is_exit_code_2(arguments):
     assert done.stdout == ""
 
 
+@pytest.mark.slow
 def test_bad_input_is_exit_code_2_with_a_message_and_no_traceback(tmp_path):
     done = run("demo", "--model", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out"), "--json")
     assert done.returncode == 2
@@ -50,6 +52,7 @@ def test_the_command_starts_without_torch(run_python):
     assert run_python(code).stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_probe_writes_a_config_that_peft_takes(base_model, tmp_path, tiny_llama):
     data = tmp_path / "data.jsonl"
     rows = [{"text": f"w{i} w{i + 1} w{2 * i} w3"} for i in range(3)] + [{"prompt": "w1 w2", "completion": "w5 w6 w7"}]
@@ -66,6 +69,7 @@ def test_probe_writes_a_config_that_peft_takes(base_model, tmp_path, tiny_llama)
     assert results["allocation"]["budget"] == 0.5 * 8 * sum(row["cost"] for row in results["allocation"]["rows"])
 
 
+@pytest.mark.slow
 def test_probe_prints_a_table_of_text_s_paragraphs(base_model, tmp_path):
     data = tmp_path / "data.txt"
     data.write_text("w1 w2 w3\n\nw4 w5\nw6\n\n\n\nw7 w8 w9 w1\n")
@@ -89,6 +93,7 @@ def test_probe_prints_a_table_of_text_s_paragraphs(base_model, tmp_path):
     assert "3 examples" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "text", "arguments", "message"),
     [
@@ -109,6 +114,7 @@ def test_probe_says_what_is_wrong_with_its_input(base_model, tmp_path, name, tex
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [("--budget", "2"), ("--budget", "0.5", "--params", "9"), ("--rule", "energy")])
 def test_probe_used_wrongly_is_exit_code_2(tmp_path, arguments):
     done = run("probe", str(tmp_path), str(tmp_path / "a.txt"), *arguments)

@@ -10,8 +10,10 @@ from contextlib import redirect_stderr, redirect_stdout
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+from closeness import assert_close_outputs, assert_close_reports
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import processors
@@ -56,15 +58,17 @@ def adapter(tiny_llama, randomize, tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_compress(adapter, tmp_path):
     adapter()
     done = run_apart("compress", tmp_path / "adapter", tmp_path / "out", "--ranks", "q_proj=1,v_proj=2", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     results = json.loads(done.stdout)
     expected = truncate(tmp_path / "adapter", tmp_path / "again", ranks={"q_proj": 1, "v_proj": 2}).to_dict()
-    assert results["modules"] == json.loads(json.dumps(expected["modules"]))
+    assert_close_reports(results["modules"], json.loads(json.dumps(expected["modules"])))
     new, again = (load_file(tmp_path / name / WEIGHTS) for name in ("out", "again"))
-    assert all(torch.equal(new[key], again[key]) for key in again)
+    for key in again:
+        assert_close_outputs(new[key], again[key])
     done = run("compress", tmp_path / "adapter", tmp_path / "out", "--energy", "0.5")
     assert done.returncode == 0
     first = {line.split()[0] for line in done.stdout.splitlines() if line.strip()}
@@ -72,6 +76,7 @@ def test_compress(adapter, tmp_path):
     assert "of the energy kept" in " ".join(done.stdout.split())
 
 
+@pytest.mark.slow
 def test_compress_imports_neither_peft_nor_transformers(adapter, tmp_path, run_python):
     adapter()
     code = f"""
@@ -85,6 +90,7 @@ def test_compress_imports_neither_peft_nor_transformers(adapter, tmp_path, run_p
     assert run_python(code).stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_merge(adapter, tmp_path):
     adapter()
     adapter(LoraConfig(r=2, target_modules=["q_proj"]), "other", seed=3)
@@ -142,6 +148,7 @@ def data(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_surgery_edits_the_layers_asked_for(adapter, base_model, data, tmp_path):
     adapter()
     common = ("--base", base_model, "--adapter", tmp_path / "adapter", "--data", data, "--out", tmp_path / "out")
@@ -167,7 +174,7 @@ def test_the_seed_of_surgery_is_the_control_s(adapter, base_model, data, tmp_pat
     gates = []
     for seed in (1, 1, 2):
         done = run("surgery", *common, "--out", tmp_path / "out", "--seed", seed, "--json")
-        gates.append([row["gate"] for row in json.loads(done.stdout)["modules"]])
+        gates.append([np.round(row["gate"], 6).tolist() for row in json.loads(done.stdout)["modules"]])
     assert gates[0] == gates[1] != gates[2]
 
 

@@ -62,6 +62,7 @@ def state_bytes(model, optimizer):
     return sum(v.nbytes for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_against_a_model_that_is_allocated(kind, tiny_llama):
     base = tiny_llama(attn_implementation="eager")
@@ -110,6 +111,7 @@ def base_params(model):
     return sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_full_fine_tuning_and_other_optimizers(tiny_gpt2, dtype):
     model = tiny_gpt2().to(dtype)  # tied embeddings
@@ -142,6 +144,7 @@ def test_a_model_of_linear_layers_by_hand():
     assert (found.batch_size, found.sequence_length) == (n, None)
 
 
+@pytest.mark.slow
 def test_attention_without_a_mask_is_the_flash_kernel(tiny_llama):
     s, heads, layers = 48, 4, 2
     eager = cost.accounting(tiny_llama(attn_implementation="eager"), CONFIGS["lora"], sequence_length=s)
@@ -153,6 +156,7 @@ def test_attention_without_a_mask_is_the_flash_kernel(tiny_llama):
     assert flash.memory.activations < eager.memory.activations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention"])
 def test_attention_that_is_not_installed_here(implementation):
     plain = LlamaConfig(**SMALL)
@@ -161,6 +165,7 @@ def test_attention_that_is_not_installed_here(implementation):
     assert other._attn_implementation == implementation
 
 
+@pytest.mark.slow
 def test_any_form_of_a_model_and_none_is_changed(tiny_llama, tmp_path):
     model = tiny_llama(torch.bfloat16)
     model.model.layers[0].requires_grad_(False)
@@ -190,6 +195,7 @@ def test_any_form_of_a_model_and_none_is_changed(tiny_llama, tmp_path):
     assert not any(isinstance(m, BaseTunerLayer) for m in shell.modules())
 
 
+@pytest.mark.slow
 def test_dtypes(tiny_llama):
     half = cost.accounting(LlamaConfig(**SMALL), CONFIGS["lora"])  # which says none
     assert half.memory.weights == 2 * half.base_params
@@ -200,6 +206,7 @@ def test_dtypes(tiny_llama):
     assert cost.accounting(tiny_llama(), CONFIGS["lora"]).memory.weights == 4 * params
 
 
+@pytest.mark.slow
 def test_encoder_decoders_and_classifiers():
     settings = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 1, "num_heads": 4, "vocab_size": 64}
     config = T5Config(**settings, decoder_start_token_id=0, architectures=["T5ForConditionalGeneration"])
@@ -253,6 +260,7 @@ def test_experts():
     assert found.plot().axes
 
 
+@pytest.mark.slow
 def test_nothing_is_allocated(run_python):
     code = """
         import json, resource, torch
@@ -275,6 +283,7 @@ def test_nothing_is_allocated(run_python):
     assert grown < 200e6
 
 
+@pytest.mark.slow
 def test_refused(tiny_llama):
     lora = CONFIGS["lora"]
     with pytest.raises(ValueError, match="`optimizer` must be one of adamw, adamw_8bit, sgd, sgd_momentum; got 'lion'"):

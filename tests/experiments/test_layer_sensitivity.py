@@ -10,6 +10,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from closeness import assert_close_reports
 from peft import IA3Config, LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -102,6 +103,7 @@ def test_an_ablated_layer_is_one_whose_lora_b_is_zero(tiny_llama, randomize, ids
     assert found.groups[1].loss.value == pytest.approx(losses(ids)(model).mean().item(), rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["module", "role"])
 def test_modules_and_roles(by, tiny_llama, randomize, ids):
     model = randomize(get_peft_model(tiny_llama(), CONFIGS["lora"]))
@@ -266,7 +268,7 @@ def test_another_adapter_than_the_active_one(tiny_llama, randomize, ids):
     assert found.adapter_name == "other"
     assert found.always_on == ("lm_head",)
     model.set_adapter("other")
-    assert found == experiments.layer_sensitivity(model, losses(ids))
+    assert_close_reports(experiments.layer_sensitivity(model, losses(ids)), found)
     assert found.whole.value == pytest.approx(losses(ids)(model).mean().item(), rel=1e-6)
     # the output layer trained in full stays on where the adapter is off
     plain = without(model, lambda name: True)

@@ -21,6 +21,7 @@ NAMES = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(data=st.data(), names=NAMES, order=st.randoms())
 @settings(max_examples=300, deadline=None)
 def test_every_module_gets_its_value_in_any_order(data, names, order):

@@ -11,6 +11,7 @@ import diffusers
 import pytest
 import torch
 import transformers
+from closeness import TOLERANCE, assert_close_outputs
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
@@ -23,8 +24,9 @@ from lorakit.export import to_lora
 
 R, R_Q, R_V = 6, 2, 5
 K = 8
-# Of merged and exported models, whose sums are taken in another order: relative to the largest output.
-TOLERANCE = 1e-5
+# Of a trained tensor's largest gradient, relative to the largest of all: a gradient that is 0 but for rounding is below
+# 1e-7, on one processor or another, and the smallest of the others 4e-5.
+LEAST_GRADIENT = 2e-6
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,14 @@ class Family:
     def build(self) -> nn.Module:
         library = diffusers if hasattr(diffusers, self.model) else transformers
         cls = getattr(library, self.model)
-        torch.manual_seed(1)
-        if library is diffusers:
-            return cls(**self.settings).eval()
-        return cls(cls.config_class(**self.settings)).eval()
+        model = cls(**self.settings) if library is diffusers else cls(cls.config_class(**self.settings))
+        # As initialized, many are so small that gradients through attention vanish.
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(std=0.2, generator=generator)
+        return model.eval()
 
     def outputs(self, model: nn.Module) -> Tensor:
         with torch.no_grad():
@@ -88,8 +94,8 @@ def text() -> dict[str, Any]:
     return {"input_ids": tokens()}
 
 
-def pictures() -> dict[str, Any]:
-    return {"pixel_values": draw(2, 3, 8, 8), "labels": torch.tensor([0, 1])}
+def pictures(side: int = 8) -> dict[str, Any]:
+    return {"pixel_values": draw(2, 3, side, side), "labels": torch.tensor([0, 1])}
 
 
 def sound() -> dict[str, Any]:
@@ -425,7 +431,8 @@ VISION_AND_SOUND = [
             "decoder_hidden_size": 16,
             "mlp_ratios": [2, 2],
         },
-        pictures,
+        # Pictures of 8 pixels a side are one key to its attention, whose query then has no gradient.
+        lambda: pictures(side=16),
         QV_PROJ,
         4,
         GIVEN,
@@ -647,7 +654,28 @@ DIFFUSERS = [
 ]
 
 FAMILIES = [*DECODERS, *ENCODERS, *VISION_AND_SOUND, *SEQUENCE_TO_SEQUENCE, *SEVERAL_KINDS, *DIFFUSERS]
-each_family = pytest.mark.parametrize("family", FAMILIES, ids=[family.name for family in FAMILIES])
+# Of the fast tests: some of each kind, and those whose last bits depend on the processor most.
+FAST = {
+    "llama",
+    "gpt2",
+    "mixtral",
+    "mamba",
+    "bert",
+    "longformer",
+    "segformer",
+    "whisper",
+    "t5",
+    "siglip",
+    "unet",
+    "sd3",
+}
+each_family = pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, id=family.name, marks=() if family.name in FAST else pytest.mark.slow)
+        for family in FAMILIES
+    ],
+)
 
 
 def speclora(family: Family, **options: Any) -> SpecLoRAConfig:
@@ -669,10 +697,6 @@ def key_of(name: str, keys: Iterable[str]) -> str:
     return key
 
 
-def assert_close(actual: Tensor, expected: Tensor) -> None:
-    assert (actual - expected).abs().max() <= TOLERANCE * expected.abs().max()
-
-
 def frozen_copy(model: nn.Module) -> dict[str, Tensor]:
     """The base model's own parameters, by the names they have without an adapter."""
     return {
@@ -683,11 +707,12 @@ def frozen_copy(model: nn.Module) -> dict[str, Tensor]:
 
 
 def train_two_steps(family: Family, model: nn.Module) -> None:
-    """Two steps of AdamW, after which every trainable tensor has had a gradient and has changed."""
+    """Two steps of AdamW, after which every trainable tensor has had a gradient beyond rounding and has changed."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert trainable
     assert all(".lora_" in name for name in trainable)
     before = {name: p.detach().clone() for name, p in trainable.items()}
+    largest = dict.fromkeys(trainable, 0.0)
     optimizer = torch.optim.AdamW(trainable.values(), lr=1e-2)
     model.train()
     for _ in range(2):
@@ -696,9 +721,12 @@ def train_two_steps(family: Family, model: nn.Module) -> None:
         loss.backward()
         assert loss.isfinite()
         assert [name for name, p in trainable.items() if p.grad is None or not p.grad.isfinite().all()] == []
+        for name, p in trainable.items():
+            largest[name] = max(largest[name], float(p.grad.abs().max()))
         optimizer.step()
-    unchanged = [name for name, p in trainable.items() if torch.equal(p, before[name])]
-    assert [name for name in unchanged if not (family.idle and family.idle in name)] == []
+    used = [name for name in trainable if not (family.idle and family.idle in name)]
+    least = LEAST_GRADIENT * max(largest.values())
+    assert [name for name in used if largest[name] < least or torch.equal(trainable[name], before[name])] == []
 
 
 def check_life(family: Family, config: Any, tmp_path: Any, *, export: bool = True) -> dict[str, LoraLayer]:
@@ -711,27 +739,26 @@ def check_life(family: Family, config: Any, tmp_path: Any, *, export: bool = Tru
 
     model = get_peft_model(base, config)
     layers = lora_layers(model.get_base_model())
-    assert torch.equal(family.outputs(model), untouched)
+    assert_close_outputs(family.outputs(model), untouched)
     train_two_steps(family, model)
     after = frozen_copy(model.get_base_model())
     assert after.keys() == weights.keys()
     assert [name for name in weights if not torch.equal(weights[name], after[name])] == []
     trained = family.outputs(model)
-    assert (trained - untouched).abs().max() > 10 * TOLERANCE * untouched.abs().max()
+    assert (trained - untouched).abs().max() > 10 * TOLERANCE[torch.float32] * untouched.abs().max()
 
     model.save_pretrained(tmp_path / "own")
-    # Trainable as what it is compared with: torch.matmul takes another path for tensors that need no gradient.
-    loaded = PeftModel.from_pretrained(fresh[0], tmp_path / "own", is_trainable=True)
+    loaded = PeftModel.from_pretrained(fresh[0], tmp_path / "own")
     assert loaded.peft_config["default"].peft_type == config.peft_type
-    assert torch.equal(family.outputs(loaded), trained)
+    assert_close_outputs(family.outputs(loaded), trained)
     if export:
         to_lora(model, tmp_path / "plain")
         plain = PeftModel.from_pretrained(fresh[1], tmp_path / "plain")
         assert plain.peft_config["default"].peft_type == "LORA"
-        assert_close(family.outputs(plain), trained)
+        assert_close_outputs(family.outputs(plain), trained)
     merged = model.merge_and_unload(safe_merge=True)
     assert not lora_layers(merged)
-    assert_close(family.outputs(merged), trained)
+    assert_close_outputs(family.outputs(merged), trained)
     return layers
 
 
@@ -774,7 +801,7 @@ def test_an_auto_class_finds_base_and_adapter(config, tmp_path):
     train_two_steps(family, model)
     model.save_pretrained(tmp_path / "adapter")
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
-    assert torch.equal(family.outputs(loaded), family.outputs(model))
+    assert_close_outputs(family.outputs(loaded), family.outputs(model))
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
@@ -813,13 +840,13 @@ def test_diffusers_adds_it_natively(family, config):
     base = family.build()
     fresh, untouched = copy.deepcopy(base), family.outputs(base)
     base.add_adapter(config(family), adapter_name="mine")
-    assert torch.equal(family.outputs(base), untouched)
+    assert_close_outputs(family.outputs(base), untouched)
     train_two_steps(family, base)
     trained = family.outputs(base)
     tensors = get_peft_model_state_dict(base, adapter_name="mine")
     fresh.add_adapter(config(family), adapter_name="mine")
     loaded = set_peft_model_state_dict(fresh, tensors, adapter_name="mine")
     assert not loaded.unexpected_keys
-    assert torch.equal(family.outputs(fresh), trained)
+    assert_close_outputs(family.outputs(fresh), trained)
     base.disable_adapters()
-    assert torch.equal(family.outputs(base), untouched)
+    assert_close_outputs(family.outputs(base), untouched)

@@ -271,6 +271,7 @@ def test_mixed_batches_are_refused_where_lora_refuses_them(kind):
         adapted(kind).eval()(example(kind), adapter_names=["default", "default"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "low_cpu_mem_usage"), [("hadamard", False), ("hadamard", True), ("svd", True)])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_saving_and_loading(kind, mode, low_cpu_mem_usage, tmp_path):

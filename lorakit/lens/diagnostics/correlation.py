@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _BATCH = 1 << 20  # entries of weights decomposed together
+_SAME = 1e-6  # a relative spread within the rounding of float32 singular values
 
 
 @dataclass(frozen=True)
@@ -220,19 +221,23 @@ def _correlated(name: str, pairs: Sequence[RankPair]) -> CorrelatedGroup:
     reason = None
     if len(pairs) < 2:
         reason = f"a correlation needs two modules; there {'is one' if pairs else 'are none'}"
-    elif len(set(x)) == 1 or len(set(y)) == 1:
-        reason = f"the effective rank of {'the weights' if len(set(x)) == 1 else 'the updates'} is one and the same"
+    elif _constant(x) or _constant(y):
+        reason = f"the effective rank of {'the weights' if _constant(x) else 'the updates'} is one and the same"
     random = [pair.random_effective_rank for pair in pairs]
     return CorrelatedGroup(
         name=name,
         modules=len(pairs),
         pearson=None if reason else pearson(x, y),
-        random_pearson=None if len(pairs) < 2 or len(set(x)) == 1 or len(set(random)) == 1 else pearson(x, random),
+        random_pearson=None if len(pairs) < 2 or _constant(x) or _constant(random) else pearson(x, random),
         pretrained_mean=mean(x),
         adapter_mean=mean(y),
         random_mean=mean(random),
         reason=reason,
     )
+
+
+def _constant(values: Sequence[float]) -> bool:
+    return max(values) - min(values) <= _SAME * max(values)
 
 
 def _effective_ranks(

@@ -41,6 +41,7 @@ def gaussian(d_out, d_in, rank, draws=300):
     return statistics.fmean(values), statistics.stdev(values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_three_conditions(tmp_path, randomize, tiny_llama, updates, dtype):
     models = []

@@ -10,6 +10,7 @@ import math
 import numpy
 import pytest
 import torch
+from closeness import assert_close_reports
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -183,7 +184,7 @@ def test_where_it_is_undefined_it_says_why(tmp_path, from_spectrum, in_memory):
     generator = torch.Generator().manual_seed(0)
     one, other = (torch.randn(6, 5, generator=generator) for _ in range(2))
     save_file(
-        {"a.q_proj.weight": one, "b.q_proj.weight": other, "c.v_proj.weight": one.clone()},
+        {"a.q_proj.weight": one, "b.q_proj.weight": other, "c.v_proj.weight": 3 * one},  # the same but for rounding
         tmp_path / "model.safetensors",
     )
     report = rank_correlation(in_memory({"a.q_proj": (B, A), "b.q_proj": (B, A), "c.v_proj": (B, A)}), tmp_path)
@@ -244,10 +245,10 @@ def test_widths_alone_make_a_correlation_which_the_control_shows(tmp_path, in_me
     report = rank_correlation(in_memory(factors), tmp_path)
     assert report.total.pearson > 0.7
     assert report.total.random_pearson > 0.7
-    assert report == rank_correlation(in_memory(factors), tmp_path)
+    assert_close_reports(rank_correlation(in_memory(factors), tmp_path), report)
     other = rank_correlation(in_memory(factors), tmp_path, seed=1)
-    assert other.total.pearson == report.total.pearson
-    assert other.total.random_pearson != report.total.random_pearson
+    assert other.total.pearson == pytest.approx(report.total.pearson, rel=1e-5)
+    assert other.total.random_pearson != pytest.approx(report.total.random_pearson, rel=1e-3)
     for row in report.modules:
         draws = [
             effective_rank(

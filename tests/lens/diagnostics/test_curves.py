@@ -190,6 +190,7 @@ def test_without_matplotlib_it_says_what_to_install(from_spectrum, in_memory, mo
         report.plot()
 
 
+@pytest.mark.slow
 def test_diagnostics_of_a_file_import_neither_peft_nor_matplotlib(write_adapter, from_spectrum, run_python):
     directories = [str(write_adapter(f"r{r}", {"layers.0.q_proj": from_spectrum([2.0] * r)})) for r in (2, 3)]
     code = f"""

@@ -9,6 +9,7 @@ import math
 import numpy
 import pytest
 import torch
+from closeness import assert_close_reports
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -312,8 +313,8 @@ def test_budgets_too_small(known):
 
 def test_an_open_adapter_and_a_single_file(known):
     view = open_adapter(known)
-    assert audit(view).modules == audit(known).modules
-    assert audit(known / WEIGHTS).modules == audit(known).modules
+    assert_close_reports(audit(view).modules, audit(known).modules)
+    assert_close_reports(audit(known / WEIGHTS).modules, audit(known).modules)
 
 
 # --- no mutation of a valid adapter gives anything but a report or a LorakitError
@@ -407,6 +408,7 @@ FIELDS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @given(changes=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4))
 @FUZZ
 def test_configs_with_other_values_give_a_report_or_a_typed_error(tmp_path, valid, changes):
@@ -433,6 +435,7 @@ HEADERS = st.dictionaries(st.sampled_from([layer(0), layer(1), "x"]), MODULE, mi
 )
 
 
+@pytest.mark.slow
 @given(header=HEADERS, fill=st.binary(min_size=1, max_size=8))
 @FUZZ
 def test_well_formed_files_of_anything_give_a_report_or_a_typed_error(tmp_path, valid, header, fill):

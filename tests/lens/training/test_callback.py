@@ -71,7 +71,9 @@ def test_it_looks_at_the_start_at_every_n_steps_and_at_the_end(make_trainer, tmp
     assert Trajectory.read(tmp_path / "run" / "spectra.jsonl") == callback.trajectory
     last = callback.trajectory.snapshots[-1]
     now = lens.snapshot(trainer.model, step=7)
-    assert [row.effective_rank for row in now.modules] == [row.effective_rank for row in last.modules]
+    assert [row.effective_rank for row in now.modules] == pytest.approx(
+        [row.effective_rank for row in last.modules], rel=1e-5
+    )
     first = callback.trajectory.snapshots[0]
     assert {row.capacity_utilization for row in first.modules} == {0.0}
     assert all(0 < row.kappa <= 1 for row in last.modules)
@@ -92,6 +94,7 @@ def test_loggers_see_it_and_the_trainer_logs_as_without_it(make_trainer):
     assert history[-1]["spectral/qv_gap"] == callback.trajectory.snapshots[-1].qv_gap
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(CONFIGS))
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"gradient_accumulation_steps": 2}])
 def test_training_is_bit_for_bit_as_without_it(make_trainer, kind, options):
@@ -107,6 +110,7 @@ def test_training_is_bit_for_bit_as_without_it(make_trainer, kind, options):
     assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
 
 
+@pytest.mark.slow
 def test_the_overlap_is_of_all_micro_batches(make_trainer):
     """Accumulated over two micro-batches, it is that of the two as one batch."""
     found = []
@@ -124,12 +128,14 @@ def test_the_overlap_is_of_all_micro_batches(make_trainer):
     assert found[0] == pytest.approx(found[1], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_without_gradients_there_is_no_kappa(make_trainer):
     callback = SpectralCallback(every=2, gradients=False)
     make_trainer([callback]).train()
     assert all(row.kappa is None for one in callback.trajectory.snapshots for row in one.modules)
 
 
+@pytest.mark.slow
 def test_log_modules(make_trainer):
     callback = SpectralCallback(every=2, log_modules=True)
     trainer = make_trainer([callback])
@@ -138,6 +144,7 @@ def test_log_modules(make_trainer):
     assert any(f"spectral/cu/{name}" in row for row in trainer.state.log_history)
 
 
+@pytest.mark.slow
 def test_resuming_goes_on_in_the_same_file(make_trainer, tmp_path):
     options = {"save_strategy": "steps", "save_steps": 4}
     whole = SpectralCallback(every=1)
@@ -154,6 +161,7 @@ def test_resuming_goes_on_in_the_same_file(make_trainer, tmp_path):
         assert one.qv_gap == pytest.approx(other.qv_gap, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_new_training_keeps_the_file_that_is_there(make_trainer, tmp_path):
     for _ in range(2):
         make_trainer([SpectralCallback(every=4)]).train()
@@ -171,6 +179,7 @@ def test_it_looks_where_training_stopped_early(make_trainer):
     assert steps(callback.trajectory) == [0, 3, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])
 def test_the_end_is_the_last_step_and_not_the_best_checkpoint(make_trainer, strategy):
     """Trainer loads the best one, and loggers close, before it says that training has ended."""
@@ -203,10 +212,12 @@ def test_the_end_is_the_last_step_and_not_the_best_checkpoint(make_trainer, stra
     last = callback.trajectory.snapshots[-1]
     end = trainer.state.global_step
     assert (last.step, trainer.state.best_global_step) == (end, end // 2)
-    assert last.total.effective_rank == seen[end] != lens.snapshot(trainer.model).total.effective_rank
+    assert last.total.effective_rank == pytest.approx(seen[end], rel=1e-5)
+    assert last.total.effective_rank != pytest.approx(lens.snapshot(trainer.model).total.effective_rank, rel=1e-3)
     assert seen["closed"] == end
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_leaves_no_hooks_once_the_callback_is_gone(make_trainer):
     class Interrupted(Trainer):
         def training_step(self, *args, **kwargs):
@@ -226,6 +237,7 @@ def test_an_interrupted_training_leaves_no_hooks_once_the_callback_is_gone(make_
     assert not hooked(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "message"),
     [("logs", "`path` must be that of a file, new or old; .*logs is something else"), ("file/x.jsonl", "File exists")],
@@ -240,6 +252,7 @@ def test_a_file_that_cannot_be_written_is_said_before_training(make_trainer, tmp
     assert (tmp_path / "logs").is_dir()
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_written_any_more_costs_no_training(make_trainer, tmp_path):
     class Full(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -257,6 +270,7 @@ def test_a_file_that_cannot_be_written_any_more_costs_no_training(make_trainer, 
     assert [row["step"] for row in trainer.state.log_history if "spectral/cu" in row] == [0, 2, 4, 6, 7]
 
 
+@pytest.mark.slow
 def test_an_adapter_of_which_nothing_is_finite_is_not_logged(make_trainer):
     class Spoil(TrainerCallback):
         def on_step_begin(self, args, state, control, model=None, **kwargs):
@@ -271,6 +285,7 @@ def test_an_adapter_of_which_nothing_is_finite_is_not_logged(make_trainer):
     assert all("loss" in logs or "train_loss" in logs or "spectral/cu" in logs for _, logs in logger.seen)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_has_no_kappa_and_says_so(make_trainer):
     callback = SpectralCallback(every=2)
     trainer = make_trainer([callback], max_steps=2)
@@ -292,6 +307,7 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
+@pytest.mark.slow
 def test_sft_trainer(tiny_llama, tokenizer, tmp_path):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
@@ -312,6 +328,7 @@ def test_sft_trainer(tiny_llama, tokenizer, tmp_path):
     assert callback.trajectory.snapshots[-1].role("query").kappa > 0
 
 
+@pytest.mark.slow
 def test_dpo_trainer(tiny_llama, tokenizer, tmp_path):
     """Its reference passes are without the adapter, or with a copy of it: they count for nothing."""
     from datasets import Dataset
@@ -371,6 +388,7 @@ def test_series(trajectory):
         trajectory.series("cu")
 
 
+@pytest.mark.slow
 def test_the_plot_shows_roles_gap_and_overlap(trajectory):
     left, middle, right = trajectory.plot().axes
     assert [text.get_text() for text in left.get_legend().get_texts()] == ["query", "value", "down"]

@@ -274,6 +274,7 @@ def test_overlap_against_the_gradient_formed_in_full(adapted, batch):
         assert gradients.overlaps[row.module_name].seen_norm == pytest.approx(np.linalg.norm(U.T @ G @ Vh.T), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_estimate_is_unbiased_and_its_standard_error_honest(tiny_llama, randomize, batch):
     model = randomize(get_peft_model(tiny_llama(), CONFIGS["LORA"]()))
     name, layer = next(iter(layers_of(model).items()))
