@@ -63,7 +63,7 @@ def test_the_example_of_a_main_function_runs(name, tmp_path, monkeypatch):
     value = getattr(importlib.import_module(module), function)
     monkeypatch.chdir(tmp_path)
     globals_ = vars(inspect.getmodule(value))
-    [test] = [found for found in doctest.DocTestFinder(recurse=False).find(value, name, globs=dict(globals_))]
+    [test] = doctest.DocTestFinder(recurse=False).find(value, name, globs=dict(globals_))
     assert test.examples, f"{name} has no example"
     result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE).run(test)
     assert result.failed == 0
