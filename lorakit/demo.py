@@ -7,7 +7,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -15,15 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorakit import surgery
+from lorakit._figures import new_figure
 from lorakit._version import __version__
 from lorakit.adapters.in_model import live_modules
 from lorakit.errors import LorakitError
@@ -82,18 +80,23 @@ class DemoRow:
     training_loss: list[float] = field(default_factory=list)
 
 
-def run_demo(settings: DemoSettings, console: Console | None = None) -> dict[str, Any]:
-    """Run the demo; the results are returned, and written to ``results.json`` and ``demo.png`` in ``settings.out``."""
-    console = console or Console(stderr=True)
+def run_demo(settings: DemoSettings, say: Callable[[str], None]) -> dict[str, Any]:
+    """Run the demo and return its results; `say` is called with a line about each stage.
+
+    Written into ``settings.out``: ``results.json``, ``demo.png``, the adapters, and ``base/``, the base model that the
+    adapters' configs name.
+    """
     started = time.perf_counter()
     if settings.threads:
         torch.set_num_threads(settings.threads)
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
-    console.print(f"lorakit {__version__}: loading {settings.model or 'SmolLM2-135M-Instruct'} …")
+    say(f"lorakit {__version__}: loading {settings.model or 'SmolLM2-135M-Instruct'} …")
     model, tokenizer = load_model(settings.model)
+    if settings.model is None:
+        _save_base(model, tokenizer, out / "base")
     data = split_data(tokenizer, settings)
-    console.print(
+    say(
         f"Text from pydoc_data.topics, by document: {len(data['train'])} training, {len(data['calibration'])} "
         f"calibration and {len(data['held_out'])} held-out sequences of {settings.length} tokens."
     )
@@ -107,9 +110,7 @@ def run_demo(settings: DemoSettings, console: Console | None = None) -> dict[str
         "rows": [asdict(row) for row in rows],
     }
     (out / "results.json").write_text(json.dumps(results, indent=1))
-    figure = _plot(rows, out / "demo.png")
-    report(results, console)
-    console.print(f"Results: {out / 'results.json'}" + (f", figure: {figure}" if figure else ""))
+    _plot(rows, out / "demo.png")
     return results
 
 
@@ -132,6 +133,13 @@ def load_model(name: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     model = AutoModelForCausalLM.from_pretrained(directory, gguf_file=weights.name)
     model.hf_quantizer.remove_quantization_config(model)  # it is dequantized: to be trained, saved and loaded as such
     return model, AutoTokenizer.from_pretrained(directory, gguf_file=weights.name)
+
+
+def _save_base(model: PreTrainedModel, tokenizer: Any, directory: Path) -> None:
+    """Save the base model once, and have the adapters' configs name that directory."""
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    model.config._name_or_path = model.name_or_path = str(directory.resolve())
 
 
 def split_data(tokenizer: Any, settings: DemoSettings) -> dict[str, Tensor]:
@@ -300,92 +308,9 @@ def _mean_and_se(values: Tensor) -> tuple[float, float]:
     return float(values.mean()), float(values.std() / len(values) ** 0.5)
 
 
-def report(results: dict[str, Any], console: Console) -> None:
-    """Print the table, and what of it is noise. It fits 80 columns."""
-    settings = results["settings"]
-    steps, size = f"{settings['steps']} steps", settings["batch_size"]
-    table = Table(
-        title=f"{results['model']}: {steps} of {size} × {settings['length']} tokens",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 0),
-        show_edge=False,
-    )
-    table.add_column("method", no_wrap=True)
-    for heading in (
-        "params",
-        "before",
-        "held-out loss\nafter",
-        "against LoRA",
-        "CU\nq",
-        "CU\nv",
-        " s /\nstep",
-        "export",
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in results["rows"]:
-        table.add_row(
-            row["method"],
-            f"{row['parameters'] / 1e6:.2f}M" if row["parameters"] >= 1e5 else str(row["parameters"]),
-            _number(row["loss_before"], ".3f"),
-            f"{row['loss_after']:.4f} ±{_small(row['loss_after_se'])}",
-            "" if row["against_lora"] is None else f"{row['against_lora']:+.4f} ±{_small(row['against_lora_se'])}",
-            _number(row["utilization_q"], ".2f"),
-            _number(row["utilization_v"], ".2f"),
-            _number(row["seconds_per_step"], ".2f"),
-            "" if row["export_error"] is None else f"r{row['export_rank']}\n{row['export_error']:.0e}",
-        )
-    console.print(table)
-    console.print(
-        "Losses in nats a token ± one standard error over held-out sequences; 'against LoRA' is paired, sequence by "
-        "sequence. CU: capacity utilization, effective rank over rank, of the query and value projections. export: "
-        "largest rank of the plain LoRA written, and the largest difference of its logits, relative.",
-        style="dim",
-    )
-    for line in verdicts(results["rows"]):
-        console.print(f"• {line}")
-    console.print(
-        "One text and few steps: what is within noise here says nothing, and what is not says little. The demo shows "
-        "that the methods work, not which is better.",
-        style="dim",
-    )
-
-
-def verdicts(rows: list[dict[str, Any]]) -> list[str]:
-    """What each row's difference from LoRA amounts to.
-
-    Noise is whatever is within two standard errors, or within the difference that another seed makes to LoRA itself.
-    """
-    seeds = next((abs(row["against_lora"]) for row in rows if row["method"] == OTHER_SEED), 0.0)
-    lines = [f"Another seed changes LoRA's own held-out loss by {seeds:.4f}."] if seeds else []
-    for row in rows:
-        difference, se = row["against_lora"], row["against_lora_se"]
-        if difference is None or row["method"] == OTHER_SEED:
-            continue
-        # Surgery edits one and the same trained adapter, so that seeds do not come between.
-        noise = 2 * se if row["method"].startswith(f"{LORA}+") else max(2 * se, seeds)
-        if abs(difference) <= noise:
-            lines.append(f"{row['method']}: no difference from LoRA beyond noise ({difference:+.4f} ± {se:.4f}).")
-        else:
-            side = "lower" if difference < 0 else "higher"
-            lines.append(f"{row['method']}: {side} than LoRA by {abs(difference):.4f} ± {se:.4f}, on this text.")
-    return lines
-
-
-def _number(value: float | None, spec: str) -> str:
-    return "" if value is None else format(value, spec)
-
-
-def _small(value: float) -> str:
-    return f"{value:.4f}".lstrip("0")
-
-
-def _plot(rows: list[DemoRow], path: Path) -> Path | None:
+def _plot(rows: list[DemoRow], path: Path) -> None:
     """Training curves, and differences from LoRA with their standard errors."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return None
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = new_figure(11, 4)
     left, right = figure.subplots(1, 2)
     trained = {row.method: row.training_loss for row in rows if row.training_loss}
     for method, losses in trained.items():
@@ -409,4 +334,3 @@ def _plot(rows: list[DemoRow], path: Path) -> Path | None:
         xlabel="held-out loss less LoRA's (nats a token), ± 1 standard error", title="Against LoRA, paired by sequence"
     )
     figure.savefig(path, dpi=120)
-    return path

@@ -13,7 +13,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lorakit.cli import app
-from lorakit.demo import DemoError, DemoSettings, load_model, report, split_data, verdicts
+from lorakit.cli._demo_table import print_results, verdicts
+from lorakit.demo import DemoError, DemoSettings, load_model, split_data
 
 
 @pytest.fixture
@@ -146,7 +147,7 @@ def test_the_table_fits_80_columns():
     }
     settings = {"steps": 24, "batch_size": 4, "length": 96}
     console = Console(width=80, file=io.StringIO())
-    report({"model": "SmolLM2-135M-Instruct", "settings": settings, "rows": [row]}, console)
+    print_results({"model": "SmolLM2-135M-Instruct", "settings": settings, "rows": [row]}, console)
     printed = console.file.getvalue()
     line = next(line for line in printed.splitlines() if "seed+1" in line)
     for piece in ("2.49M", "3.239", "2.8602 ±.0611", "-0.0007 ±.0005", "0.71", "0.49", "1.09", "r216"):

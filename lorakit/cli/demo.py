@@ -23,6 +23,7 @@ def demo(
     """Train LoRA, FisherLoRA and SpecLoRA alike on real text, operate on the LoRA, export, and compare."""
     from rich.console import Console
 
+    from lorakit.cli._demo_table import print_results
     from lorakit.demo import DemoSettings, run_demo
 
     settings = DemoSettings(
@@ -36,6 +37,9 @@ def demo(
         seed=seed,
         threads=threads,
     )
-    results = run_demo(settings, Console(stderr=as_json))
+    console = Console(stderr=True)
+    results = run_demo(settings, console.print)
+    print_results(results, console if as_json else Console())
+    console.print(f"Results, figure and adapters: {out}")
     if as_json:
         sys.stdout.write(json.dumps(results) + "\n")
