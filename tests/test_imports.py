@@ -21,7 +21,7 @@ LAYERS = [
     {"adapters"},
     {"calibration"},
     {"compress", "merging"},
-    {"fisher", "surgery", "export"},
+    {"fisher", "surgery", "export", "serving"},
     {"lens"},
     {"demo", "probing"},
     {"cli"},
