@@ -133,7 +133,7 @@ class BaseModel:
         if heads * self.head_dim != d_out or self.head_dim % 2 or (expected is not None and heads != expected):
             raise ExportError(
                 f"`base_config` must be that of the model that the adapter was trained on: {module_name!r} has {d_out} "
-                f"rows, the config says {expected or 'some'} heads of {self.head_dim}."
+                f"rows, the config says {'' if expected is None else f'{expected} '}heads of {self.head_dim}."
             )
         return heads
 
