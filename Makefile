@@ -6,9 +6,11 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 BACKENDS_VENV  := .venv-backends
 BACKENDS_STAMP := $(BACKENDS_VENV)/.installed
+SERVERS        := build/servers
+SERVERS_STAMP  := $(SERVERS)/.installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-backends test-processors fast lint unit wheel setup clean
+.PHONY: demo test test-backends test-servers test-processors fast lint unit wheel setup clean
 
 demo: setup
 	$(BIN)/lorakit demo
@@ -30,11 +32,11 @@ lint: setup
 
 # Two files at a time, with one thread each: threads of two processes would wait for each other.
 unit: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/backends
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/backends --ignore=tests/servers
 
 # Under a minute on two cores.
 fast: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" --ignore=tests/backends
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" --ignore=tests/backends --ignore=tests/servers
 
 # The fast tests with the kernels that torch and MKL choose on other processors: no test may depend on which these are.
 test-processors: setup
@@ -51,6 +53,18 @@ $(BACKENDS_STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(BACKENDS_VENV)
 	$(BACKENDS_VENV)/bin/python -m pip install --quiet -c constraints.txt torch
 	$(BACKENDS_VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[test,backends]'
+	touch $@
+
+# llama.cpp, as npm has it, serves SmolLM2 with every kind of export.
+test-servers: setup $(SERVERS_STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/servers
+
+# Its binaries are packages of their own: no script needs to run.
+$(SERVERS_STAMP): tests/servers/package.json
+	mkdir -p $(SERVERS)
+	cp tests/servers/package.json $(SERVERS)
+	cd $(SERVERS) && npm install --ignore-scripts --no-package-lock --no-audit --no-fund --loglevel=error
+	test -d $(SERVERS)/node_modules/node-llama-cpp
 	touch $@
 
 # A wheel builds, installs in an empty environment and imports.

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lorakit import lens as lens
     from lorakit import merging as merging
     from lorakit import naming as naming
+    from lorakit import serving as serving
     from lorakit import spectral as spectral
     from lorakit import statistics as statistics
     from lorakit import surgery as surgery

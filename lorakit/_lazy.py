@@ -29,6 +29,7 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "lens": (),
         "merging": (),
         "naming": (),
+        "serving": (),
         "spectral": (),
         "statistics": (),
         "surgery": (),
@@ -82,6 +83,7 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "roles": ("ROLES", "Role", "layer_of", "layer_prefix", "role_of"),
         "targets": ("default_targets",),
     },
+    "lorakit.serving": {"_gguf": ("GGUFReport", "write_gguf")},
     "lorakit.spectral": {
         "lowrank": ("SVD", "LowRank"),
         "metrics": (
