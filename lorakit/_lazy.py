@@ -83,7 +83,11 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "roles": ("ROLES", "Role", "layer_of", "layer_prefix", "role_of"),
         "targets": ("default_targets",),
     },
-    "lorakit.serving": {"_gguf": ("GGUFReport", "write_gguf")},
+    "lorakit.serving": {
+        "_check": ("ServedModule", "ServerCheck", "check", "check_all"),
+        "_gguf": ("GGUFReport", "write_gguf"),
+        "_profiles": ("PROFILES", "ServerProfile", "vllm_max_lora_rank"),
+    },
     "lorakit.spectral": {
         "lowrank": ("SVD", "LowRank"),
         "metrics": (

@@ -12,6 +12,7 @@ from lorakit.cli.demo import demo
 from lorakit.cli.inspect import alignment, audit, compare
 from lorakit.cli.probe import probe
 from lorakit.cli.rewrite import compress, export, merge
+from lorakit.cli.servable import servable
 from lorakit.cli.surgery import surgery
 from lorakit.errors import LorakitError
 
@@ -33,7 +34,7 @@ def _root(
     """Audit, compress, merge, edit and train LoRA adapters of Hugging Face PEFT."""
 
 
-for _command in (audit, compare, alignment, compress, merge, export, probe, surgery, demo):
+for _command in (audit, compare, alignment, compress, merge, export, servable, probe, surgery, demo):
     app.command()(_command)
 
 

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 from lorakit import _lazy
 
 if TYPE_CHECKING:
+    from lorakit.serving._check import ServedModule as ServedModule
+    from lorakit.serving._check import ServerCheck as ServerCheck
+    from lorakit.serving._check import check as check
+    from lorakit.serving._check import check_all as check_all
     from lorakit.serving._gguf import GGUFReport as GGUFReport
     from lorakit.serving._gguf import write_gguf as write_gguf
+    from lorakit.serving._profiles import PROFILES as PROFILES
+    from lorakit.serving._profiles import ServerProfile as ServerProfile
+    from lorakit.serving._profiles import vllm_max_lora_rank as vllm_max_lora_rank
 else:
     __getattr__, __dir__, __all__ = _lazy.attach(__name__)
