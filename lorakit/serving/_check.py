@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from lorakit._checks import preview
+from lorakit._figures import escape_mathtext, new_figure
 from lorakit._report import Report
 from lorakit.adapters import Adapter, AdapterModule, open_adapter
 from lorakit.serving._profiles import PROFILES, Content, ServerProfile, profile_of, profiles_of, vllm_max_lora_rank
@@ -106,8 +107,6 @@ class ServerCheck(Report):
 
     def plot(self) -> Figure:
         """The factor by which each module's update is off, by module."""
-        from lorakit._figures import escape_mathtext, new_figure
-
         figure = new_figure(8, 4)
         axes = figure.subplots()
         factors = [row.applied_over_true for row in self.modules]
