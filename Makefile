@@ -55,9 +55,10 @@ $(BACKENDS_STAMP): pyproject.toml constraints.txt
 	$(BACKENDS_VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[test,backends]'
 	touch $@
 
-# llama.cpp, as npm has it, serves SmolLM2 with every kind of export.
+# llama.cpp, as npm has it, serves SmolLM2 with every kind of export; mlx-lm loads what is written for it.
 test-servers: setup $(SERVERS_STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/servers
+	OMP_NUM_THREADS=1 PYTHONPATH=$(SERVERS)/mlx $(BIN)/python -m pytest tests/serving/test_formats.py -k mlx
 
 # Its binaries are packages of their own: no script needs to run.
 $(SERVERS_STAMP): tests/servers/package.json
@@ -65,6 +66,7 @@ $(SERVERS_STAMP): tests/servers/package.json
 	cp tests/servers/package.json $(SERVERS)
 	cd $(SERVERS) && npm install --ignore-scripts --no-package-lock --no-audit --no-fund --loglevel=error
 	test -d $(SERVERS)/node_modules/node-llama-cpp
+	$(BIN)/python -m pip install --quiet --no-deps --target $(SERVERS)/mlx mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2
 	touch $@
 
 # A wheel builds, installs in an empty environment and imports.

@@ -85,7 +85,10 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "lorakit.serving": {
         "_check": ("ServedModule", "ServerCheck", "check", "check_all"),
+        "_formats": ("FormatModule", "FormatReport"),
         "_gguf": ("GGUFReport", "write_gguf"),
+        "_image_models": ("write_diffusers", "write_kohya"),
+        "_mlx": ("write_mlx",),
         "_profiles": ("PROFILES", "ServerProfile", "vllm_max_lora_rank"),
     },
     "lorakit.spectral": {
