@@ -1,4 +1,4 @@
-"""Writing adapters: whole or not at all."""
+"""Writing of adapter directories, whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,20 +25,27 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 CONFIG_NAME = "adapter_config.json"
 
-
-_EXCHANGE = 2  # Linux' RENAME_EXCHANGE
-_HERE = -100  # AT_FDCWD
+_RENAME_EXCHANGE = 2  # of Linux
+_AT_FDCWD = -100
 
 
 @contextlib.contextmanager
-def replaced_directory(out: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary directory beside `out`, whose files take their places in `out` if the block ends well.
+def replaced_directory(out: str | os.PathLike[str], *, remove: Collection[str] = ()) -> Iterator[Path]:
+    """Yield a temporary directory, whose files replace those of `out` if the block ends without an error.
 
-    A new `out` appears in one rename. An existing one is exchanged in one step for a directory that has the new files
-    and, as hard links, its other ones: whatever happens, all of the old or all of the new files are there. Where the
-    system cannot exchange directories (it is not Linux, or `out` is a mount point), each file is replaced in one step,
-    and the adapter's config last.
-    Raises: NotADirectoryError where `out` is a file; PermissionError where it may not be written to.
+    A process that is killed at any point leaves all of the old files or all of the new ones in `out`. Files named in
+    `remove` disappear from `out` in the same step, unless the block writes them. All other files stay, also those that
+    appear in `out` meanwhile. A subdirectory that the block writes replaces the one of that name.
+
+    An existing `out` stays the same directory (its inode), so a shell that stands in it finds the new files. For that
+    it is exchanged twice: for a directory with the new files, and, when it has these files too, back again. A reader of
+    the path sees one whole adapter at any time; a reader that stands in the directory may see files of both for an
+    instant. If the process is killed between the two exchanges, or another one replaces the same directory at the same
+    time, `out` may become another directory, and hidden directories beside it may remain.
+
+    Where directories cannot be exchanged (systems other than Linux, mount points, file systems without hard links), the
+    files are replaced one by one, each in one step and the config last: there, a kill in between can leave a mixture.
+    Raises: NotADirectoryError if `out` is a file; PermissionError if it may not be written to.
     """
     target = Path(os.path.realpath(out))
     if target.exists() and not target.is_dir():
@@ -46,50 +53,112 @@ def replaced_directory(out: str | os.PathLike[str]) -> Iterator[Path]:
     if target.exists() and not os.access(target, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, "`out` may not be written to", os.fspath(out))
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        yield staging
+        new = work / "new"
+        new.mkdir()
+        yield new
         if not target.exists():
-            staging.chmod(0o777 & ~_umask())
             try:
-                staging.rename(target)
+                new.rename(target)
                 return
             except OSError:
-                if not target.is_dir():  # another process that writes the same has been first
+                if not target.is_dir():  # else another process has made it meanwhile
                     raise
-        written = {path.name for path in staging.iterdir()}
-        if not _exchanged(staging, target, written):
-            for name in sorted(written, key=lambda name: name == CONFIG_NAME):
-                (staging / name).replace(target / name)
+        written = sorted((path.name for path in new.iterdir()), key=lambda name: name == CONFIG_NAME)
+        removed = set(remove) - set(written)
+        if not _replaced_at_once(target, work, written, removed):
+            _replaced_one_by_one(target, new, written, removed)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
 
 
-def _exchanged(staging: Path, target: Path, written: set[str]) -> bool:
-    """Exchange `target` for `staging`, which gets `target`'s other files too; False, and no change, if that cannot be.
+def _replaced_at_once(target: Path, work: Path, written: Sequence[str], removed: Collection[str]) -> bool:
+    """Give `target` the files `written` in `work/new`; False, with `target` unchanged, if the system cannot exchange.
 
-    What came into `target` in the meantime is moved after it.
+    Every directory that is at `target` for some time is complete before it comes there, also if other processes do the
+    same: what changes after an exchange lies in `work`, which is this process's own.
     """
+    new, copies = work / "new", work / "copies"
+    linked: set[int] = set()  # inodes of the other files
+    changed = {*written, *removed}
+    try:
+        _link_tree(new, copies, set())
+        for path in target.iterdir():
+            if path.name not in changed:
+                _link_tree(path, new / path.name, linked)
+        shutil.copystat(target, new)
+    except OSError:
+        return False
+    try:
+        if not _exchange(new, target):
+            return False
+        # `new` is now the directory that was at `target`
+        with contextlib.suppress(OSError):  # the exchange has been made: if it cannot come back, the other one stays
+            _replaced_one_by_one(new, copies, written, removed)
+            _exchange(new, target)
+    finally:
+        _move_unknown_files(new, target, changed, linked)
+    return True
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two directories in one step; False if the system cannot."""
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
     if renameat2 is None:
         return False
-    try:
-        for path in target.iterdir():
-            if path.name in written:
+    code: int = renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+    return code == 0
+
+
+def _replaced_one_by_one(target: Path, source: Path, written: Iterable[str], removed: Iterable[str]) -> None:
+    """Remove the files `removed` from `target`, then move the files `written` there from `source`, in this order."""
+    for name in removed:
+        _remove(target / name)
+    for name in written:
+        if _is_tree(target / name) or _is_tree(source / name):
+            _remove(target / name)
+        (source / name).replace(target / name)
+
+
+def _link_tree(source: Path, destination: Path, linked: set[int]) -> None:
+    """Make a hard link to a file, or to each file of a directory; adds their inodes to `linked`."""
+    with contextlib.suppress(FileNotFoundError):  # `source` was removed meanwhile
+        if not _is_tree(source):
+            os.link(source, destination, follow_symlinks=False)
+            linked.add(destination.lstat().st_ino)
+            return
+        destination.mkdir()
+        for path in source.iterdir():
+            _link_tree(path, destination / path.name, linked)
+        shutil.copystat(source, destination)
+
+
+def _move_unknown_files(source: Path, target: Path, changed: Collection[str], known: Collection[int]) -> None:
+    """Move the files that are only in `source`, as they came after its files were linked, to `target`.
+
+    These are the files with an inode that is not `known`. What is below a name in `changed` stays.
+    """
+    for path in list(source.rglob("*")):
+        relative = path.relative_to(source)
+        there = target / relative
+        with contextlib.suppress(FileNotFoundError):  # `path` was removed meanwhile
+            if _is_tree(path) or relative.parts[0] in changed or path.lstat().st_ino in known:
                 continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.copytree(path, staging / path.name, symlinks=True, copy_function=os.link)
-            else:
-                os.link(path, staging / path.name, follow_symlinks=False)
-        shutil.copystat(target, staging)
-        exchanged = renameat2(_HERE, os.fsencode(staging), _HERE, os.fsencode(target), _EXCHANGE) == 0
-    except (OSError, shutil.Error):
-        exchanged = False
-    if exchanged:
-        for path in staging.iterdir():
-            if not os.path.lexists(target / path.name):
-                path.replace(target / path.name)
-    return exchanged
+            if not os.path.lexists(there) or there.lstat().st_ino in known:
+                there.parent.mkdir(parents=True, exist_ok=True)
+                path.replace(there)
+
+
+def _is_tree(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _remove(path: Path) -> None:
+    if _is_tree(path):
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_adapter(directory: Path, tensors: Mapping[str, Tensor], config: PeftConfig | Mapping[str, Any]) -> None:
@@ -124,9 +193,3 @@ def _plain_json(config: Mapping[str, Any]) -> str:
         raise TypeError(f"A config cannot hold a {type(value).__name__}: {value!r}.")
 
     return json.dumps(config, indent=2, sort_keys=True, default=plain)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
