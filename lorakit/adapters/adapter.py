@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lorakit.adapters.config import AdapterSettings
 from lorakit.errors import AdapterFileError, Finding
-from lorakit.naming.roles import Role, layer_of, role_of
+from lorakit.naming.roles import Role
 from lorakit.spectral import LowRank
 
 Kind = Literal["linear", "embedding", "conv"]
@@ -74,6 +74,8 @@ class AdapterModule:
     name: str  # in the base model
     kind: Kind
     scaling: float
+    role: Role | None
+    layer: int | None
     A: TensorInfo
     B: TensorInfo
     bias: TensorInfo | None = None  # of B, where the adapter was made with `lora_bias`
@@ -107,12 +109,9 @@ class AdapterModule:
         return torch.promote_types(self.A.dtype, self.B.dtype)
 
     @property
-    def role(self) -> Role | None:
-        return role_of(self.name)
-
-    @property
-    def layer(self) -> int | None:
-        return layer_of(self.name)
+    def group(self) -> str:
+        """The role, or the last component of the name if there is none."""
+        return self.role or self.name.rpartition(".")[2]
 
     @property
     def parameters(self) -> int:

@@ -1,28 +1,50 @@
-"""An adapter's config as far as its arithmetic goes: read from JSON or a dict, checked, without importing PEFT."""
+"""The fields of an adapter's config that its arithmetic depends on: read from JSON or a dict, checked, without PEFT."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from lorakit.adapters.keys import parse_key
 from lorakit.errors import AdapterFileError, UnsupportedModelError
 from lorakit.naming.inits import changes_base_weights
-from lorakit.naming.patterns import lookup, unmatched
+from lorakit.naming.matching import PatternMatcher
+
+V = TypeVar("V")
 
 SUPPORTED_TYPES = ("LORA", "SPECLORA", "FISHERLORA", "ADALORA")
-# Variants under which B A is not the update, nor a part of it that means something alone.
+# Variants of LoRA whose update is not B A, and of which B A alone means nothing.
 _REFUSED = ("use_qalora", "use_bdlora", "kasa_config", "arrow_config", "monteclora_config")
 
 
 @dataclass(frozen=True)
-class AdapterSettings:
-    """What an adapter's config says of its arithmetic. `r` None: there is no config, so ranks and alphas are unknown.
+class ModuleConfig:
+    """The rank that a config gives a module (None: there is no config), and the factor of B A.
 
-    `raw` is the config as it was found, for whoever writes it on.
+    The scaling is alpha / r, or alpha / √r under rsLoRA, with r and alpha by the patterns; AdaLoRA's is alpha over its
+    initial rank, however much was pruned since. It is 1 without a config.
+    """
+
+    rank: int | None
+    scaling: float
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """What a config gives each module by name; `unmatched` are the patterns' keys that match none, as (field, key)."""
+
+    modules: Mapping[str, ModuleConfig]
+    unmatched: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """The fields of an adapter's config that its arithmetic depends on.
+
+    `r` is None if there is no config, so that ranks and alphas are unknown. `raw` is the whole config as it was found.
     """
 
     peft_type: str = "LORA"
@@ -96,37 +118,39 @@ class AdapterSettings:
         """Whether the adapter was made with an init that changed the base weights."""
         return changes_base_weights(self.init)
 
-    def rank_of(self, module_name: str) -> int | None:
-        """The rank that PEFT gives the module; None where the config does not say."""
+    def resolve(self, module_names: Collection[str]) -> ResolvedConfig:
+        """The rank and scaling that PEFT gives each of the modules, and the patterns' keys that match none of them."""
         if self.r is None:
-            return None
+            return ResolvedConfig({name: ModuleConfig(None, 1.0) for name in module_names}, ())
         if self.peft_type == "ADALORA":
-            mask = self._rank_mask(module_name)
-            return self.r if mask is None else sum(mask)
-        return lookup(self.rank_pattern, module_name, self.r)
+            return self._resolve_adalora(self.r, module_names)
+        ranks, alphas = PatternMatcher(self.rank_pattern), PatternMatcher(self.alpha_pattern)
+        modules = {}
+        for name in module_names:
+            r = _value_of(self.rank_pattern, ranks.first(name), name, self.r)
+            alpha = _value_of(self.alpha_pattern, alphas.first(name), name, self.alpha)
+            modules[name] = ModuleConfig(r, alpha / (math.sqrt(r) if self.use_rslora else r))
+        unmatched = [("rank_pattern", key) for key in ranks.unmatched(module_names)]
+        unmatched += [("alpha_pattern", key) for key in alphas.unmatched(module_names)]
+        return ResolvedConfig(modules, tuple(unmatched))
 
-    def scaling_of(self, module_name: str, rank: int) -> float:
-        """The factor of B A: alpha / r, or alpha / √r under rsLoRA, r and alpha by PEFT's patterns; 1 with no config.
+    def _resolve_adalora(self, r: int, module_names: Collection[str]) -> ResolvedConfig:
+        """Its rank pattern has a list for each module, whose true entries are the kept ones of the initial rank r."""
+        kept: dict[str | None, int] = {}
+        for key, mask in self.rank_pattern.items():
+            kept.setdefault(_masked_module(key), sum(mask))
+        modules = {}
+        for name in module_names:
+            rank = kept.get(name, r)
+            modules[name] = ModuleConfig(rank, (self.alpha if self.alpha > 0 else rank) / (r + 1e-5))
+        known = set(module_names)
+        unmatched = [("rank_pattern", key) for key in self.rank_pattern if _masked_module(key) not in known]
+        return ResolvedConfig(modules, tuple(unmatched))
 
-        AdaLoRA's is alpha over its initial rank, whatever was pruned since. `rank` is that of the tensors.
-        """
-        if self.r is None:
-            return 1.0
-        if self.peft_type == "ADALORA":
-            return (self.alpha if self.alpha > 0 else rank) / (self.r + 1e-5)
-        alpha = lookup(self.alpha_pattern, module_name, self.alpha)
-        r = lookup(self.rank_pattern, module_name, self.r)
-        return alpha / (math.sqrt(r) if self.use_rslora else r)
 
-    def unmatched_patterns(self, module_names: list[str]) -> list[tuple[str, str]]:
-        """Entries of the patterns, as (field, key), that match none of the modules."""
-        if self.peft_type == "ADALORA":
-            return [("rank_pattern", key) for key in self.rank_pattern if _masked_module(key) not in module_names]
-        fields = (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern))
-        return [(name, key) for name, pattern in fields for key in unmatched(pattern, module_names)]
-
-    def _rank_mask(self, module_name: str) -> list[bool] | None:
-        return next((mask for key, mask in self.rank_pattern.items() if _masked_module(key) == module_name), None)
+def _value_of(pattern: Mapping[str, V], key: str | None, name: str, default: V) -> V:
+    """The value under the key that matches a module's name; as in PEFT, under the name itself if none matches."""
+    return pattern.get(name if key is None else key, default)
 
 
 def _masked_module(key: str) -> str | None:
@@ -162,7 +186,7 @@ def _pattern(name: str, value: object) -> dict[str, Any]:
         raise AdapterFileError(f"`{name}` in the adapter's config must be an object; got {_shown(value)}.")
     for key in value:
         try:
-            re.compile(key)
+            PatternMatcher([key])
         except (re.error, TypeError, OverflowError, RecursionError) as error:
             raise AdapterFileError(
                 f"`{name}` in the adapter's config has the key {_shown(key)}, which is no regular expression: {error}."

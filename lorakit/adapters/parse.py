@@ -1,119 +1,133 @@
-"""From the tensors and the config of an adapter to the view of it: what belongs together, and what does not fit."""
+"""Group an adapter's tensors into modules, and find out what is missing or does not fit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 from lorakit.adapters.adapter import Adapter, AdapterModule, ExtraKind, ExtraTensor, TensorInfo, TensorSource
-from lorakit.adapters.config import AdapterSettings
+from lorakit.adapters.config import AdapterSettings, ModuleConfig
 from lorakit.adapters.keys import Part, parse_key, without_prefix
 from lorakit.errors import AdapterFileError, Finding
+from lorakit.naming.roles import layer_of, role_of
 
-# Last components of the names of token embeddings and output heads, which PEFT saves beside an adapter of them.
+# Last name components of token embeddings and output heads, which PEFT saves whole if an adapter targets them.
 _EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out", "tok_embeddings")
 
 
-def assemble(path: str, settings: AdapterSettings, source: TensorSource) -> Adapter:
-    """The view over the tensors of `source`.
+@dataclass
+class _Group:
+    """The tensors of one module, by part; a part with several tensors is an error."""
 
-    Raises: AdapterFileError where there is no tensor of a low-rank update at all.
+    parts: dict[Part, list[TensorInfo]] = field(default_factory=dict)
+    embedding: bool = False
+
+
+def assemble(path: str, settings: AdapterSettings, source: TensorSource) -> Adapter:
+    """The adapter made of the tensors of `source`; what is wrong with it is among its findings.
+
+    Raises: AdapterFileError if no tensor belongs to a low-rank update.
     """
-    parts: dict[str, dict[Part, list[TensorInfo]]] = {}
-    embeddings: set[str] = set()
+    groups, others = _grouped(source)
+    if not groups:
+        named = ", ".join(repr(info.key) for info in others[:2]) + (", …" if len(others) > 2 else "")
+        found = f"there are {named}." if others else "there are none at all."
+        raise AdapterFileError(f"{path}: no tensor is named like a LoRA's (lora_A, lora_B, …); {found}")
+    resolved = settings.resolve(groups)
+    parameters = {name.rpartition(".")[0] for name in settings.target_parameters}
+    extras = [ExtraTensor(info, _kind_of_extra(info, settings)) for info in others]
+    modules: list[AdapterModule] = []
+    findings: list[Finding] = []
+    for name in sorted(groups, key=_natural):
+        group = groups[name]
+        if parameters and _owns_one_of(name, parameters):
+            extras += [ExtraTensor(info, "expert_parameters") for infos in group.parts.values() for info in infos]
+            continue
+        problem = _problem(group, resolved.modules[name], settings)
+        if problem is not None:
+            code, message = problem
+            findings.append(Finding("info" if code == "pruned" else "error", code, name, f"{name}: {message}"))
+        if problem is None or code == "rank_mismatch":
+            modules.append(_module(name, group, resolved.modules[name], settings))
+    findings += _findings_about_all(settings, resolved.unmatched, extras)
+    return Adapter(path, settings, tuple(modules), tuple(extras), tuple(findings), source)
+
+
+def _grouped(source: TensorSource) -> tuple[dict[str, _Group], list[TensorInfo]]:
+    """The tensors of low-rank updates by module, and all others."""
+    groups: dict[str, _Group] = {}
     others: list[TensorInfo] = []
     for info in source.infos().values():
         key = parse_key(info.key)
         if key is None:
             others.append(info)
             continue
-        parts.setdefault(key.module_name, {}).setdefault(key.part, []).append(info)
-        if key.embedding:
-            embeddings.add(key.module_name)
-    if not parts:
-        some = ", ".join(repr(info.key) for info in others[:2])
-        raise AdapterFileError(
-            f"{path}: no tensor is named like a LoRA's (lora_A, lora_B, …); "
-            + (f"there are {some}{', …' if len(others) > 2 else ''}." if some else "there are none at all.")
-        )
-    modules: list[AdapterModule] = []
-    findings: list[Finding] = []
-    extras = [ExtraTensor(info, _kind_of_extra(info, settings)) for info in others]
-    for name in sorted(parts, key=_natural):
-        if _adapts_parameters(name, settings):
-            extras += [ExtraTensor(info, "expert_parameters") for infos in parts[name].values() for info in infos]
-            continue
-        module = _module(name, parts[name], name in embeddings, settings, findings)
-        if module is not None:
-            modules.append(module)
-    findings += _about_the_whole(settings, list(parts), extras)
-    return Adapter(path, settings, tuple(modules), tuple(extras), tuple(findings), source)
+        group = groups.setdefault(key.module_name, _Group())
+        group.parts.setdefault(key.part, []).append(info)
+        group.embedding |= key.embedding
+    return groups, others
 
 
-def _module(
-    name: str,
-    parts: dict[Part, list[TensorInfo]],
-    embedding: bool,
-    settings: AdapterSettings,
-    findings: list[Finding],
-) -> AdapterModule | None:
-    """The module, or None and findings that say why there is none."""
-
-    def error(code: str, message: str) -> None:
-        findings.append(Finding("error", code, name, message))
-
-    for infos in parts.values():
-        if len(infos) > 1:
-            keys = " and ".join(repr(info.key) for info in infos)
-            error("duplicate_tensor", f"{name}: {keys} are the same part of one module; which of them is meant?")
-            return None
-    one: dict[Part, TensorInfo] = {part: infos[0] for part, infos in parts.items()}
-    missing = [part for part in ("A", "B") if part not in one]
-    if settings.peft_type == "ADALORA" and "E" not in one:
-        missing.append("E")
-    if missing:
-        there = ", ".join(sorted(one))
-        error("missing_half", f"{name}: lora_{' and lora_'.join(missing)} is missing; there is {there}.")
-        return None
-    A, B = one["A"], one["B"]
-    fits = len(A.shape) >= 2 and len(B.shape) >= 2 and all((*A.shape[1:], B.shape[0]))
-    groups = A.shape[0] // B.shape[1] if fits and B.shape[1] else 1
-    fits = fits and A.shape[0] == groups * B.shape[1] and all(size == 1 for size in B.shape[2:])
-    if fits and groups != 1:  # a grouped convolution
-        fits = groups > 1 and len(A.shape) > 2 and len(A.shape) == len(B.shape) and B.shape[0] % groups == 0
-    beside: dict[Part, tuple[int, ...]] = {"bias": B.shape[:1], "E": (*A.shape[:1], 1)}
-    wrong = [part for part, shape in beside.items() if part in one and one[part].shape != shape]
-    if not fits or len(A.shape) > 5 or wrong:
-        shapes = ", ".join(f"{part} {info.shape}" for part, info in one.items())
-        error("shape_mismatch", f"{name}: the shapes do not belong together: {shapes}.")
-        return None
-    floating = [info for info in one.values() if info.dtype is None or not info.dtype.is_floating_point]
-    floating += [info for info in one.values() if info.dtype is not None and info.dtype.itemsize < 2]
-    if floating:
-        dtype = floating[0].dtype or "a dtype that torch lacks"
-        error("unsupported_dtype", f"{name}: {floating[0].key} is {dtype}; float16, bfloat16, 32 and 64 can be read.")
-        return None
-    rank = A.shape[0]
-    configured = settings.rank_of(name)
-    if rank == 0:
-        if configured == 0:
-            findings.append(Finding("info", "pruned", name, f"{name}: AdaLoRA pruned it to rank 0."))
-        else:
-            error("rank_zero", f"{name}: the factors have rank 0.")
-        return None
-    if configured is not None and configured != rank:
-        error("rank_mismatch", f"{name}: the factors have rank {rank}, the config says {configured}.")
+def _module(name: str, group: _Group, config: ModuleConfig, settings: AdapterSettings) -> AdapterModule:
+    one: dict[str, TensorInfo] = {part: infos[0] for part, infos in group.parts.items()}
     return AdapterModule(
         name=name,
-        kind="embedding" if embedding else "conv" if len(A.shape) > 2 else "linear",
-        scaling=settings.scaling_of(name, rank),
+        kind="embedding" if group.embedding else "conv" if len(one["A"].shape) > 2 else "linear",
+        scaling=config.scaling,
+        role=role_of(name),
+        layer=layer_of(name),
         fan_in_fan_out=settings.fan_in_fan_out,
-        **_fields(one),
+        **one,
     )
 
 
-def _fields(parts: dict[Part, TensorInfo]) -> dict[str, Any]:
-    return {str(part): info for part, info in parts.items()}
+def _problem(group: _Group, config: ModuleConfig, settings: AdapterSettings) -> tuple[str, str] | None:
+    """The first thing that is wrong with a module, as code and message; None for a sound one.
+
+    With a `rank_mismatch` there is a module still; with any other problem there is none.
+    """
+    for infos in group.parts.values():
+        if len(infos) > 1:
+            keys = " and ".join(repr(info.key) for info in infos)
+            return "duplicate_tensor", f"{keys} are the same part of one module; remove all but one of them."
+    one = {part: infos[0] for part, infos in group.parts.items()}
+    needed: tuple[Part, ...] = ("A", "B", "E") if settings.peft_type == "ADALORA" else ("A", "B")
+    missing = [part for part in needed if part not in one]
+    if missing:
+        found = ", ".join(sorted(one))
+        return "missing_half", f"lora_{' and lora_'.join(missing)} is missing; found {found}."
+    if not _shapes_fit(one):
+        shapes = ", ".join(f"{part} {info.shape}" for part, info in one.items())
+        return "shape_mismatch", f"the shapes do not fit together: {shapes}."
+    for info in one.values():
+        if info.dtype is None or not info.dtype.is_floating_point or info.dtype.itemsize < 2:
+            dtype = info.dtype or "of a dtype that torch lacks"
+            return "unsupported_dtype", f"{info.key} is {dtype}; it must be float16, bfloat16, float32 or float64."
+    rank = one["A"].shape[0]
+    if rank == 0:
+        if config.rank == 0:
+            return "pruned", "AdaLoRA pruned it to rank 0."
+        return "rank_zero", "the factors have rank 0."
+    if config.rank not in (None, rank):
+        return "rank_mismatch", f"the factors have rank {rank}, but the config says {config.rank}."
+    return None
+
+
+def _shapes_fit(one: dict[Part, TensorInfo]) -> bool:
+    """Whether B A is defined, of at most five dimensions, and bias and E fit it.
+
+    A is (rank, d_in, *kernel), B is (d_out, rank / groups, 1, …, 1), with groups > 1 for convolutions only.
+    """
+    A, B = one["A"].shape, one["B"].shape
+    if not 2 <= len(A) <= 5 or len(B) < 2 or not all((*A[1:], B[0])):
+        return False
+    groups = A[0] // B[1] if B[1] else 1
+    if A[0] != groups * B[1] or any(size != 1 for size in B[2:]):
+        return False
+    if groups != 1 and not (groups > 1 and len(A) > 2 and len(A) == len(B) and B[0] % groups == 0):
+        return False
+    expected: dict[Part, tuple[int, ...]] = {"bias": B[:1], "E": (A[0], 1)}
+    return all(one[part].shape == shape for part, shape in expected.items() if part in one)
 
 
 def _kind_of_extra(info: TensorInfo, settings: AdapterSettings) -> ExtraKind:
@@ -121,7 +135,7 @@ def _kind_of_extra(info: TensorInfo, settings: AdapterSettings) -> ExtraKind:
     module, _, leaf = name.rpartition(".")
     steps = module.split(".")
     ancestors = [".".join(steps[: i + 1]) for i in range(len(steps))]
-    if any(a.endswith(saved) for a in ancestors for saved in settings.modules_to_save if saved):
+    if any(ancestor.endswith(saved) for ancestor in ancestors for saved in settings.modules_to_save if saved):
         return "modules_to_save"
     if "trainable_tokens" in name or "token_adapter" in steps:
         return "trainable_tokens"
@@ -132,51 +146,52 @@ def _kind_of_extra(info: TensorInfo, settings: AdapterSettings) -> ExtraKind:
     return "orphan"
 
 
-def _adapts_parameters(name: str, settings: AdapterSettings) -> bool:
-    """Whether a module's factors are those of a parameter of it (`target_parameters`), stacked over experts."""
+def _owns_one_of(name: str, parents: set[str]) -> bool:
+    """Whether a module's factors are those of one of its parameters (`target_parameters`), stacked over experts."""
     module = name.removesuffix(".base_layer")
-    parents = {parameter.rpartition(".")[0] for parameter in settings.target_parameters}
     return any(module == parent or module.endswith(f".{parent}") for parent in parents)
 
 
-def _about_the_whole(settings: AdapterSettings, names: list[str], extras: list[ExtraTensor]) -> Iterable[Finding]:
+def _findings_about_all(
+    settings: AdapterSettings, unmatched: Sequence[tuple[str, str]], extras: Sequence[ExtraTensor]
+) -> Iterator[Finding]:
+    """Findings about the config and about the tensors beside the updates."""
     if settings.r is None:
-        yield Finding(
-            "warning",
-            "no_config",
-            None,
+        message = (
             "There is no adapter_config.json beside the file: scalings are unknown and taken as 1, which changes norms "
-            "but no rank.",
+            "but no rank."
         )
-    for pattern, key in settings.unmatched_patterns(names):
+        yield Finding("warning", "no_config", None, message)
+    for pattern, key in unmatched:
         yield Finding("error", "pattern_unmatched", None, f"`{pattern}` has {key!r}, which matches no module.")
     if settings.changes_base:
-        yield Finding(
-            "warning",
-            "base_changed",
-            None,
-            f"The adapter was made with init_lora_weights={settings.init!r}, which changed the base weights: unless it "
-            f"was converted when it was saved, its updates are not of the original ones.",
+        message = (
+            f"The adapter was initialized with init_lora_weights={settings.init!r}, which changes the base weights. "
+            "Unless it was converted when it was saved, its updates belong to the changed weights, not to the original "
+            "ones."
         )
-    kinds = {extra.kind: [e.info for e in extras if e.kind == extra.kind] for extra in extras}
+        yield Finding("warning", "base_changed", None, message)
+    kinds: dict[ExtraKind, list[TensorInfo]] = {}
+    for extra in extras:
+        kinds.setdefault(extra.kind, []).append(extra.info)
     for kind, infos in kinds.items():
-        if kind == "orphan":
-            for info in infos:
-                name = without_prefix(info.key)
-                yield Finding("warning", "orphan_tensor", name, f"{info.key} belongs to nothing that is known.")
-        elif kind == "expert_parameters":
-            yield Finding(
-                "warning",
-                "not_covered",
-                None,
-                f"{len(infos)} tensors adapt parameters (`target_parameters`), which is not covered: {infos[0].key}, …",
-            )
-        else:
-            size = sum(info.numel for info in infos)
-            message = f"{len(infos)} tensors beside the updates ({kind}), {size:,} parameters."
-            yield Finding("info", f"beside_{kind}", None, message)
+        yield from _findings_about_extras(kind, infos)
+
+
+def _findings_about_extras(kind: ExtraKind, infos: Sequence[TensorInfo]) -> Iterator[Finding]:
+    if kind == "orphan":
+        for info in infos:
+            message = f"{info.key} belongs to no update, and to nothing else that PEFT saves."
+            yield Finding("warning", "orphan_tensor", without_prefix(info.key), message)
+    elif kind == "expert_parameters":
+        message = f"{len(infos)} tensors adapt parameters (`target_parameters`), which is not supported: {infos[0].key}"
+        yield Finding("warning", "not_covered", None, message + (", …" if len(infos) > 1 else "."))
+    else:
+        size = sum(info.numel for info in infos)
+        message = f"{len(infos)} tensors ({kind}) with {size:,} parameters are saved beside the updates."
+        yield Finding("info", f"beside_{kind}", None, message)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts layers.2 before layers.10."""
+    """Sort key that puts layers.2 before layers.10."""
     return [(int(step), "") if step.isdecimal() and len(step) < 19 else (-1, step) for step in name.split(".")]

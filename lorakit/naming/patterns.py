@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 import re
 import warnings
@@ -11,6 +10,7 @@ from collections.abc import Container, Iterable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from lorakit.errors import UnsupportedModelError
+from lorakit.naming.matching import PatternMatcher, compiled
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -63,24 +63,18 @@ def targeted_parameters(config: LoraConfig, model: nn.Module) -> dict[str, nn.Pa
     }
 
 
-@functools.lru_cache(maxsize=4096)
-def _compiled(key: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({key})$")
-
-
 def lookup(pattern: Mapping[str, V], module_name: str, default: V) -> V:
     """The value of the first entry of `pattern` that matches, by the rule of PEFT's `get_pattern_key`.
 
     Raises: re.error for a key that is no regular expression.
     """
-    first = next((key for key in pattern if _compiled(key).match(module_name)), module_name)
+    first = next((key for key in pattern if compiled(key).match(module_name)), module_name)
     return pattern.get(first, default)
 
 
 def unmatched(pattern: Iterable[str], module_names: Iterable[str]) -> list[str]:
     """The keys of `pattern` that match none of the modules."""
-    names = list(module_names)
-    return [key for key in pattern if key not in names and not any(map(_compiled(key).match, names))]
+    return PatternMatcher(pattern).unmatched(list(module_names))
 
 
 def alpha_of(lora_alpha: float, rank: int, r: int, use_rslora: bool) -> float:
@@ -122,7 +116,8 @@ def compact_pattern(values: Mapping[str, V], implied: Container[str]) -> dict[st
     for dot in (".", r"\."):  # a plain dot reads better, but matches any character
         full = {"^" + dot.join(map(re.escape, name.split("."))): value for name, value in single.items()}
         pattern = shared | full
-        read = dict(sorted(pattern.items()))
-        if all(lookup(read, name, value) == value for name, value in values.items()):
+        matcher = PatternMatcher(sorted(pattern))
+        keys = {name: matcher.first(name) for name in values}
+        if all(key is None or pattern[key] == values[name] for name, key in keys.items()):
             break
     return pattern

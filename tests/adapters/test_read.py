@@ -310,6 +310,9 @@ BROKEN_CONFIGS = {
     "pattern no expression": (
         b'{"peft_type": "LORA", "r": 2, "lora_alpha": 1, "rank_pattern": {"(": 1}}', "no regular expression"
     ),
+    "pattern no expression for PEFT": (  # which puts a group before it
+        b'{"peft_type": "LORA", "r": 2, "lora_alpha": 1, "alpha_pattern": {"(?i)q": 1}}', "no regular expression"
+    ),
     "variant": (b'{"peft_type": "LORA", "r": 2, "lora_alpha": 1, "use_qalora": true}', "use_qalora"),
     "adalora ranks": (
         b'{"peft_type": "ADALORA", "init_r": 2, "lora_alpha": 1, "rank_pattern": {"q": 1}}', "lists of true and false"
