@@ -1,8 +1,9 @@
-"""Adapters in a PeftModel: which modules they have, what their factors are, and writing factors back."""
+"""Adapters in a model in memory: their modules, and reading and writing of their factors."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from lorakit._distributed.fsdp import fill, full_tensor
+from lorakit.adapters._private import CHECKPOINTED, COMPILED, set_offloaded_weights
 from lorakit.adapters.adapter import Adapter, TensorInfo, row_slices
 from lorakit.adapters.config import AdapterSettings
 from lorakit.adapters.keys import parse_key
@@ -26,18 +28,20 @@ from lorakit.naming.roles import Role, role_of
 from lorakit.spectral import LowRank
 
 _SUPPORTED_TYPES = ("LORA", "FISHERLORA", "SPECLORA")
-_WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")  # torch's, around a module within the model, and in its name
 
 
 @dataclass(frozen=True, eq=False)
 class LiveModule:
-    """One adapted linear module of a live model: ΔW = scaling · B A, with B (d_out, r) and A (r, d_in)."""
+    """An adapted module of a model: ΔW = scaling · B A, with B (d_out, r) and A (r, d_in) if it is linear.
 
-    name: str  # in the base model, as in PEFT's `targeted_module_names`
+    `name` is that in the base model, as in PEFT's `targeted_module_names`; `layer` is PEFT's layer.
+    """
+
+    name: str
     layer: LoraLayer
     adapter_name: str
 
-    @property
+    @functools.cached_property
     def role(self) -> Role | None:
         return role_of(self.name)
 
@@ -61,36 +65,36 @@ class LiveModule:
         return float(self.layer.scaling[self.adapter_name])
 
     def factors(self) -> LowRank:
-        """The low-rank update; the tensors are the parameters' own memory wherever that is not offloaded."""
+        """The low-rank update. Its tensors share the parameters' memory, unless these are offloaded or sharded."""
         return LowRank(read_weight(self.up), read_weight(self.down), self.scaling)
 
     def is_linear(self) -> bool:
-        """Whether the factors are a linear module's, not those of an embedding, convolution, attention or experts."""
+        """Whether the layer is linear: no embedding, convolution, attention or stack of experts."""
         if isinstance(self.layer, ParamWrapper | MultiheadAttention) or self.adapter_name not in self.layer.lora_A:
             return False
         return isinstance(self.down, nn.Linear) and isinstance(self.up, nn.Linear)
 
 
 def resolve_adapter_name(model: PeftModel, adapter_name: str | None) -> str:
-    """The adapter meant: the one named, or the one active adapter.
+    """`adapter_name`, or the name of the active adapter if it is None.
 
-    Raises: TypeError for what is not a PeftModel; ValueError for an unknown name, and for none given where several are
-    active; UnsupportedModelError for a PEFT method that is not LORA, FISHERLORA or SPECLORA.
+    Raises: TypeError if `model` is not a PeftModel; ValueError for an unknown name, and for None unless exactly one
+    adapter is active; UnsupportedModelError for PEFT methods other than LORA, FISHERLORA and SPECLORA.
     """
     if not isinstance(model, PeftModel):
-        wrapped = [name for name in ("module", "_orig_mod") if isinstance(getattr(model, name, None), PeftModel)]
+        wrapped = [name for name in ("module", COMPILED) if isinstance(getattr(model, name, None), PeftModel)]
         hint = f" Pass its `.{wrapped[0]}`." if wrapped else ""
         raise TypeError(f"`adapter` must be a peft.PeftModel; got {type(model).__name__}.{hint}")
-    return _resolved(adapter_name, list(model.active_adapters), model.peft_config)
+    return _supported_name(adapter_name, list(model.active_adapters), model.peft_config)
 
 
 def chosen_name(adapter_name: str | None, active: Sequence[str], known: Collection[str]) -> str:
-    """The adapter named, or the one active one. Raises: ValueError for an unknown name, and where it takes one."""
+    """`adapter_name`, which must be one of `known`, or the only one in `active` if it is None. Raises: ValueError."""
     if adapter_name is None:
         if len(active) != 1:
             raise ValueError(
-                f"`adapter_name` is needed where not exactly one adapter is active; active are {list(active)}, "
-                f"and the model has {sorted(known)}."
+                f"`adapter_name` is needed unless exactly one adapter is active; active are {list(active)}, and the "
+                f"model has {sorted(known)}."
             )
         adapter_name = active[0]
     if adapter_name not in known:
@@ -98,7 +102,7 @@ def chosen_name(adapter_name: str | None, active: Sequence[str], known: Collecti
     return adapter_name
 
 
-def _resolved(adapter_name: str | None, active: list[str], configs: dict[str, Any]) -> str:
+def _supported_name(adapter_name: str | None, active: list[str], configs: dict[str, Any]) -> str:
     adapter_name = chosen_name(adapter_name, active, configs)
     peft_type = PeftType(configs[adapter_name].peft_type).value
     if peft_type not in _SUPPORTED_TYPES:
@@ -109,45 +113,46 @@ def _resolved(adapter_name: str | None, active: list[str], configs: dict[str, An
 
 
 def live_modules(model: PeftModel, adapter_name: str) -> list[LiveModule]:
-    """All modules that the adapter adapts, in the model's order, embeddings and convolutions among them."""
+    """All modules that the adapter adapts, in the model's order, including embeddings and convolutions."""
+    return _modules_of(model.get_base_model(), adapter_name)
+
+
+def _modules_of(model: nn.Module, adapter_name: str) -> list[LiveModule]:
     return [
-        LiveModule(_plain(name), layer, adapter_name)
-        for name, layer in model.get_base_model().named_modules()
+        LiveModule(strip_wrappers(name), layer, adapter_name)
+        for name, layer in model.named_modules()
         if isinstance(layer, LoraLayer) and (adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A)
     ]
 
 
-def _plain(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+def strip_wrappers(name: str) -> str:
+    """A module's name without those of torch.compile's and activation checkpointing's wrappers."""
+    return ".".join(part for part in name.split(".") if part not in (CHECKPOINTED, COMPILED))
 
 
 def find_adapter(model: Any, adapter_name: str | None = None) -> tuple[str, list[LiveModule]]:
-    """An adapter's name and the modules it adapts, in a PeftModel or in a model that add_adapter of transformers gave
-    one; of a model wrapped for training, in what is inside.
+    """An adapter's name and its modules, in a PeftModel or in a model with an adapter by transformers' `add_adapter`.
 
+    A model may be wrapped for training, by DistributedDataParallel or torch.compile for instance.
     Raises: as `resolve_adapter_name`.
     """
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     layers = []
     if not isinstance(model, PeftModel):
-        layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
+        layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     if not layers:
         name = resolve_adapter_name(model, adapter_name)
         return name, live_modules(model, name)
-    active = sorted({name for _, layer in layers for name in layer.active_adapters})
+    active = sorted({name for layer in layers for name in layer.active_adapters})
     configs = {name: one for module in model.modules() for name, one in vars(module).get("peft_config", {}).items()}
-    name = _resolved(adapter_name, active, configs)
-    return name, [
-        LiveModule(_plain(path), layer, name)
-        for path, layer in layers
-        if name in layer.lora_A or name in layer.lora_embedding_A
-    ]
+    name = _supported_name(adapter_name, active, configs)
+    return name, _modules_of(model, name)
 
 
 def read_weight(module: Any, name: str = "weight") -> Tensor:
-    """A weight of a module, detached; a copy where accelerate keeps it offloaded or fully_shard shards it.
+    """A weight of a module, detached; a copy if accelerate has offloaded it or `fully_shard` has sharded it.
 
-    Of a sharded weight all processes must ask together.
+    A sharded weight must be read by all processes together.
     """
     weight: Tensor = getattr(module, name)
     if not weight.is_meta:
@@ -158,11 +163,10 @@ def read_weight(module: Any, name: str = "weight") -> Tensor:
 
 
 def live_adapter(model: Any, adapter_name: str | None = None) -> Adapter:
-    """The view of `lorakit.adapters.open_adapter` over an adapter in a model; scalings are the layers' present ones.
+    """An adapter in a model as `lorakit.adapters.open_adapter` returns it, with the layers' present scalings.
 
-    Only the updates and what belongs to them: no modules_to_save, biases of the base model or embeddings.
-
-    Raises: as `resolve_adapter_name`; UnsupportedModelError for a variant of LoRA that is not covered.
+    It has the updates and what belongs to them; modules_to_save, biases of the base model and embeddings are left out.
+    Raises: as `resolve_adapter_name`; UnsupportedModelError for a variant of LoRA that is not supported.
     """
     name = resolve_adapter_name(model, adapter_name)
     config = model.peft_config[name]
@@ -182,10 +186,10 @@ def live_adapter(model: Any, adapter_name: str | None = None) -> Adapter:
 
 
 def saved_adapter(model: Any, adapter_name: str | None = None) -> Adapter:
-    """The view over all that a checkpoint of an adapter in a model would hold, modules_to_save and the like too.
+    """An adapter in a model with everything that PEFT would save, modules_to_save and the like included.
 
-    Scalings are the layers' present ones. Raises: as `live_adapter`; UnsupportedModelError for offloaded tensors beside
-    the updates.
+    Scalings are the layers' present ones. Raises: as `live_adapter`; UnsupportedModelError if tensors beside the
+    updates are offloaded.
     """
     live = live_adapter(model, adapter_name)
     name = resolve_adapter_name(model, adapter_name)
@@ -196,9 +200,11 @@ def saved_adapter(model: Any, adapter_name: str | None = None) -> Adapter:
         if parse_key(key) is not None:
             continue
         if key.endswith(".base_layer.weight") and any(layer.merged for layer in live_layers):
-            raise UnsupportedModelError(f"{key} would be saved with what is merged into it; unmerge first.")
+            raise UnsupportedModelError(
+                f"{key} would be saved with an adapter merged into it; unmerge first (`unmerge_adapter()`)."
+            )
         if tensor.is_meta:
-            raise UnsupportedModelError(f"{key} is offloaded; save the adapter and name its directory.")
+            raise UnsupportedModelError(f"{key} is offloaded. Save the adapter and pass its directory instead.")
         tensors[key] = full_tensor(tensor.detach())
     raw = {**live.settings.raw}
     raw["base_model_name_or_path"] = raw.get("base_model_name_or_path") or getattr(
@@ -213,7 +219,7 @@ def saved_adapter(model: Any, adapter_name: str | None = None) -> Adapter:
 
 
 class _LiveTensors:
-    """The tensors of an adapter's layers, under the keys that they have in a checkpoint."""
+    """The tensors of an adapter's layers, under the keys that PEFT saves them with."""
 
     def __init__(self, modules: list[LiveModule], adapter_name: str) -> None:
         self.layers: dict[str, Any] = {}
@@ -221,7 +227,7 @@ class _LiveTensors:
         for module in modules:
             if isinstance(module.layer, ParamWrapper):
                 raise UnsupportedModelError(
-                    f"{module.name!r} adapts parameters (`target_parameters`), which is not covered yet."
+                    f"{module.name!r} adapts parameters (`target_parameters`), which is not supported."
                 )
             self.layers[module.name] = module.layer
             for part in ("lora_A", "lora_B", "lora_magnitude_vector", "lora_spec"):
@@ -248,7 +254,7 @@ class _LiveTensors:
 
 @torch.no_grad()
 def write_weight(module: Any, value: Tensor) -> None:
-    """Put `value` into a module's weight, in its dtype and where it lives."""
+    """Write `value` into a module's weight, in the weight's dtype and on its device."""
     weight: Tensor = module.weight
     if not weight.is_meta:
         fill(weight, value)
@@ -256,4 +262,4 @@ def write_weight(module: Any, value: Tensor) -> None:
     with align_module_device(module):
         kept = {name: parameter.detach().to("cpu", copy=True) for name, parameter in module.named_parameters()}
     kept["weight"] = value.to("cpu", kept["weight"].dtype, copy=True)
-    module._hf_hook.weights_map = kept
+    set_offloaded_weights(module, kept)

@@ -1,4 +1,4 @@
-"""The adapted layers of a live model, of whatever PEFT method, each with its name, place and parameters."""
+"""The layers that PEFT adapts in a model, by whatever method, each with its name, place and parameters."""
 
 from __future__ import annotations
 
@@ -12,35 +12,31 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from lorakit.naming.roles import Role, group_of, layer_of, role_of
+from lorakit.adapters._private import adapter_names
+from lorakit.naming.roles import Role, layer_of, role_of
 
 
 @dataclass(frozen=True, eq=False)
 class AdaptedLayer:
-    """What PEFT adapts under one name in the base model; of an attention with all its projections several layers."""
+    """What PEFT adapts under one name of the base model: one layer, or an attention and its projections."""
 
     name: str
     layers: tuple[BaseTunerLayer, ...]
-
-    @property
-    def role(self) -> Role | None:
-        return role_of(self.name)
+    role: Role | None
+    layer: int | None
 
     @property
     def group(self) -> str:
-        return group_of(self.name)
-
-    @property
-    def layer(self) -> int | None:
-        return layer_of(self.name)
+        """The role, or the last component of the name if there is none."""
+        return self.role or self.name.rpartition(".")[2]
 
     def has(self, adapter_name: str) -> bool:
-        return any(adapter_name in layer._all_available_adapter_names() for layer in self.layers)
+        return any(adapter_name in adapter_names(layer) for layer in self.layers)
 
     def parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
         """The adapter's own parameters."""
         for layer in self.layers:
-            for container in dict.fromkeys(layer.adapter_layer_names):  # PEFT names some twice
+            for container in dict.fromkeys(layer.adapter_layer_names):  # PEFT lists some twice
                 entries: Any = getattr(layer, container, {})
                 if adapter_name in entries:
                     entry = entries[adapter_name]
@@ -48,11 +44,10 @@ class AdaptedLayer:
 
 
 def adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
-    """All adapted layers, in the model's order; what is trained in full beside them (modules_to_save and trainable
-    tokens, see `trained_in_full`) is not among them.
+    """All adapted layers, in the model's order; for modules that are trained whole see `trained_in_full`.
 
-    An adapted parameter (`target_parameters`) goes by its own name, such as ``layers.0.mlp.experts.down_proj``; a
-    `weight` by its module's.
+    An adapted parameter (`target_parameters`) has its own name, such as ``layers.0.mlp.experts.down_proj``; one that is
+    called `weight` has its module's.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     found: dict[str, list[BaseTunerLayer]] = {}
@@ -63,7 +58,7 @@ def adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
             skipped.append(f"{path}.")
         if not isinstance(module, BaseTunerLayer) or path.startswith(tuple(skipped)):
             continue
-        # the projections of an attention act through it alone
+        # the projections of an attention have an effect through the attention only
         owner = next((name for name in attentions if path.startswith(f"{name}.base_layer.")), None)
         if owner is None:
             owner = path.replace(".base_layer", "")
@@ -72,10 +67,10 @@ def adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
         if isinstance(module, MultiheadAttention):
             attentions.append(path)
         found.setdefault(owner, []).append(module)
-    return [AdaptedLayer(name, tuple(layers)) for name, layers in found.items()]
+    return [AdaptedLayer(name, tuple(layers), role_of(name), layer_of(name)) for name, layers in found.items()]
 
 
 def trained_in_full(model: nn.Module) -> list[tuple[str, AuxiliaryTrainingWrapper]]:
-    """The modules that PEFT trains beside the adapted layers, by name: modules_to_save and trainable tokens."""
+    """The modules that PEFT trains beside the adapted layers (modules_to_save, trainable tokens), with their names."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     return [(name, module) for name, module in base.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]

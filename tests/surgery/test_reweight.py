@@ -224,7 +224,7 @@ def test_only_the_named_adapter_is_edited(adapted, batches, randomize):
     assert changed
     assert all(".b." in key for key in changed)
     model.base_model.set_adapter(["default", "b"])
-    with pytest.raises(ValueError, match="`adapter_name` is needed where not exactly one adapter is active"):
+    with pytest.raises(ValueError, match="`adapter_name` is needed unless exactly one adapter is active"):
         reweight(model, batches(), progress=False)
 
 

@@ -17,7 +17,7 @@ from lorakit._checks import preview
 from lorakit._figures import escape_mathtext, new_figure
 from lorakit._report import Report, ordered
 from lorakit.adapters import AdapterModule, open_adapter
-from lorakit.adapters.module_weights import BaseWeights, base_weights
+from lorakit.adapters.base_weights import ModuleWeights, open_module_weights
 from lorakit.errors import Finding
 from lorakit.lens._rows import grouped, mean
 from lorakit.lens.diagnostics.random_adapter import random_adapter
@@ -166,7 +166,7 @@ def rank_correlation(
             f"`base` must be the adapter's base model{known}: a directory with its safetensors, or the model in "
             "memory. Only a PeftModel has it with it."
         )
-    weights = base_weights(base, view.modules, dequantize=dequantize)
+    weights = open_module_weights(base, view.modules, dequantize=dequantize)
     findings = list(view.findings)
     rows = measure(view, {}, findings, description="adapter")
     findings += about_low_rank_part(view)
@@ -242,7 +242,7 @@ def _constant(values: Sequence[float]) -> bool:
 
 def _effective_ranks(
     modules: Sequence[AdapterModule],
-    weights: BaseWeights,
+    weights: ModuleWeights,
     device: torch.device | str | None,
     findings: list[Finding],
 ) -> dict[str, float]:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from lorakit._checks import preview
 from lorakit._report import Report, ordered
 from lorakit.adapters import Adapter, AdapterModule, open_adapter
-from lorakit.adapters.base_weights import Checkpoint, open_base_weights, readable
+from lorakit.adapters.base_weights import BaseWeights, open_base_weights, readable
 from lorakit.errors import Finding
 from lorakit.lens._rows import grouped, mean
 from lorakit.naming.roles import Role, group_of, layer_of, role_of
@@ -218,7 +218,7 @@ def _module_of(key: str) -> str:
 
 
 def _common(
-    before: Checkpoint, after: Checkpoint, modules: str | Sequence[str] | None, findings: list[Finding]
+    before: BaseWeights, after: BaseWeights, modules: str | Sequence[str] | None, findings: list[Finding]
 ) -> tuple[list[str], tuple[str, ...], tuple[str, ...]]:
     """Names of matrices that both have in one shape; of those that one has alone."""
     chosen = [
