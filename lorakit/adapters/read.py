@@ -1,14 +1,15 @@
-"""Adapters at rest: a directory, a file, or a Hub id. Imports torch and safetensors, not PEFT or transformers."""
+"""Adapters on disk: a directory, a file, or a Hub id. Imports torch and safetensors, not PEFT or transformers."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,10 +40,10 @@ _DTYPES = {
 
 
 def open_file_or_hub(path: str | os.PathLike[str]) -> Adapter:
-    """The adapter in a directory, in a ``.safetensors`` or ``.bin`` file, or of a Hub id (``owner/name``).
+    """The adapter in a directory or a ``.safetensors`` or ``.bin`` file, or that of a Hub id (``owner/name``).
 
-    A file's config is looked for beside it, and may be absent. Pickles (``.bin``) are read with
-    `torch.load(weights_only=True)`, which runs no code of theirs, and whole; safetensors are not read yet.
+    The config of a file is the one beside it, if there is one. Pickles (``.bin``) are loaded at once, with
+    `torch.load(weights_only=True)`, which runs none of their code; of safetensors only the header is read yet.
     Raises: AdapterFileError, UnsupportedModelError.
     """
     name = os.fspath(path)
@@ -57,7 +58,7 @@ def open_file_or_hub(path: str | os.PathLike[str]) -> Adapter:
             raise
         raise AdapterFileError(f"{name!r} cannot be read: {error}.") from error
     if not _HUB_ID.fullmatch(name):
-        raise AdapterFileError(f"{name!r} is neither a directory nor a file, nor can it be a Hub id (owner/name).")
+        raise AdapterFileError(f"{name!r} is neither a directory nor a file, and not a Hub id (owner/name).")
     return _open_directory(name, _download(name))
 
 
@@ -66,10 +67,10 @@ def _download(repo_id: str) -> Path:
 
     try:
         return Path(snapshot_download(repo_id, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME]))
-    except Exception as error:  # of many kinds: no network, offline mode, no such repository, no access
+    except Exception as error:  # many types: no network, offline mode, no such repository, no access
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise AdapterFileError(
-            f"{repo_id!r} is no directory or file here, and it could not be had from the Hub: {reason}"
+            f"{repo_id!r} is not a directory or file here, and could not be downloaded from the Hub: {reason}"
         ) from error
 
 
@@ -78,9 +79,9 @@ def _open_directory(name: str, directory: Path) -> Adapter:
     if not config.exists():
         nested = sorted(str(path.parent) for path in directory.glob(f"*/{CONFIG_NAME}"))
         raise AdapterFileError(
-            f"{name!r} has no {CONFIG_NAME}, so it is no adapter that PEFT saved. "
-            + (f"Is {nested[0]!r} meant? " if nested else "")
-            + "To look at tensors without their config, name the .safetensors file itself."
+            f"{name!r} has no {CONFIG_NAME}, so it is not an adapter that PEFT saved. "
+            + (f"Do you mean {nested[0]!r}? " if nested else "")
+            + "To open tensors without their config, pass the .safetensors file itself."
         )
     settings = _read_config(config, required=True)
     for weights in (directory / WEIGHTS_NAME, directory / PICKLE_NAME):
@@ -94,7 +95,7 @@ def _read_config(path: Path, *, required: bool) -> AdapterSettings:
         return AdapterSettings()
     _check_regular(path)
     if path.stat().st_size > _MAX_CONFIG:
-        raise AdapterFileError(f"{str(path)!r} is larger than a config can be ({path.stat().st_size:,} bytes).")
+        raise AdapterFileError(f"{str(path)!r} is too large for a config ({path.stat().st_size:,} bytes).")
     try:
         config = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -123,10 +124,10 @@ def _check_regular(path: Path) -> None:
 def _load_pickle(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's unpickler raises nearly everything
+    except Exception as error:  # torch's unpickler raises nearly every type
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise AdapterFileError(
-            f"{str(path)!r} cannot be loaded as plain tensors (weights_only), and nothing else is trusted: {reason}"
+            f"{str(path)!r} cannot be loaded as plain tensors (weights_only=True), the only safe way: {reason}"
         ) from None
     plain = isinstance(content, dict) and all(
         isinstance(key, str) and isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
@@ -138,23 +139,27 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
 
 
 class SafetensorsFile:
-    """A safetensors file, mapped into memory only while it is read, so that what was read does not add up."""
+    """The tensors of a safetensors file.
+
+    The header is read once; each tensor is read into memory of its own. The file is open only during a read, and must
+    still be the one that the header was read from.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with self._open() as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            self._infos = {
-                key: TensorInfo(key, tuple(part.get_shape()), _DTYPES.get(part.get_dtype()))
-                for key, part in slices.items()
-            }
-
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[Any]:
         try:
-            with safe_open(self._path, framework="pt") as file:
-                yield file
-        except (SafetensorError, OSError) as error:
+            with safe_open(path, framework="pt") as checked:  # refuses headers that do not fit the file
+                dtypes = {key: checked.get_slice(key).get_dtype() for key in checked.keys()}  # noqa: SIM118
+            with path.open("rb") as file:
+                self._version = _version(file)
+                start = 8 + int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(start - 8))
+                self._offsets = {key: start + header[key]["data_offsets"][0] for key in dtypes}
+                self._infos = {
+                    key: TensorInfo(key, tuple(header[key]["shape"]), _DTYPES.get(dtype))
+                    for key, dtype in dtypes.items()
+                }
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise AdapterFileError(f"{str(self._path)!r} is not a whole safetensors file: {error}") from error
 
     def infos(self) -> Mapping[str, TensorInfo]:
@@ -163,21 +168,53 @@ class SafetensorsFile:
     @contextlib.contextmanager
     def reader(self) -> Iterator[Read]:
         with self._open() as file:
-            yield file.get_tensor
+            yield lambda key: self._tensor(file, key)
 
     def rows(self, key: str, step: int) -> Iterator[Tensor]:
+        shape = self._infos[key].shape
+        with self._open() as file:
+            if not shape:
+                yield self._tensor(file, key)
+                return
+            for first in range(0, shape[0], step):
+                yield self._tensor(file, key, slice(first, min(first + step, shape[0])))
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[BinaryIO]:
+        try:
+            with self._path.open("rb") as file:
+                if _version(file) != self._version:
+                    raise AdapterFileError(f"{str(self._path)!r} was changed after it had been opened. Open it again.")
+                yield file
+        except OSError as error:
+            raise AdapterFileError(f"{str(self._path)!r} cannot be read: {error}.") from error
+
+    def _tensor(self, file: BinaryIO, key: str, rows: slice = slice(None)) -> Tensor:
+        """A tensor, or some of its rows."""
         info = self._infos[key]
-        if not info.shape:
-            with self.reader() as read:
-                yield read(key)
-            return
-        for start in range(0, info.shape[0], step):
-            with self._open() as file:
-                yield file.get_slice(key)[start : start + step]
+        if info.dtype is None:
+            with safe_open(self._path, framework="pt") as checked:
+                tensor: Tensor = checked.get_tensor(key)
+                return tensor[rows] if info.shape else tensor
+        offset, shape = self._offsets[key], info.shape
+        if rows != slice(None):
+            offset += rows.start * math.prod(shape[1:]) * info.dtype.itemsize
+            shape = (rows.stop - rows.start, *shape[1:])
+        data = torch.empty(math.prod(shape) * info.dtype.itemsize, dtype=torch.uint8)
+        file.seek(offset)
+        if file.readinto(data.numpy().data) != len(data):  # type: ignore[attr-defined]
+            raise AdapterFileError(f"{str(self._path)!r} ends within {key!r}.")
+        return data.view(info.dtype).reshape(shape)
+
+
+def _version(file: BinaryIO) -> tuple[int, int, int]:
+    """What tells a file from one that replaced it."""
+    status = os.fstat(file.fileno())
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class TensorDict:
-    """Tensors that are in memory already."""
+    """The tensors of an adapter in memory."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import struct
+import time
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 
 from lorakit import FisherLoRAConfig, SpecLoRAConfig
 from lorakit.adapters import open_adapter
+from lorakit.adapters.read import SafetensorsFile
 from lorakit.errors import AdapterFileError, UnsupportedModelError
 
 LAYERS = ["embedding", "conv1d", "conv2d", "pointwise", "conv3d", "q_proj", "v_proj"]
@@ -352,7 +354,7 @@ def test_a_base_changed_by_the_init_is_said(plain):
 def test_no_config_is_an_error_of_a_directory_and_a_warning_of_a_file(plain):
     directory, _, _ = plain
     (directory / CONFIG).unlink()
-    with pytest.raises(AdapterFileError, match="has no adapter_config.json.*name the .safetensors file"):
+    with pytest.raises(AdapterFileError, match="has no adapter_config.json.*pass the .safetensors file"):
         open_adapter(directory)
     with pytest.raises(AdapterFileError, match="has no adapter_config.json"):
         open_adapter(directory.parent)
@@ -362,7 +364,7 @@ def test_no_config_is_an_error_of_a_directory_and_a_warning_of_a_file(plain):
 
 
 def test_a_directory_above_the_adapter_names_it(plain):
-    with pytest.raises(AdapterFileError, match=f"Is {str(plain[0])!r} meant"):
+    with pytest.raises(AdapterFileError, match=f"Do you mean {str(plain[0])!r}"):
         open_adapter(plain[0].parent)
 
 
@@ -370,6 +372,63 @@ def test_no_weights(plain):
     (plain[0] / WEIGHTS).unlink()
     with pytest.raises(AdapterFileError, match="neither adapter_model.safetensors nor adapter_model.bin"):
         open_adapter(plain[0])
+
+
+STORED = {
+    "a": torch.randn(5, 3, generator=torch.Generator().manual_seed(0)),
+    "scalar": torch.tensor(2.5, dtype=torch.float64),
+    "empty": torch.empty(0, 4, dtype=torch.float16),
+    "half": torch.arange(12.0).reshape(4, 3).bfloat16(),
+    "byte": torch.arange(7, dtype=torch.uint8),
+    "eight bits": torch.arange(6.0).to(torch.float8_e4m3fn),
+    "unsigned": torch.arange(6, dtype=torch.int32).to(torch.uint16),
+    "truth": torch.tensor([[True], [False]]),
+}
+
+
+def test_every_tensor_of_a_file_is_read_as_safetensors_reads_it(tmp_path):
+    save_file(STORED, tmp_path / "x.safetensors", metadata={"a": "b"})
+    file = SafetensorsFile(tmp_path / "x.safetensors")
+    expected = load_file(tmp_path / "x.safetensors")
+    with file.reader() as read:
+        values = {key: read(key) for key in file.infos()}
+    assert values.keys() == expected.keys()
+    for key, value in values.items():
+        assert (value.dtype, value.shape) == (expected[key].dtype, expected[key].shape)
+        assert value.shape == file.infos()[key].shape
+        as_bytes = [one.reshape(-1).view(torch.uint8).tolist() for one in (value, expected[key])]
+        assert as_bytes[0] == as_bytes[1]
+        rows = list(file.rows(key, 2))
+        assert all(len(one) <= 2 for one in rows if one.ndim)
+        joined = b"".join(bytes(one.reshape(-1).view(torch.uint8).tolist()) for one in rows)
+        assert list(joined) == as_bytes[0]
+
+
+def test_a_file_that_changes_after_it_was_opened_is_an_error(plain):
+    directory, tensors, _ = plain
+    adapter = open_adapter(directory)
+    save_file({key: value * 2 for key, value in tensors.items()}, directory / "other")
+    (directory / "other").replace(directory / WEIGHTS)
+    with pytest.raises(AdapterFileError, match="was changed after it had been opened. Open it again"):
+        adapter.factors(adapter.modules[0])
+    (directory / WEIGHTS).unlink()
+    with pytest.raises(AdapterFileError, match="cannot be read"):
+        adapter.factors(adapter.modules[0])
+
+
+def test_the_time_to_read_modules_one_by_one_grows_linearly(tmp_path):
+    def seconds(count):
+        names = [f"layers.{i}.q_proj" for i in range(count)]
+        path = tmp_path / f"{count}.safetensors"
+        save_file({f"{name}.lora_{half}.weight": torch.ones(2, 2) for name in names for half in "AB"}, path)
+        start = time.process_time()
+        adapter = open_adapter(path)
+        for module in adapter.modules:
+            adapter.factors(module)
+        return time.process_time() - start
+
+    small = min(seconds(250) for _ in range(3))
+    assert seconds(4000) < 64 * small  # 16 at best, 256 if quadratic
 
 
 class Malicious:
@@ -388,7 +447,7 @@ def test_a_malicious_pickle_is_never_run(plain, tmp_path, protocol):
     (directory / WEIGHTS).unlink()
     mark = tmp_path / "executed"
     torch.save(tensors | {"x": Malicious(mark)}, directory / "adapter_model.bin", pickle_protocol=protocol)
-    with pytest.raises(AdapterFileError, match="adapter_model.bin.*nothing else is trusted"):
+    with pytest.raises(AdapterFileError, match="adapter_model.bin.*the only safe way"):
         open_adapter(directory)
     (directory / "adapter_model.bin").write_bytes(pickle.dumps(Malicious(mark), protocol=protocol))
     with pytest.raises(AdapterFileError, match="adapter_model.bin"):
@@ -438,7 +497,7 @@ def test_names_of_tensors_are_names_only(plain, name):
 )
 def test_what_is_nowhere(name):
     with pytest.raises(
-        AdapterFileError, match="neither a directory nor a file|could not be had from the Hub|cannot be read"
+        AdapterFileError, match="neither a directory nor a file|could not be downloaded from the Hub|cannot be read"
     ):
         open_adapter(name)
 
