@@ -1,4 +1,4 @@
-"""One view over adapters, wherever they are: modules with their factors, and whatever tensors lie beside them."""
+"""The view of an adapter, on disk or in a model: its modules with their factors, and the tensors beside them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ Kind = Literal["linear", "embedding", "conv"]
 ExtraKind = Literal["modules_to_save", "bias", "embedding", "trainable_tokens", "expert_parameters", "orphan"]
 Read = Callable[[str], Tensor]
 
-_BATCH = 1 << 16  # entries of stacked factors: past this, stacking costs a CPU more than it gains
-_OPEN = 1 << 20  # entries read before what was read is let go
+_BATCH = 1 << 16  # entries of stacked factors; on a CPU, stacking more costs more than it gains
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor that has not been read: its key in the adapter's source, shape and dtype (None: one torch lacks)."""
+    """A tensor that has not been read. `key` is its name in the adapter; `dtype` is None for one that torch lacks."""
 
     key: str
     shape: tuple[int, ...]
@@ -38,23 +37,23 @@ class TensorInfo:
 
 
 class TensorSource(Protocol):
-    """Where an adapter's tensors are."""
+    """What an adapter's tensors are read from."""
 
     def infos(self) -> Mapping[str, TensorInfo]:
-        """All tensors, by key, none of them read."""
+        """All tensors by key, without reading them."""
 
     def reader(self) -> AbstractContextManager[Read]:
-        """Reads tensors by key; what is read stays valid after the block, and is not to be written to.
+        """A function that reads a tensor by its key. Tensors stay valid after the block; do not write to them.
 
-        Close it soon: while it is open, what was read may stay in memory. Raises: AdapterFileError.
+        Raises: AdapterFileError.
         """
 
     def rows(self, key: str, step: int) -> Iterator[Tensor]:
-        """A tensor in slices of at most `step` of its rows."""
+        """A tensor in slices of at most `step` rows."""
 
 
 def row_slices(value: Tensor, step: int) -> Iterator[Tensor]:
-    """A tensor in slices of at most `step` of its rows; one without rows as it is."""
+    """A tensor in slices of at most `step` rows; a scalar as it is."""
     if value.ndim == 0:
         yield value
         return
@@ -64,11 +63,11 @@ def row_slices(value: Tensor, step: int) -> Iterator[Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class AdapterModule:
-    """One module's update ΔW = scaling · B A, whose factors can be read: B (d_out, rank), A (rank, d_in).
+    """The update ΔW = scaling · B A of one module, with factors B (d_out, rank) and A (rank, d_in) that can be read.
 
-    Whatever the layout they are stored in: of an embedding, d_in is the number of ids; of a convolution, d_in is the
-    input channels times the kernel's size, as in the base weight with its kernel flattened.
-    DoRA's magnitude, and SpecLoRA's `mask` (k,), which is d − 1, are beside the update and not in it.
+    For an embedding, d_in is the number of tokens. For a convolution, d_in is the number of input channels times the
+    size of the kernel, as if the kernel of the base weight were flattened.
+    DoRA's `magnitude` and SpecLoRA's `mask` (k,), which holds d − 1, are not part of this update.
     """
 
     name: str  # in the base model
@@ -78,10 +77,10 @@ class AdapterModule:
     layer: int | None
     A: TensorInfo
     B: TensorInfo
-    bias: TensorInfo | None = None  # of B, where the adapter was made with `lora_bias`
+    bias: TensorInfo | None = None  # of `lora_bias`
     magnitude: TensorInfo | None = None
     mask: TensorInfo | None = None
-    E: TensorInfo | None = None  # AdaLoRA's singular values, (rank, 1); part of the A that is read
+    E: TensorInfo | None = None  # AdaLoRA's singular values, (rank, 1); `read` multiplies A by them
     fan_in_fan_out: bool = False
 
     @property
@@ -98,12 +97,12 @@ class AdapterModule:
 
     @property
     def groups(self) -> int:
-        """Of a convolution: B has rank / groups columns for each output channel."""
+        """The groups of a convolution: B is stored with rank / groups columns."""
         return self.rank // self.B.shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
-        """The wider of the two factors' dtypes: the one that they are read in."""
+        """The dtype that both factors are read in: the wider of their own."""
         assert self.A.dtype is not None
         assert self.B.dtype is not None
         return torch.promote_types(self.A.dtype, self.B.dtype)
@@ -115,17 +114,17 @@ class AdapterModule:
 
     @property
     def parameters(self) -> int:
-        """Parameters of A and B as they are stored, and of E."""
+        """The number of parameters of A, B and E as they are stored."""
         return self.A.numel + self.B.numel + (0 if self.E is None else self.E.numel)
 
     @property
     def entries(self) -> int:
-        """Entries of B and A as they are read."""
+        """The number of entries of B and A as they are read."""
         return self.rank * (self.d_out + self.d_in)
 
     @property
     def extras(self) -> tuple[TensorInfo, ...]:
-        """The module's tensors beside its low-rank update."""
+        """The module's tensors that are not part of the low-rank update."""
         return tuple(info for info in (self.bias, self.magnitude, self.mask) if info is not None)
 
     def read(self, read: Read) -> tuple[Tensor, Tensor]:
@@ -138,7 +137,7 @@ class AdapterModule:
         return B, A
 
     def in_base_layout(self, update: Tensor) -> Tensor:
-        """A dense (d_out, d_in) update in the layout of the base layer's weight."""
+        """A dense update (d_out, d_in) in the shape of the base layer's weight."""
         if self.kind == "embedding" or self.fan_in_fan_out:
             return update.mT
         return update.reshape(self.d_out, *self.A.shape[1:])
@@ -146,7 +145,7 @@ class AdapterModule:
 
 @dataclass(frozen=True)
 class ExtraTensor:
-    """A tensor of the adapter that belongs to no low-rank update."""
+    """A tensor of the adapter that belongs to no low-rank update, and what it is."""
 
     info: TensorInfo
     kind: ExtraKind
@@ -154,10 +153,23 @@ class ExtraTensor:
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """An adapter: its settings, its modules in the order of their names, the tensors beside them.
+    """An adapter: its config, its modules sorted by name, and its other tensors.
 
-    `findings` say what of it could not be understood: modules with a half missing or with shapes that do not fit are
-    there and not among `modules`. Whoever makes another adapter of this one calls `check` first.
+    `findings` tell what is wrong with it. A module that lacks a factor, or whose shapes do not fit, is a finding and
+    not in `modules`; call `check` before writing a new adapter from this one.
+
+    Example:
+        >>> from lorakit.adapters.config import AdapterSettings
+        >>> from lorakit.adapters.parse import assemble
+        >>> from lorakit.adapters.read import TensorDict
+        >>> A, B = torch.ones(2, 3), torch.ones(4, 2)
+        >>> tensors = {"layers.0.q_proj.lora_A.weight": A, "layers.0.q_proj.lora_B.weight": B}
+        >>> config = AdapterSettings.from_config({"peft_type": "LORA", "r": 2, "lora_alpha": 4})
+        >>> adapter = assemble("example", config, TensorDict(tensors))
+        >>> [(module.name, module.role, module.layer, module.rank) for module in adapter.modules]
+        [('layers.0.q_proj', 'query', 0, 2)]
+        >>> adapter.factors(adapter.modules[0]).dense().shape
+        torch.Size([4, 3])
     """
 
     path: str
@@ -168,7 +180,7 @@ class Adapter:
     source: TensorSource
 
     def check(self) -> None:
-        """Raise AdapterFileError where `findings` has errors."""
+        """Raise AdapterFileError if there are findings of severity error."""
         errors = [finding for finding in self.findings if finding.severity == "error"]
         if errors:
             more = f" ({len(errors) - 1} more errors.)" if len(errors) > 1 else ""
@@ -187,24 +199,18 @@ class Adapter:
     def batches(
         self, modules: Iterable[AdapterModule] | None = None, *, numel: int = _BATCH
     ) -> Iterator[tuple[list[AdapterModule], LowRank]]:
-        """Modules of one shape and dtype, stacked, with their updates; all modules unless some are given.
+        """The modules, or those given, in batches of one shape and dtype, with their stacked updates.
 
-        A batch has at most `numel` entries, or one module. Not much more is in memory at a time, if the caller lets go
-        of each batch. Raises: AdapterFileError.
+        A batch has at most `numel` entries, or one module. If you drop each batch before the next, memory holds little
+        more than one. Raises: AdapterFileError.
         """
         groups: dict[tuple[object, ...], list[AdapterModule]] = {}
         for module in self.modules if modules is None else modules:
             groups.setdefault((module.d_out, module.rank, module.d_in, module.dtype), []).append(module)
-        batches = []
-        for group in groups.values():
-            step = max(1, numel // group[0].entries)
-            batches += [group[start : start + step] for start in range(0, len(group), step)]
-        while batches:
-            entries = 0
-            with self.source.reader() as read:
-                while batches and entries < _OPEN:
-                    batch = batches.pop(0)
-                    entries += len(batch) * batch[0].entries
+        with self.source.reader() as read:
+            for group in groups.values():
+                step = max(1, numel // group[0].entries)
+                for batch in (group[start : start + step] for start in range(0, len(group), step)):
                     yield batch, _stacked(batch, read)
 
 

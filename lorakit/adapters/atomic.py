@@ -162,14 +162,14 @@ def _remove(path: Path) -> None:
 
 
 def write_adapter(directory: Path, tensors: Mapping[str, Tensor], config: PeftConfig | Mapping[str, Any]) -> None:
-    """Write `tensors` (named as PEFT names them in a checkpoint) and `config`, or what it holds, as PEFT's files.
+    """Write `tensors`, with the names that PEFT saves them under, and `config`, an object or its fields, as PEFT does.
 
-    Raises: OSError where there is no space, or the files cannot be written for another reason.
+    Raises: OSError if there is no space, or the files cannot be written for another reason.
     """
     kept = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     seen: set[int] = set()
     for name, tensor in kept.items():
-        if tensor.data_ptr() in seen:  # the format has no shared tensors
+        if tensor.data_ptr() in seen:  # safetensors cannot store shared memory
             kept[name] = tensor.clone()
         seen.add(tensor.data_ptr())
     try:
@@ -183,7 +183,7 @@ def write_adapter(directory: Path, tensors: Mapping[str, Tensor], config: PeftCo
 
 
 def _plain_json(config: Mapping[str, Any]) -> str:
-    """As PEFT writes it: sorted keys, sets as lists."""
+    """The JSON that PEFT would write: sorted keys, sets as lists."""
 
     def plain(value: object) -> object:
         if isinstance(value, set | frozenset):

@@ -1,4 +1,4 @@
-"""What the name of a tensor in an adapter's file says: which module it belongs to, and which part of it."""
+"""Names of tensors in an adapter's file: the module that each belongs to, and the part of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PARTS: dict[tuple[str, str | None], Part] = {
     ("lora_magnitude_vector", None): "magnitude",
     ("lora_magnitude_vector", "weight"): "magnitude",
     ("lora_spec", "weight"): "mask",
-    # AdaLoRA's are parameters, not modules
+    # AdaLoRA has parameters where LoRA has modules
     ("lora_A", None): "A",
     ("lora_B", None): "B",
     ("lora_E", None): "E",
@@ -30,7 +30,7 @@ _KEY = re.compile(
 
 
 class Key(NamedTuple):
-    """A tensor's name, taken apart; `adapter_name` is the infix that a raw state dict has and a checkpoint does not."""
+    """The parts of a tensor's name. `adapter_name` is only in the names of a raw state dict, not of saved adapters."""
 
     module_name: str
     part: Part
@@ -39,12 +39,12 @@ class Key(NamedTuple):
 
 
 def without_prefix(name: str) -> str:
-    """A tensor's or module's name in the base model: without what PEFT's own wrappers put before it."""
+    """A tensor's or module's name in the base model, without the prefix of PEFT's wrappers."""
     return name.removeprefix(_PREFIX)
 
 
 def parse_key(name: str) -> Key | None:
-    """The parts of a tensor's name; None where it belongs to no low-rank update."""
+    """The parts of a tensor's name; None if it belongs to no low-rank update."""
     match = _KEY.fullmatch(without_prefix(name))
     if match is None:
         return None
@@ -55,6 +55,6 @@ def parse_key(name: str) -> Key | None:
 
 
 def tensor_name(module_name: str, part: Part, embedding: bool = False) -> str:
-    """The name that a part of a LoRA has in a checkpoint of PEFT's."""
+    """The name under which PEFT saves a part of a LoRA."""
     leaf = {"A": "lora_A.weight", "B": "lora_B.weight", "bias": "lora_B.bias", "magnitude": "lora_magnitude_vector"}
     return f"{_PREFIX}{module_name}.{f'lora_embedding_{part}' if embedding and part in 'AB' else leaf[part]}"

@@ -1,4 +1,4 @@
-"""Open an adapter, wherever it is: a directory, a file, a Hub id or a model."""
+"""Open an adapter: a directory, a file, a Hub id or a model."""
 
 from __future__ import annotations
 
@@ -13,18 +13,26 @@ if TYPE_CHECKING:
 
 
 def open_adapter(adapter: str | os.PathLike[str] | nn.Module | Adapter, *, adapter_name: str | None = None) -> Adapter:
-    """The one view over an adapter: of a directory, a .safetensors or .bin file, a Hub id, or a PeftModel.
+    """Open an adapter: a directory, a .safetensors or .bin file, a Hub id, or a PeftModel.
 
-    Of a PeftModel, `adapter_name` says which of its adapters, if not the one active; the view then follows the model,
-    as its tensors are the parameters' own.
-    Raises: AdapterFileError for what cannot be read, UnsupportedModelError for adapters of other kinds; TypeError for
-    other arguments.
+    `adapter_name` selects one of a PeftModel's adapters; by default the active one. The tensors are then the model's
+    own parameters, so they change with it. An `Adapter` is returned as it is.
+    Raises: AdapterFileError for files that cannot be read; UnsupportedModelError for other kinds of adapters; TypeError
+        for other arguments.
+
+    Example:
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> base = torch.nn.Sequential(torch.nn.Linear(3, 4))
+        >>> adapter = open_adapter(get_peft_model(base, LoraConfig(r=2, lora_alpha=4, target_modules=["0"])))
+        >>> [(module.name, module.rank, module.scaling) for module in adapter.modules]
+        [('0', 2, 2.0)]
     """
     if isinstance(adapter, Adapter):
         return adapter
     if isinstance(adapter, str | os.PathLike):
         if adapter_name is not None:
-            raise TypeError("`adapter_name` is for adapters in a model; an adapter on disk has no name.")
+            raise TypeError("`adapter_name` selects an adapter of a PeftModel; an adapter on disk has no name.")
         return open_file_or_hub(adapter)
     from lorakit.adapters.in_model import live_adapter
 
@@ -34,9 +42,9 @@ def open_adapter(adapter: str | os.PathLike[str] | nn.Module | Adapter, *, adapt
 def open_saved_adapter(
     adapter: str | os.PathLike[str] | nn.Module | Adapter, *, adapter_name: str | None = None
 ) -> Adapter:
-    """The view that `open_adapter` gives; of a PeftModel with all that its checkpoint would hold beside the updates.
+    """Open an adapter as `open_adapter` does, and of a PeftModel also everything else that PEFT would save with it.
 
-    For whoever writes another adapter of this one. Raises: as `open_adapter`.
+    Use it to write a new adapter from this one. Raises: as `open_adapter`.
     """
     if isinstance(adapter, str | os.PathLike | Adapter):
         return open_adapter(adapter, adapter_name=adapter_name)
