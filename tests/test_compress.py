@@ -525,5 +525,5 @@ def test_the_adapter_named_is_the_one_cut(trained, tmp_path):
         assert error == pytest.approx(optimal_error(W, 2), abs=1e-5 * np.linalg.norm(W))
     with pytest.raises(ValueError, match="`adapter_name` must be one of"):
         truncate(model, tmp_path / "out", ranks=2, adapter_name="nobody")
-    with pytest.raises(TypeError, match="`adapter_name` is for adapters in a model"):
+    with pytest.raises(TypeError, match="`adapter_name` selects an adapter of a PeftModel"):
         truncate(directory, tmp_path / "out", ranks=2, adapter_name="other")
