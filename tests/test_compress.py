@@ -17,6 +17,7 @@ from torch import nn
 
 from lorakit import FisherLoRAConfig, SpecLoRAConfig
 from lorakit.adapters import atomic, open_adapter
+from lorakit.adapters.edit_log import write_edits
 from lorakit.compress import truncate
 from lorakit.errors import AdapterFileError, UnsupportedModelError
 from lorakit.spectral import LowRank
@@ -237,11 +238,12 @@ def test_an_update_that_its_dtype_cannot_hold_is_refused(trained, tmp_path):
 
 def test_the_record_of_surgery_goes_with_it(trained, tmp_path):
     _, directory = trained(CONFIGS["plain"]())
-    (directory / "lorakit_surgery.json").write_text(json.dumps({"weights_sha256": "old", "edits": [{"policy": "p"}]}))
+    write_edits(directory, [{"policy": "p"}])
+    old = json.loads((directory / "lorakit_surgery.json").read_text())
     truncate(directory, tmp_path / "out", ranks=2)
     record = json.loads((tmp_path / "out" / "lorakit_surgery.json").read_text())
     assert record["edits"] == [{"policy": "p"}]
-    assert record["weights_sha256"] not in (None, "old")
+    assert record["weights_sha256"] not in (None, old["weights_sha256"])
     (directory / "lorakit_surgery.json").unlink()
     truncate(directory, tmp_path / "out", ranks=2)
     assert not (tmp_path / "out" / "lorakit_surgery.json").exists()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
 CONFIG_NAME = "adapter_config.json"
 
 

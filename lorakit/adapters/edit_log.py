@@ -1,17 +1,73 @@
-"""The record of edits that lies beside an edited adapter on disk."""
+"""The record of surgery edits that is saved beside an edited adapter."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorakit.adapters.atomic import WEIGHTS_NAME
+from lorakit.adapters.atomic import PICKLE_NAME, WEIGHTS_NAME
 
 RECORD_NAME = "lorakit_surgery.json"
 _ATTRIBUTE = "_lorakit_edits"
+
+
+def read_edits(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The edits recorded beside the adapter in `directory`, oldest first; an empty list without a record.
+
+    A record that cannot be read, or that belongs to other weights than those beside it, gives a RuntimeWarning and an
+    empty list: what it says is not true of this adapter.
+    """
+    path = Path(directory, RECORD_NAME)
+    try:
+        record = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, RecursionError) as error:
+        return _ignored(path, f"it cannot be read: {error}")
+    edits = record.get("edits") if isinstance(record, dict) else None
+    if not isinstance(edits, list) or not all(isinstance(edit, dict) for edit in edits):
+        return _ignored(path, "it has no list of `edits`")
+    if record.get("weights_sha256") != _weights_hash(Path(directory)):
+        return _ignored(path, "its `weights_sha256` is not that of the weights beside it, so they were replaced since")
+    return edits
+
+
+def write_edits(directory: str | os.PathLike[str], edits: Sequence[Mapping[str, Any]]) -> None:
+    """Record `edits` (JSON data, oldest first) beside the adapter in `directory`; without edits, remove an old record.
+
+    Write the weights first: the record holds their SHA-256, by which `read_edits` knows that it belongs to them.
+    Raises: OSError where the record cannot be written.
+    """
+    path = Path(directory, RECORD_NAME)
+    if not edits:
+        path.unlink(missing_ok=True)
+        return
+    record = {"weights_sha256": _weights_hash(Path(directory)), "edits": [dict(edit) for edit in edits]}
+    partial = path.with_name(f".{RECORD_NAME}.{os.getpid()}")
+    try:
+        partial.write_text(json.dumps(record), encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _ignored(path: Path, reason: str) -> list[dict[str, Any]]:
+    warnings.warn(f"The record of edits {str(path)!r} is ignored: {reason}.", RuntimeWarning, stacklevel=3)
+    return []
+
+
+def _weights_hash(directory: Path) -> str | None:
+    """SHA-256 of the adapter's weights; None where there are none."""
+    for name in (WEIGHTS_NAME, PICKLE_NAME):
+        if (directory / name).is_file():
+            with (directory / name).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+    return None
 
 
 def edits_of(config: object) -> list[dict[str, Any]]:
@@ -24,30 +80,6 @@ def set_edits(config: object, edits: list[dict[str, Any]]) -> None:
     vars(config)[_ATTRIBUTE] = edits
 
 
-def read_edits(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The edits recorded beside the adapter in `directory`; none where there is no record that can be read."""
-    try:
-        edits = json.loads(Path(directory, RECORD_NAME).read_bytes())["edits"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return []
-    return edits if isinstance(edits, list) else []
-
-
 def write_record(directory: str | os.PathLike[str], config: object) -> None:
-    """Write the edits that `config` carries beside the adapter in `directory`; take an old record away if none.
-
-    `weights_sha256` is that of the adapter's weights, where these are there: it says which weights the record is of.
-    """
-    path = Path(directory, RECORD_NAME)
-    edits = edits_of(config)
-    if not edits:
-        path.unlink(missing_ok=True)
-        return
-    weights = Path(directory, WEIGHTS_NAME)
-    digest = None
-    if weights.exists():
-        with weights.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    partial = path.with_name(f".{RECORD_NAME}.{os.getpid()}")
-    partial.write_text(json.dumps({"weights_sha256": digest, "edits": edits}))
-    partial.replace(path)
+    """Write the edits that `config` carries beside the adapter in `directory`."""
+    write_edits(directory, edits_of(config))

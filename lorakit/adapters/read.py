@@ -15,12 +15,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lorakit.adapters.adapter import Adapter, Read, TensorInfo, row_slices
-from lorakit.adapters.atomic import CONFIG_NAME, WEIGHTS_NAME
+from lorakit.adapters.atomic import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
 from lorakit.adapters.config import AdapterSettings
 from lorakit.adapters.parse import assemble
 from lorakit.errors import AdapterFileError, LorakitError
-
-PICKLE_NAME = "adapter_model.bin"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _MAX_CONFIG = 1 << 26  # bytes
