@@ -41,7 +41,8 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "lorakit.calibration": {
         "losses": ("IGNORED_LABEL", "LossFn"),
-        "run": ("Collected", "Probe", "collect"),
+        "run": ("Probe", "collect"),
+        "tally": ("Collected",),
     },
     "lorakit.cost": {"_accounting": ("AccountedModule", "Accounting", "Flops", "Memory", "accounting")},
     "lorakit.experiments": {

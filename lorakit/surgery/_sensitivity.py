@@ -22,8 +22,9 @@ from torch.nn import functional as F
 from lorakit._distributed.fsdp import full_tensor, is_sharded, unwrapped
 from lorakit.adapters.in_model import LiveModule, live_modules, resolve_adapter_name
 from lorakit.calibration.losses import LossFn
-from lorakit.calibration.run import Collected, collect
+from lorakit.calibration.run import collect
 from lorakit.calibration.state import activated
+from lorakit.calibration.tally import Collected
 from lorakit.errors import CalibrationError, SurgeryError, UnsupportedModelError
 from lorakit.naming.roles import RESIDUAL_WRITING
 from lorakit.surgery._policies import AGGREGATES, Aggregate

@@ -316,7 +316,7 @@ def a_loader_that_no_process_can_use() -> None:
     loader = prepare_data_loader(
         plain(3, 1, dataset=unlabelled), num_processes=dist.get_world_size(), process_index=dist.get_rank()
     )
-    refuses(loader, adapter, "all labels of the 3 examples")
+    refuses(loader, adapter, "None of the 3 examples")
 
 
 def unclear_loaders() -> None:
@@ -346,7 +346,7 @@ def unclear_loaders() -> None:
         refuses(loader, adapter, "which part is unclear")
     twice = plain(8, 2, dataset=dataset, sampler=DistributedSampler(dataset, shuffle=False))
     twice.collate_fn = lambda examples: collate(examples * 2)
-    refuses(twice, adapter, "are to have 2 examples")
+    refuses(twice, adapter, "should have 2 examples")
 
 
 def fsdp1() -> None:

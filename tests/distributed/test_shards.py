@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DistributedSampler, SequentialSampler
 
-from lorakit import _distributed
+from lorakit._distributed import fsdp, shards
 from lorakit._distributed.shards import shard_of
 
 
@@ -26,14 +26,14 @@ def places_of_all(loader_of_rank, world_size):
             get_rank=lambda rank=rank: rank,
             get_world_size=lambda: world_size,
         )
-        with mock.patch.object(_distributed, "distributed", processes):
-            share = shard_of(loader)
+        with mock.patch.object(fsdp, "distributed", processes), mock.patch.object(shards, "distributed", processes):
+            shard = shard_of(loader)
         batches = list(loader.batch_sampler)
         sizes = []
         for batch in batches:
             sizes.append(len(batch))
-            share.check(sizes)
-        found += zip(share.places(sizes), [index for batch in batches for index in batch], strict=True)
+            shard.check(sizes)
+        found += zip(shard.places(sizes), [index for batch in batches for index in batch], strict=True)
     return found
 
 

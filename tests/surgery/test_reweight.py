@@ -381,26 +381,26 @@ def test_a_policy_s_unusable_result_is_an_error(adapted, batches):
             ValueError,
             r"nothing that matches target_modules=\['w_proj'\].* 14 modules named \['down_proj', 'gate_proj'",
         ),
-        ({"calib_loader": []}, ValueError, "yielded no batch"),
+        ({"loader": []}, ValueError, "yielded no batch"),
         (
-            {"calib_loader": [{"input_ids": torch.ones(1, 3, dtype=torch.long)}]},
+            {"loader": [{"input_ids": torch.ones(1, 3, dtype=torch.long)}]},
             ValueError,
             r"must yield mappings with labels .* got keys \['input_ids'\]",
         ),
-        ({"calib_loader": [torch.ones(1, 3)]}, ValueError, "must yield mappings with labels .* got Tensor"),
+        ({"loader": [torch.ones(1, 3)]}, ValueError, "must yield mappings with labels .* got Tensor"),
         (
-            {"calib_loader": [{"input_ids": torch.ones(2, 3, dtype=torch.long), "labels": torch.full((2, 3), -100)}]},
+            {"loader": [{"input_ids": torch.ones(2, 3, dtype=torch.long), "labels": torch.full((2, 3), -100)}]},
             ValueError,
-            "No example has a label: all labels of the 2 examples",
+            "None of the 2 examples looked at has a label",
         ),
         (
             {
-                "calib_loader": [
+                "loader": [
                     {"input_ids": torch.ones(2, 3, dtype=torch.long), "labels": torch.tensor([[1, -100, -100]] * 2)}
                 ]
             },
             ValueError,
-            "No example has a label",
+            "None of the 2 examples looked at has a label",
         ),
         (
             {"loss_fn": lambda model, batch: torch.tensor(1.0)},
@@ -414,9 +414,9 @@ def test_a_policy_s_unusable_result_is_an_error(adapted, batches):
 def test_bad_input_is_a_typed_error_and_changes_nothing(adapted, batches, options, error, message):
     model = adapted()
     before, state = everything(model), state_of(model)
-    options = {"calib_loader": batches()} | options
+    options = {"loader": batches()} | options
     with pytest.raises(error, match=message):
-        reweight(model, options.pop("calib_loader"), progress=False, **options)
+        reweight(model, options.pop("loader"), progress=False, **options)
     assert everything(model) == before
     assert same_state(model, state)
 
@@ -563,7 +563,7 @@ def test_layers_that_do_not_apply_two_linear_maps_are_refused(randomize, batches
 def test_losses_without_gradients_are_refused(adapted, batches):
     model = adapted()
     before = state_of(model)
-    with pytest.raises(ValueError, match="losses without gradients; do not detach them"):
+    with pytest.raises(ValueError, match="losses without gradients. They must depend on the model"):
         reweight(model, batches(2), loss_fn=lambda m, b: m(**b).loss.repeat(2).detach(), progress=False)
     assert same_state(model, before)
 
