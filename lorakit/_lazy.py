@@ -157,9 +157,11 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
             "SmoothAbs",
             "ZScore",
         ),
+        "_edit": ("SurgeryReport",),
         "_report": ("EditedRow", "SensitivityReport", "SensitivityRow"),
-        "_reweight": ("SurgeryReport", "reweight"),
-        "_sensitivity": ("select_modules", "sensitivity"),
+        "_reweight": ("reweight",),
+        "_select": ("select_modules",),
+        "_sensitivity": ("sensitivity",),
     },
 }
 

@@ -119,11 +119,8 @@ class FisherReport(Report):
 
     @property
     def next_steps(self) -> tuple[str, ...]:
-        """Python calls that spend a budget of ranks by this report."""
-        return (
-            "from lorakit import FisherLoRAConfig",
-            "config = FisherLoRAConfig.from_probe(report, budget=0.625)  # of the parameters of uniform ranks",
-        )
+        """Python code that turns the report into a config with a budget of 62.5 % of uniform ranks' parameters."""
+        return ("import lorakit; config = lorakit.FisherLoRAConfig.from_probe(report, budget=0.625)",)
 
     @property
     def roles(self) -> tuple[FisherGroup, ...]:
@@ -188,7 +185,7 @@ class FisherReport(Report):
         roles = [group.role for group in self.roles]
         columns = min(len(roles), 4)
         lines = math.ceil(len(roles) / columns)
-        figure = new_figure(2.2 + 2.2 * columns, 1.2 + 2.2 * lines)
+        figure = new_figure(2.0 + 2.2 * max(columns, 3), 1.4 + 2.2 * lines)
         panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
         for axes, role in zip(panels, roles, strict=False):
             rows = [row for row in self.modules if row.role == role and row.fisher > 0]
@@ -200,7 +197,7 @@ class FisherReport(Report):
             axes.grid(alpha=0.3)
         for axes in panels[len(roles) :]:
             axes.set_axis_off()
-        figure.suptitle(escape_mathtext(f"Fisher information of lora_B: {self.headline}"))
+        figure.suptitle(escape_mathtext(f"Fisher information of lora_B\n{self.headline}"))
         figure.supxlabel("layer")
         figure.supylabel("mean squared gradient of an entry")
         return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -343,6 +344,29 @@ def test_the_report_is_plain_data(adapted, batches):
     assert row["module_name"] == "model.layers.0.self_attn.o_proj"
     assert len(row["singular_values"]) == len(row["sensitivity"]) == 4
     assert row["singular_values"] == sorted(row["singular_values"], reverse=True)
+
+
+def test_the_report_in_a_table_and_a_figure(adapted, batches):
+    report = sensitivity(adapted(), batches(), aggregate="mean", target_modules="all-linear", progress=False)
+    assert report.headline.startswith("LlamaForCausalLM, adapter 'default': mean sensitivity of 14 modules, 7 examples")
+    assert len(report.to_frame()) == 14 * 4
+    figure = report.plot()
+    titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
+    assert titles == ["query", "key", "value", "output", "gate", "up", "down"]
+    low, high = figure.axes[0].images[0].get_clim()
+    assert low == -high  # signed values are shown around 0
+    row = report.modules[0]
+    scale = sum(map(abs, row.sensitivity)) / 4
+    np.testing.assert_allclose(figure.axes[0].images[0].get_array()[0], np.array(row.sensitivity) / scale, rtol=1e-12)
+
+
+def test_an_empty_report_can_be_drawn(tiny_llama, batches):
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["o_proj"]))
+    with pytest.warns(UserWarning, match="are zero"):
+        report = sensitivity(model, batches(), progress=False)
+    assert report.rows() == []
+    assert report.details[0] == "2 modules have no update and were left alone"
+    assert "no module has singular components" in report.plot().texts[-1].get_text()
 
 
 def test_cpu_offloaded_bases(adapted, examples, batches):
