@@ -104,11 +104,7 @@ def probe(
     seed = check_seed("seed", seed)
     model = unwrapped(model)
     check_can_differentiate(model)
-    temporary = not isinstance(model, PeftModel)
-    if train_loader is not None and not temporary:
-        raise ValueError("`train_loader` trains the temporary LoRA of a base model; a PeftModel is probed as it is.")
-    if adapter_name is not None and temporary:
-        raise ValueError(f"`adapter_name` is for a PeftModel; the model is a {type(model).__name__}.")
+    _check_kind(model, train_loader, adapter_name)
     with contextlib.ExitStack() as stack:
         if isinstance(model, PeftModel):
             modules, unprobed = stack.enter_context(_adapter(model, adapter_name, target_modules, wanted))
@@ -136,12 +132,20 @@ def probe(
         target_modules=targets,
         num_examples=collected.num_examples,
         num_without_labels=collected.num_without_labels,
-        temporary=temporary,
+        temporary=not isinstance(model, PeftModel),
         train_steps=train_steps if train_loader is not None else 0,
         seed=seed,
         unprobed=tuple(unprobed),
         moments={row.module_name: moments for row, moments in rows},
     )
+
+
+def _check_kind(model: nn.Module, train_loader: Iterable[Any] | None, adapter_name: str | None) -> None:
+    """Raises: ValueError for an argument that is for the other kind of model."""
+    if train_loader is not None and isinstance(model, PeftModel):
+        raise ValueError("`train_loader` trains the temporary LoRA of a base model; a PeftModel is probed as it is.")
+    if adapter_name is not None and not isinstance(model, PeftModel):
+        raise ValueError(f"`adapter_name` is for a PeftModel; the model is a {type(model).__name__}.")
 
 
 @contextlib.contextmanager

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import datetime
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,8 +24,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
+from lorakit._distributed._private import parameter_groups, resharding
+from lorakit.calibration import run as calibration_run
 from lorakit.calibration.run import collect
-from lorakit.errors import CalibrationError
+from lorakit.errors import CalibrationError, SurgeryError
 from lorakit.fisher import probe
 from lorakit.surgery import SensitivityReport, SurgeryReport, reweight, sensitivity
 
@@ -226,8 +231,9 @@ def state(adapter: nn.Module) -> dict[str, Any]:
     }
     for name, module in adapter.named_modules():
         if isinstance(module, FSDPModule):
-            for group in module._get_fsdp_state()._fsdp_param_groups:
-                found[f"{name}:"] = (group.post_forward_mesh_info is None, group.reshard_after_backward)
+            for group in parameter_groups(module):
+                after_forward, after_backward = resharding(group)
+                found[f"{name}:"] = (after_forward is None, after_backward)
     return found
 
 
@@ -319,6 +325,38 @@ def a_loader_that_no_process_can_use() -> None:
     refuses(loader, adapter, "None of the 3 examples")
 
 
+class Unlabelled(IterableDataset):
+    """Examples without end and without labels."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return itertools.repeat(Examples(3)[UNLABELLED])
+
+
+def endless_loaders() -> None:
+    """All processes stop together once enough examples had no label."""
+    loaders = [
+        prepare_data_loader(
+            DataLoader(Unlabelled(), 2, collate_fn=collate),
+            num_processes=dist.get_world_size(),
+            process_index=dist.get_rank(),
+            dispatch_batches=True,
+            put_on_device=True,
+            device=torch.device("cpu"),
+        ),
+        DataLoader(Unlabelled(), 2, collate_fn=collate),
+    ]
+    with mock.patch.object(calibration_run, "MAX_WITHOUT_LABELS", 40):
+        for loader in loaders:
+            refuses(loader, model(), "None of the 40 examples looked at has a label")
+
+
+def saving_a_sharded_adapter() -> None:
+    edit = reweight(sharded(), prepared(7, 2), progress=False)
+    with pytest.raises(SurgeryError, match="Save it from a full state dict"):
+        edit.save("nowhere")
+    assert not Path("nowhere").exists()
+
+
 def unclear_loaders() -> None:
     class Backwards(DistributedSampler):
         def __iter__(self) -> Iterator[int]:
@@ -351,7 +389,7 @@ def unclear_loaders() -> None:
 
 def fsdp1() -> None:
     sharded = FullyShardedDataParallel(model(), use_orig_params=True, device_id=torch.device("cpu"))
-    refuses(plain(7, 2), sharded, "FSDP1", "Gather")
+    refuses(plain(7, 2), sharded, "FSDP1", "full state dict")
 
 
 def one_process_alone() -> None:
@@ -388,7 +426,9 @@ CHECKS: dict[str, Callable[[], None]] = {
     **{f"fsdp2-{tuner}": functools.partial(surgery_under_fsdp2, tuner) for tuner in CONFIGS},
     "fsdp2-accelerate": surgery_under_accelerate_s_fsdp2,
     **{f"fisher-{engine}": functools.partial(the_fisher_probe, engine) for engine in ("ddp", "fsdp2")},
+    "fsdp2-save": saving_a_sharded_adapter,
     "failing-process": a_failing_process,
+    "endless": endless_loaders,
     "no-data": a_loader_that_no_process_can_use,
     "unclear-loaders": unclear_loaders,
     "fsdp1": fsdp1,

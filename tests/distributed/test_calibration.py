@@ -34,7 +34,7 @@ def test_surgery_under_ddp(outcome, check):
     assert outcome(check) == ["ok", "ok"]
 
 
-@pytest.mark.parametrize("check", ["fsdp2-hadamard", "fsdp2-svd", "fsdp2-fisherlora", "fsdp2-accelerate"])
+@pytest.mark.parametrize("check", ["fsdp2-hadamard", "fsdp2-svd", "fsdp2-fisherlora", "fsdp2-accelerate", "fsdp2-save"])
 def test_surgery_under_fsdp2(outcome, check):
     assert outcome(check) == ["ok", "ok"]
 
@@ -48,7 +48,7 @@ def test_where_one_process_fails_all_do(outcome):
     assert outcome("failing-process") == ["ok", "ok"]
 
 
-@pytest.mark.parametrize("check", ["no-data", "unclear-loaders", "fsdp1"])
+@pytest.mark.parametrize("check", ["no-data", "endless", "unclear-loaders", "fsdp1"])
 def test_what_is_refused(outcome, check):
     assert outcome(check) == ["ok", "ok"]
 
