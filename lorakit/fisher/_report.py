@@ -181,7 +181,7 @@ class FisherReport(Report):
         }
 
     def plot(self) -> Figure:
-        """Mean F by layer with standard errors, one panel a role, all on one logarithmic axis."""
+        """Mean F by layer with standard errors, with one panel for each role and one logarithmic axis for all."""
         roles = [group.role for group in self.roles]
         columns = min(len(roles), 4)
         lines = math.ceil(len(roles) / columns)

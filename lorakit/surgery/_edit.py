@@ -72,7 +72,7 @@ class SurgeryReport(SensitivityReport):
         return tuple(steps)
 
     def plot(self) -> Figure:
-        """Sensitivities and gates of each component: a line a module, a panel a role."""
+        """Maps of each component's relative sensitivity and gate, with one panel for each role."""
         gates = Quantity("gate", lambda row: row.gate, center=1.0)
         return component_maps(self.headline, self.modules, [self.sensitivity_map, gates])
 

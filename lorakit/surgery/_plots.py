@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Quantity:
-    """What a map shows: its name, a row's values by component, and the value in the middle of a two-sided scale."""
+    """What a map shows: a label, the values of a row by component, and the midpoint of a two-sided color scale."""
 
     label: str
     values: Callable[[Any], Sequence[float]]
@@ -25,7 +25,7 @@ class Quantity:
 
 
 def component_maps(title: str, modules: Sequence[Any], quantities: Sequence[Quantity]) -> Figure:
-    """Maps of modules × components: one column of panels a role (or last part of the name), one line a quantity."""
+    """Maps of modules × components: one column of panels for each role, one line of panels for each quantity."""
     groups: dict[str, list[Any]] = {}
     for module in modules:
         groups.setdefault(group_of(module.module_name), []).append(module)
@@ -54,7 +54,7 @@ def component_maps(title: str, modules: Sequence[Any], quantities: Sequence[Quan
 
 
 def _matrix(rows: Sequence[Any], quantity: Quantity) -> np.ma.MaskedArray[Any, Any]:
-    """The values of rows of unequal length, (modules, components), with what is missing masked."""
+    """The values (modules, components) of rows of unequal length; missing components are masked."""
     values = [list(quantity.values(row)) for row in rows]
     width = max(map(len, values))
     padded = np.array([line + [np.nan] * (width - len(line)) for line in values])
@@ -63,7 +63,7 @@ def _matrix(rows: Sequence[Any], quantity: Quantity) -> np.ma.MaskedArray[Any, A
 
 
 def _scale(matrices: Sequence[np.ma.MaskedArray[Any, Any]], center: float | None) -> dict[str, Any]:
-    """One colour scale for all maps of a quantity; with a center, symmetric around it."""
+    """The color scale of all maps of a quantity; symmetric around `center` if there is one."""
     low = min(float(matrix.min()) for matrix in matrices)
     high = max(float(matrix.max()) for matrix in matrices)
     if center is None:

@@ -262,7 +262,7 @@ def resolve_policy(policy: str | Policy) -> Policy:
 
 
 def preserve(edited: Tensor, original: Tensor, energy: str) -> Tensor:
-    """`edited`, clamped at 0, rescaled to the sum (l1: the nuclear norm) or 2-norm (l2) of `original`, or not at all."""
+    """`edited`, clamped at 0, rescaled to the sum (l1, the nuclear norm) or 2-norm (l2) of `original`, or unscaled."""
     edited = edited.clamp(min=0)
     if energy == "none":
         return edited

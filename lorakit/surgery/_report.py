@@ -114,12 +114,12 @@ class SensitivityReport(Report):
         return rows
 
     def plot(self) -> Figure:
-        """The sensitivity of each component, relative to its module's mean: a line a module, a panel a role."""
+        """A map of each component's sensitivity relative to its module's mean, with one panel for each role."""
         return component_maps(self.headline, self.modules, [self.sensitivity_map])
 
     @property
     def sensitivity_map(self) -> Quantity:
-        """What a figure shows of the sensitivities."""
+        """The relative sensitivities, as a figure shows them."""
         signed = self.aggregate == "mean"
         label = "sensitivity / mean |sensitivity|"
         return Quantity(label, lambda row: row.relative_sensitivity, center=0.0 if signed else None)

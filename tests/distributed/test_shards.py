@@ -1,4 +1,4 @@
-"""Where each process's examples stand, against the indices that the samplers themselves give to each of them."""
+"""The positions of each process's examples, against the indices that the samplers themselves yield."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lorakit._distributed.shards import shard_of
 
 
 def places_of_all(loader_of_rank, world_size):
-    """Each process's places, beside the indices of its examples."""
+    """Pairs of a position and the index that the sampler yields there, over all processes."""
     found = []
     for rank in range(world_size):
         loader = loader_of_rank(rank)
@@ -42,7 +42,7 @@ sizes = {"n": st.integers(1, 40), "batch_size": st.integers(1, 7), "world_size":
 
 @pytest.mark.parametrize("kind", ["sampler", "shard", "split", "uneven", "split-uneven"])
 @given(**sizes)
-def test_every_example_counts_once_and_in_its_own_place(kind, n, batch_size, world_size):
+def test_every_example_counts_once_at_its_own_position(kind, n, batch_size, world_size):
     examples = range(n)
 
     def loader_of_rank(rank):
@@ -62,7 +62,7 @@ def test_every_example_counts_once_and_in_its_own_place(kind, n, batch_size, wor
 
 
 @given(**sizes)
-def test_examples_that_are_dropped_are_no_others_again(n, batch_size, world_size):
+def test_with_drop_last_only_whole_rounds_count(n, batch_size, world_size):
     def loader_of_rank(rank):
         sampler = DistributedSampler(range(n), world_size, rank, shuffle=False, drop_last=True)
         return SimpleNamespace(sampler=sampler, batch_sampler=BatchSampler(sampler, batch_size, drop_last=False))

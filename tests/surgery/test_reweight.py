@@ -53,7 +53,7 @@ def everything(model):
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("energy", ["l1", "l2", "none"])
-def test_the_written_spectrum_is_the_reported_one_in_the_same_directions(adapted, batches, policy, energy):
+def test_the_written_spectrum_is_the_reported_one_with_the_same_singular_vectors(adapted, batches, policy, energy):
     model = adapted()
     modules = {m.name: m for m in live_modules(model, "default")}
     before = {name: m.factors().dense().double() for name, m in modules.items()}
@@ -204,7 +204,7 @@ def test_an_edit_that_changes_nothing_writes_nothing(adapted, batches):
         SpecLoRAConfig(r=4, k=8, target_modules="all-linear"),
     ],
 )
-def test_the_other_tuners_and_that_masks_are_left_alone(adapted, batches, config):
+def test_other_tuners_and_their_masks_do_not_change(adapted, batches, config):
     model = adapted(config)
     before = state_of(model)
     edit = reweight(model, batches(), progress=False)
@@ -240,7 +240,7 @@ def test_only_the_named_adapter_is_edited(adapted, batches, randomize):
         lambda: FisherLoRAConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
     ],
 )
-def test_a_saved_edit_has_its_record_beside_it_and_loads_as_ever(
+def test_a_saved_edit_has_its_record_beside_it_and_loads_as_before(
     adapted, batches, token_ids, tmp_path, tiny_llama, make
 ):
     model = adapted(make())
@@ -453,7 +453,7 @@ def test_whatever_fails_leaves_everything_as_it_was(adapted, batches, where, err
     assert same_state(model, state)
 
 
-def test_success_leaves_all_but_the_factors_as_it_was(adapted, batches):
+def test_an_edit_changes_nothing_but_the_factors(adapted, batches):
     model = adapted()
     model.train()
     before = everything(model)
@@ -462,7 +462,7 @@ def test_success_leaves_all_but_the_factors_as_it_was(adapted, batches):
     assert after == before
 
 
-def test_a_policy_s_unusable_result_is_an_error(adapted, batches):
+def test_an_unusable_result_of_a_policy_is_an_error(adapted, batches):
     class Bad:
         aggregate = "mean"
 
@@ -653,7 +653,7 @@ class WithAttention(nn.Module):
         return self.attn(x, x, x)[0]
 
 
-def test_layers_that_do_not_apply_two_linear_maps_are_refused(randomize, batches):
+def test_attention_and_experts_are_refused(randomize, batches):
     attention = randomize(get_peft_model(WithAttention(), LoraConfig(r=2, target_modules=["attn"])))
     with pytest.raises(ValueError, match="'attn' is a layer of type MultiheadAttention"):
         reweight(attention, batches(), target_modules=["attn"])
@@ -717,7 +717,7 @@ def test_undo_is_whole_or_not_at_all(adapted, batches, monkeypatch):
     assert same_state(model, original)
 
 
-def test_a_record_of_anything_can_be_saved_and_says_of_which_weights_it_is(adapted, batches, tmp_path):
+def test_a_record_of_any_policy_can_be_saved_and_has_the_hash_of_its_weights(adapted, batches, tmp_path):
     @dataclasses.dataclass(frozen=True)
     class Weighted:
         weights: torch.Tensor = dataclasses.field(

@@ -53,7 +53,7 @@ def assert_same(report, expected, tolerance=TOLERANCE):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_it_is_autograd_s_derivative_of_each_example_s_loss(adapted, examples, batches, batch_size, side):
+def test_it_equals_autograd_on_each_example_alone(adapted, examples, batches, batch_size, side):
     model = adapted()
     expected = by_autograd(model, examples)
     report = sensitivity(model, batches(batch_size, side=side), progress=False)
@@ -442,7 +442,7 @@ def test_a_causal_model_of_any_name_whose_first_example_has_only_a_first_label(r
     assert (report.num_examples, report.num_without_labels) == (1, 1)
 
 
-def test_a_hole_in_the_attention_mask_is_no_padding(adapted):
+def test_a_hole_in_the_attention_mask_is_not_padding(adapted):
     model = adapted()
     ids = torch.randint(1, 64, (2, 8), generator=torch.Generator().manual_seed(5))
     mask = torch.ones_like(ids)
@@ -491,7 +491,7 @@ def test_batches_keep_their_kind_when_they_are_split(adapted, batches):
     assert len(seen) == 7
 
 
-def test_labels_that_are_no_tensor(adapted):
+def test_labels_that_are_not_a_tensor(adapted):
     with pytest.raises(ValueError, match="`labels` must be a tensor; got list"):
         sensitivity(
             adapted(), [{"input_ids": torch.ones(1, 3, dtype=torch.long), "labels": [[1, 2, 3]]}], progress=False
