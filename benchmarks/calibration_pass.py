@@ -1,10 +1,10 @@
-"""What surgery's calibration pass costs: against one LoRA forward and backward over the same batches.
+"""The cost of surgery's calibration pass, relative to a LoRA forward and backward pass over the same batches.
 
-    python benchmarks/calibration_pass.py [--layers 10] [--repeats 7] [--json]
+    python benchmarks/calibration_pass.py [--layers 10] [--repeats 7] [--threads 2] [--json]
 
 The model has SmolLM2-135M's widths and vocabulary with random weights, and a LoRA of rank 16 on all linear modules.
-Correctness comes first: the pass over batches must give what it gives one example at a time. Then, after a warm-up, the
-two alternate; medians, with minimum and maximum. The pass is timed whole: decomposition, forward, backward, report.
+First the batched pass must agree with one example at a time. Then, after a warm-up, the runs alternate. The table has
+medians with minimum and maximum. A pass is timed as a whole: decomposition, forward, backward, report.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def make_batches(size: int, length: int, count: int) -> list[Batch]:
 
 
 def lora_step(model: PeftModel, batches: list[Batch]) -> None:
-    """What training does with these batches, short of the optimizer."""
+    """A training step without its optimizer: forward and backward."""
     model.train()
     for batch in batches:
         model(**batch, use_cache=False).loss.backward()
@@ -60,7 +60,7 @@ def lora_step(model: PeftModel, batches: list[Batch]) -> None:
 
 
 def check(model: PeftModel, batches: list[Batch]) -> float:
-    """The largest deviation of batched from single-example sensitivities, relative to each module's largest."""
+    """The largest difference of batched from single-example sensitivities, relative to each module's largest."""
     single = [{key: value[i : i + 1] for key, value in b.items()} for b in batches for i in range(len(b["labels"]))]
     one, many = (sensitivity(model, data, progress=False) for data in (single, batches))
     worst = 0.0

@@ -1,14 +1,14 @@
-"""What the Fisher probe costs against one backward pass per example.
+"""The speed of the Fisher probe, relative to one forward and backward pass per example.
 
     python benchmarks/fisher_probe.py [--model llama|smollm2|narrow] [--lengths 16,48,128] [--threads 1] [--json]
 
-`llama` has SmolLM2-135M's widths and vocabulary with random weights and few layers; `smollm2` is the demo's model;
-`narrow` is so narrow that launching operations takes longer than what they compute, as on a GPU with short batches. All
-carry a LoRA of rank 16 at initialization. The reference runs each example by itself, forward and backward, with
-gradients of the lora_B alone, and squares them. Correctness comes first: both must give the same F to 1e-5. Then, after
-a warm-up, the probe, the reference and the reference once more take turns; medians with minimum and maximum, of wall
-time and of the process's CPU time (user and system), which other work on the machine disturbs less, and quartiles of
-the speed-ups. That of the reference over itself is the noise. The probe is timed whole, from the call to the report.
+`llama` has SmolLM2-135M's widths and vocabulary with random weights and few layers. `smollm2` is the demo's model.
+`narrow` is so narrow that launching operations takes longer than computing them, as on a GPU with short batches. All
+have a LoRA of rank 16 at initialization. The reference runs each example alone, forward and backward, with gradients of
+lora_B only, and squares them. First both must give the same F to 1e-5. Then, after a warm-up, the probe, the reference
+and the reference again alternate. The table has medians with minimum and maximum of wall time and of the process's CPU
+time, which other work on the machine disturbs less, and quartiles of the speed-ups. The speed-up of the reference over
+itself shows the noise. The probe is timed as a whole, from the call to the report.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def make_model(name: str, layers: int, targets: str | list[str]) -> PeftModel:
 
 
 def one_backward_each(model: PeftModel, batch: Batch) -> list[float]:
-    """Mean F of each lora_B, from the gradient of each example's own loss."""
+    """The mean F of each lora_B, from the gradient of each example's own loss."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     weights = []
     for name, parameter in model.named_parameters():

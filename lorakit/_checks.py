@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 
 
@@ -34,6 +35,20 @@ def check_number(name: str, value: object, *, above: float = -math.inf, most: fl
     else:
         wanted = f"a number in ({above:g}, {most:g}]"
     raise ValueError(f"`{name}` must be {wanted}; got {value!r}.")
+
+
+def check_seed(name: str, value: object) -> int:
+    """`value`, an integer of any type, as a seed that torch takes.
+
+    Raises: ValueError, naming the argument, for anything else.
+    """
+    try:
+        seed = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        seed = -1
+    if isinstance(value, bool) or not 0 <= seed < 2**63:
+        raise ValueError(f"`{name}` must be an integer from 0 to 2**63 - 1; got {value!r}.")
+    return seed
 
 
 def preview(names: Sequence[str]) -> str:

@@ -41,7 +41,8 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "lorakit.calibration": {
         "losses": ("IGNORED_LABEL", "LossFn"),
-        "run": ("Collected", "Probe", "collect"),
+        "run": ("Probe", "collect"),
+        "tally": ("Collected",),
     },
     "lorakit.cost": {"_accounting": ("AccountedModule", "Accounting", "Flops", "Memory", "accounting")},
     "lorakit.experiments": {
@@ -156,9 +157,11 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
             "SmoothAbs",
             "ZScore",
         ),
+        "_edit": ("SurgeryReport",),
         "_report": ("EditedRow", "SensitivityReport", "SensitivityRow"),
-        "_reweight": ("SurgeryReport", "reweight"),
-        "_sensitivity": ("select_modules", "sensitivity"),
+        "_reweight": ("reweight",),
+        "_select": ("select_modules",),
+        "_sensitivity": ("sensitivity",),
     },
 }
 

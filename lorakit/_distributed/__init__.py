@@ -1,1 +1,1 @@
-"""Training and passes on several processes."""
+"""Passes and trainings on several processes: sharded loaders and sharded weights."""

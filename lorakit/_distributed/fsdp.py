@@ -1,4 +1,4 @@
-"""Several processes: models whose weights each process has a part of."""
+"""Models on several processes, whose weights may be sharded (FSDP2)."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from lorakit._distributed import _private
 from lorakit.errors import CalibrationError
 
 
 def is_distributed() -> bool:
-    """Whether there are other processes."""
+    """Whether torch.distributed runs more than one process."""
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside of DistributedDataParallel.
+    """`model` without a DistributedDataParallel wrapper.
 
-    Raises: CalibrationError where the model is wrapped by FullyShardedDataParallel (FSDP1), whose weights are only
-    there within its own forward passes.
+    Raises: CalibrationError if the model uses FullyShardedDataParallel (FSDP1), which holds full weights only during
+    its own forward passes.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
@@ -31,17 +32,17 @@ def unwrapped(model: Any) -> Any:
 
     if isinstance(model, nn.Module) and any(isinstance(one, FullyShardedDataParallel) for one in model.modules()):
         raise CalibrationError(
-            "The model's weights are sharded by FullyShardedDataParallel (FSDP1). Gather them first: save the adapter "
-            "from a full state dict and load it into an unsharded model; or shard with fully_shard (FSDP2)."
+            "The model's weights are sharded by FullyShardedDataParallel (FSDP1), which is not supported. Save the "
+            "adapter from a full state dict and load it into an unsharded model, or shard with fully_shard (FSDP2)."
         )
     return model
 
 
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Have every process hold all weights of a model sharded by fully_shard (FSDP2), until the block ends.
+    """Gather all weights of a model sharded by fully_shard (FSDP2) in every process while the block runs.
 
-    Forward and backward passes then wait for no other process, so that one may run more of them than another, or fail.
+    Forward and backward passes then need no communication, so one process may run more of them than another, or fail.
     """
     if not is_distributed():
         yield
@@ -49,8 +50,8 @@ def gathered(model: nn.Module) -> Iterator[None]:
     from torch.distributed.fsdp import FSDPModule
 
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    groups = [group for module in modules for group in _parameter_groups(module)]
-    settings = [(group, group.post_forward_mesh_info, group.reshard_after_backward) for group in groups]
+    groups = [group for module in modules for group in _private.parameter_groups(module)]
+    settings = [(group, _private.resharding(group)) for group in groups]
     try:
         for module in modules:
             module.set_reshard_after_forward(False, recurse=False)
@@ -59,31 +60,23 @@ def gathered(model: nn.Module) -> Iterator[None]:
         yield
     except BaseException:
         for module in modules:
-            if module._get_fsdp_state()._is_root and hasattr(module, "reset_iter_state"):
-                module.reset_iter_state()  # or a pass that failed half-way would leave torch in the midst of it
+            if _private.is_root(module) and hasattr(module, "reset_iter_state"):
+                module.reset_iter_state()  # the pass may have failed between forward and backward
         raise
     finally:
-        for group, mesh_info, after_backward in settings:
-            group.post_forward_mesh_info = mesh_info
-            group.reshard_after_backward = after_backward
+        for group, setting in settings:
+            _private.set_resharding(group, setting)
         for module in modules:
             module.reshard()
 
 
-def _parameter_groups(module: Any) -> list[Any]:
-    # torch can set whether weights are kept after a pass, but does not say what was set before.
-    state = module._get_fsdp_state()
-    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
-    return [group for group in groups if group is not None]
-
-
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor that is sharded among processes (a DTensor), gathered; any other as it is."""
+    """A sharded tensor (DTensor) gathered from all processes; any other tensor unchanged."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds only a part of `tensor`."""
+    """Whether `tensor` is a DTensor, of which this process holds a part."""
     if not is_distributed():
         return False
     from torch.distributed.tensor import DTensor
@@ -93,10 +86,9 @@ def is_sharded(tensor: Tensor) -> bool:
 
 @torch.no_grad()
 def gram(matrices: Sequence[Tensor], long: int) -> Tensor:
-    """The Gram matrices (n, r, r), in float64, of n matrices of one shape and sharding, summed over dimension `long`.
+    """Gram matrices (n, r, r), in float64, of n matrices of equal shape and sharding, summed over dimension `long`.
 
-    Where every process has some of the rows that are summed over, r × r sums are all that is exchanged; where it has
-    some of the r others, the matrices are gathered.
+    If the matrices are sharded along `long`, only r × r sums are exchanged. Otherwise the matrices are gathered.
     """
     first: Any = matrices[0]
     parts: list[Any] = list(matrices)
@@ -117,7 +109,7 @@ def gram(matrices: Sequence[Tensor], long: int) -> Tensor:
 
 @torch.no_grad()
 def fill(tensor: Tensor, value: Tensor) -> None:
-    """Copy `value` into `tensor`, of a sharded one each process its part."""
+    """Copy `value` into `tensor`; each process copies its own part of a sharded tensor."""
     if is_sharded(tensor):
         from torch.distributed.tensor import distribute_tensor
 

@@ -1,8 +1,8 @@
-"""Several processes: which part of a loader's examples each of them sees.
+"""Loaders on several processes: which examples each process sees.
 
-A loader counts as shared out only where it says so itself: accelerate prepared it, or it has torch's
-DistributedSampler. Any other loader is taken to give every process the same examples; each then computes the whole
-result by itself and waits for no other, so that a single process may also do so alone.
+A loader counts as sharded if accelerate prepared it or if it has a DistributedSampler of torch. Any other loader is
+assumed to give every process the same examples. Each process then computes the whole result without communication, so
+one process may also run alone.
 """
 
 from __future__ import annotations
@@ -24,60 +24,63 @@ _END = object()
 
 @dataclass(frozen=True)
 class LoaderShard:
-    """The part of a loader's examples that this process sees.
+    """The part of a sharded loader that this process sees.
 
-    Examples are dealt out to the processes in turn: one by one, or in batches. Those from `num_examples` on are
-    earlier ones over again, with which the last batches were filled up.
+    Processes take turns, example by example (`one_by_one`) or batch by batch. Positions ≥ `num_examples` are padding
+    duplicates, which fill up the last batches.
     """
 
     loader: Any
     rank: int
     world_size: int
-    batch_size: int | None  # of each process's batches, where it is known before
+    batch_size: int | None  # of one process; None if only the loader's batches tell
     one_by_one: bool = False
     num_examples: float = math.inf
 
-    def steps(self, step: Callable[[Any], int]) -> Iterator[int]:
-        """Do `step` for each batch, all processes together: what each yields is the sum of what `step` gave in all.
+    def steps(self, step: Callable[[Any], tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
+        """Call `step` on each batch, in all processes together; yield the sums of its results over the processes.
 
-        Raises: CalibrationError in all processes where anything was raised in one of them.
+        Raises: CalibrationError in all processes if one of them raised anything.
         """
         batches = iter(self.loader)
-        used = 0
+        counts: tuple[int, ...] = ()
         more = True
         while True:
             failure = None
             try:
                 batch = next(batches, _END) if more else _END
             except Exception as error:
-                if isinstance(self.loader, DataLoaderDispatcher):  # where the others wait for a batch, out of reach
+                if isinstance(self.loader, DataLoaderDispatcher):  # the others wait for a batch and cannot be told
                     raise
                 failure, batch = error, _END
             more = batch is not _END
             if more:
                 try:
-                    used = step(batch)
+                    counts = step(batch)
                 except Exception as error:
                     failure = error
-            reports = self.gather((more, used, None if failure is None else f"{type(failure).__name__}: {failure}"))
-            failures = {rank: said for rank, (_, _, said) in enumerate(reports) if said is not None}
+            reports = self.gather((more, counts, None if failure is None else f"{type(failure).__name__}: {failure}"))
+            failures = [
+                f"process {rank} raised {text}" for rank, (_, _, text) in enumerate(reports) if text is not None
+            ]
             if failures:
-                told = "; ".join(f"process {rank} raised {said}" for rank, said in failures.items())
-                raise CalibrationError(f"The pass failed, in all {self.world_size} processes: {told}") from failure
+                raise CalibrationError(
+                    f"The pass failed, in all {self.world_size} processes: {'; '.join(failures)}"
+                ) from failure
             if not any(more for more, _, _ in reports):
                 return
-            yield sum(used for _, used, _ in reports)
+            yield tuple(map(sum, zip(*(each for _, each, _ in reports if each), strict=True)))
 
     def check(self, sizes: Sequence[int]) -> None:
-        """Raise CalibrationError where the sizes of this process's batches are not what the loader said."""
+        """Raise CalibrationError if this process's batches do not have the size that the loader declares."""
         expected = self.batch_size
         if expected is not None and (sizes[-1] > expected or any(size != expected for size in sizes[-2:-1])):
-            raise _unclear(f"its batches are to have {expected} examples, but came with {list(sizes[-2:])}")
+            raise _unclear(f"its batches should have {expected} examples, but have {list(sizes[-2:])}")
 
     def places(self, sizes: Sequence[int]) -> list[int | None]:
-        """Where each example of this process's batches, of `sizes`, stands in the order that one process would see.
+        """The position of each of this process's examples in the unsharded loader; None for padding duplicates.
 
-        None where it is an earlier one over again.
+        `sizes` are the sizes of this process's batches so far.
         """
         if self.one_by_one:
             places = [i * self.world_size + self.rank for i in range(sum(sizes))]
@@ -93,16 +96,16 @@ class LoaderShard:
         return [place if place < end else None for place in places]
 
     def gather(self, value: Any) -> list[Any]:
-        """The `value` of each process, in their order."""
+        """The `value` of every process, by rank."""
         values: list[Any] = [None] * self.world_size
         distributed.all_gather_object(values, value)
         return values
 
 
 def shard_of(loader: Iterable[Any]) -> LoaderShard | None:
-    """How `loader` is shared out; None where every process sees all of it, or there is only one.
+    """How `loader` is sharded; None if every process sees all of it, or if there is only one process.
 
-    Raises: CalibrationError for one that is shared out in a way in which repeated examples cannot be told.
+    Raises: CalibrationError if it is sharded in a way that hides which examples are padding duplicates.
     """
     if not is_distributed():
         return None
@@ -115,9 +118,9 @@ def shard_of(loader: Iterable[Any]) -> LoaderShard | None:
         inner = shard.batch_sampler
         examples: Any = getattr(inner, "sampler", None)
         if type(inner) is not BatchSampler or isinstance(examples, DistributedSampler):
-            raise _unclear("it was prepared from a loader with a batch sampler of its own kind")
+            raise _unclear("accelerate prepared it from a loader with a custom batch sampler")
         if shard.num_processes != world_size:
-            raise _unclear(f"it is prepared for {shard.num_processes} of {world_size} processes")
+            raise _unclear(f"it was prepared for {shard.num_processes} processes, and there are {world_size}")
         size = inner.batch_size // world_size if shard.split_batches else inner.batch_size
         end = math.inf if inner.drop_last else len(examples)
         return LoaderShard(loader, shard.process_index, world_size, size, num_examples=end)
@@ -125,26 +128,26 @@ def shard_of(loader: Iterable[Any]) -> LoaderShard | None:
     if isinstance(sampler, DistributedSampler):
         dataset: Any = sampler.dataset
         if type(batches) is not BatchSampler or type(sampler).__iter__ is not DistributedSampler.__iter__:
-            raise _unclear("its sampler or batch sampler is of its own kind")
+            raise _unclear("its sampler or batch sampler is a custom one")
         if sampler.num_replicas != world_size:
-            raise _unclear(f"its sampler is for {sampler.num_replicas} of {world_size} processes")
+            raise _unclear(f"its sampler is for {sampler.num_replicas} processes, and there are {world_size}")
         end = math.inf if sampler.drop_last else len(dataset)
         return LoaderShard(loader, sampler.rank, world_size, batches.batch_size, one_by_one=True, num_examples=end)
     if isinstance(loader, DataLoaderShard) and (
         isinstance(batches, SkipBatchSampler) or isinstance(loader.dataset, IterableDataset)
     ):
-        raise _unclear("it was prepared with first batches skipped, or from an iterable with dispatch_batches=False")
+        raise _unclear("it skips first batches, or was prepared from an iterable dataset with dispatch_batches=False")
     return None
 
 
 def from_first(value: Any, loader: Iterable[Any]) -> Any:
-    """The first process's `value` where `loader` is shared out among several; else `value`."""
-    share = shard_of(loader)
-    return value if share is None else share.gather(value)[0]
+    """The first process's `value` if `loader` is sharded; else `value`."""
+    shard = shard_of(loader)
+    return value if shard is None else shard.gather(value)[0]
 
 
 def _unclear(why: str) -> CalibrationError:
     return CalibrationError(
-        f"`calib_loader` gives each process a part of the examples, but which part is unclear: {why}. Pass every "
-        f"process a loader of all examples, or a plain DataLoader prepared by accelerate or with a DistributedSampler."
+        f"`loader` gives each process a part of the examples, but which part is unclear: {why}. Give every process a "
+        f"loader of all examples, or a plain DataLoader prepared by accelerate or with a DistributedSampler."
     )

@@ -9,8 +9,8 @@ from lorakit import _lazy
 if TYPE_CHECKING:
     from lorakit.calibration.losses import IGNORED_LABEL as IGNORED_LABEL
     from lorakit.calibration.losses import LossFn as LossFn
-    from lorakit.calibration.run import Collected as Collected
     from lorakit.calibration.run import Probe as Probe
     from lorakit.calibration.run import collect as collect
+    from lorakit.calibration.tally import Collected as Collected
 else:
     __getattr__, __dir__, __all__ = _lazy.attach(__name__)

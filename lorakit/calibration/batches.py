@@ -1,10 +1,10 @@
-"""Batches of any kind, cut into single examples or into parts of bounded size."""
+"""Batches of any kind: cut into single examples, or into parts of bounded size."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -14,32 +14,34 @@ from lorakit.errors import CalibrationError
 
 
 def examples_of(batch: Any) -> list[Any]:
-    """The batch, one example at a time: everything in it whose first dimension is the batch's is sliced."""
+    """The batch as single examples: everything whose first dimension is the batch's is sliced.
+
+    Raises: CalibrationError if the batch does not say how many examples it has.
+    """
     n = batch_size(batch)
 
-    def pick(value: Any, i: int) -> Any:
+    def example(value: Any, i: int) -> Any:
         if isinstance(value, Tensor):
             return value[i : i + 1] if value.ndim and value.shape[0] == n else value
-        if isinstance(value, MutableMapping):
-            picked = copy.copy(value)  # of its own kind: a loss function may use more of it than its items
-            for key, item in value.items():
-                picked[key] = pick(item, i)
-            return picked
-        if isinstance(value, tuple):
-            items = [pick(item, i) for item in value]
-            return type(value)._make(items) if hasattr(value, "_make") else tuple(items)
-        if isinstance(value, list):
-            return value[i : i + 1] if len(value) == n and not _has_tensors(value) else [pick(v, i) for v in value]
-        return value
+        if isinstance(value, list) and len(value) == n and not any(isinstance(item, Tensor) for item in value):
+            return value[i : i + 1]
+        return _map_items(value, lambda item: example(item, i))
 
-    return [pick(batch, i) for i in range(n)]
+    return [example(batch, i) for i in range(n)]
+
+
+def differentiable(batch: Any) -> Any:
+    """The batch with its inference tensors cloned, since autograd cannot save those."""
+    if isinstance(batch, Tensor):
+        return batch.clone() if batch.is_inference() else batch
+    return _map_items(batch, differentiable)
 
 
 def token_parts(batch: Any, max_tokens: float) -> list[Any]:
-    """The batch in parts of about equal size and at most `max_tokens` tokens (or one example), in its order.
+    """The batch in parts of about equal size, in order, each at most `max_tokens` tokens or one example.
 
-    Only where it is a mapping of nothing but tensors (n,) and (n, length), so that what belongs to whom is certain. No
-    part has as many examples as tokens, so that these can be told apart.
+    Only a mapping whose values are all tensors of shape (n,) or (n, length) is cut; any other batch is one part. No
+    part has as many examples as tokens, because the two could not be told apart.
     """
     values = list(batch.values()) if isinstance(batch, Mapping) else []
     if not all(isinstance(v, Tensor) and 1 <= v.ndim <= 2 for v in values) or len({len(v) for v in values}) != 1:
@@ -55,6 +57,10 @@ def token_parts(batch: Any, max_tokens: float) -> list[Any]:
 
 
 def batch_size(batch: Any) -> int:
+    """How many examples a batch has.
+
+    Raises: CalibrationError if its tensors do not agree.
+    """
     values = list(batch.values()) if isinstance(batch, Mapping) else batch
     if isinstance(values, Tensor):
         return values.shape[0]
@@ -63,11 +69,20 @@ def batch_size(batch: Any) -> int:
     sizes = {v.shape[0] for v in values if isinstance(v, Tensor) and v.ndim} if isinstance(values, list | tuple) else ()
     if len(sizes) != 1:
         raise CalibrationError(
-            "This model mixes the examples of a batch before an adapted module, so they must be run one at a time, and "
-            "how to split this batch is not clear. Pass batches of one example."
+            "The model mixes the examples of a batch before an adapted module, so examples must run one at a time, and "
+            "it is not clear how to split this batch. Give `loader` a batch size of 1."
         )
     return next(iter(sizes))
 
 
-def _has_tensors(values: list[Any]) -> bool:
-    return any(isinstance(value, Tensor) for value in values)
+def _map_items(value: Any, function: Callable[[Any], Any]) -> Any:
+    """A container of the same kind with `function` applied to its items; any other value unchanged."""
+    if isinstance(value, MutableMapping):
+        mapped = copy.copy(value)  # the same class, because a loss function may use more of it than its items
+        for key, item in value.items():
+            mapped[key] = function(item)
+        return mapped
+    if isinstance(value, tuple):
+        items = [function(item) for item in value]
+        return type(value)._make(items) if hasattr(value, "_make") else tuple(items)
+    return [function(item) for item in value] if isinstance(value, list) else value

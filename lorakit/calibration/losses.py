@@ -1,4 +1,4 @@
-"""What each example of a batch lost: from the model's own loss, logits and labels, or from the caller's function."""
+"""The loss of each example of a batch: from the model's own loss, logits and labels, or from the user's function."""
 
 from __future__ import annotations
 
@@ -19,21 +19,27 @@ IGNORED_LABEL = -100
 
 @dataclass
 class BatchLosses:
-    """A batch's loss to differentiate, and what turns an example's part of its gradient into its own gradient."""
+    """A batch's loss to differentiate, and the factors from an example's part of its gradient to its own gradient."""
 
     loss: Tensor
     weights: Tensor  # (n,)
-    used: list[bool]
+    used: list[bool]  # False for examples without a label
 
 
 def given_losses(losses: Any, *, needs_grad: bool) -> BatchLosses:
+    """The losses (n,) that the user's `loss_fn` returned.
+
+    Raises: CalibrationError if they are anything else, not finite, or do not depend on the model.
+    """
     if not isinstance(losses, Tensor) or losses.ndim != 1 or losses.shape[0] == 0:
         got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
         raise CalibrationError(f"`loss_fn` must return one loss per example, a tensor of shape (n,); got {got}.")
     if not torch.isfinite(losses).all():
         raise CalibrationError(f"`loss_fn` returned losses that are not finite: {losses.detach().tolist()}.")
     if needs_grad and not losses.requires_grad:
-        raise CalibrationError("`loss_fn` returned losses without gradients; do not detach them, nor use no_grad.")
+        raise CalibrationError(
+            "`loss_fn` returned losses without gradients. They must depend on the model, not be detached from it."
+        )
     return BatchLosses(losses.sum(), torch.ones(losses.shape[0]), [True] * losses.shape[0])
 
 
@@ -41,9 +47,9 @@ Kind = Literal["shifted", "tokens", "values"]
 
 
 class LossScheme:
-    """Finds out, from logits and labels, how a model's loss is made of its examples' losses; never guesses.
+    """Determines from logits and labels how a model averages its examples' losses; never guesses.
 
-    That is a property of the model and of the kind of batch, so it is checked on the first batch of each kind.
+    This depends on the model and on the kind of batch, so it is checked on the first batch of each kind.
     """
 
     def __init__(self, model: Any) -> None:
@@ -57,7 +63,8 @@ class LossScheme:
         if not isinstance(batch, Mapping) or batch.get("labels") is None:
             got = f"keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
             raise CalibrationError(
-                f"`calib_loader` must yield mappings with labels for model(**batch), or `loss_fn` be given; got {got}."
+                f"`loader` must yield mappings with labels for model(**batch); got {got}. For any other kind of batch, "
+                f"pass `loss_fn`."
             )
         given = batch
         if self.shifts:
@@ -65,6 +72,10 @@ class LossScheme:
         labels = batch["labels"]
         if not isinstance(labels, Tensor):
             raise CalibrationError(f"A batch's `labels` must be a tensor; got {type(labels).__name__}. Collate them.")
+        if labels.numel() == 0:
+            raise CalibrationError(
+                f"`loader` yielded a batch without examples: `labels` of shape {tuple(labels.shape)}."
+            )
         if not labels.is_floating_point() and not (labels != IGNORED_LABEL).any():
             return _nothing_used(labels)
         structure = (frozenset(batch), labels.ndim, labels.dtype)
@@ -79,7 +90,7 @@ class LossScheme:
             kind = self._find_kind(total, logits.detach(), labels)
             if kind is None:
                 return _nothing_used(labels)
-            if kind != "values" and (kind == "shifted") != self.shifts:  # the model's name misled: first labels count
+            if kind != "values" and (kind == "shifted") != self.shifts:  # the name was misleading: first labels count
                 self.shifts = not self.shifts
                 return self(given)
             self.known[structure] = kind
@@ -90,8 +101,8 @@ class LossScheme:
 
     @torch.no_grad()
     def _find_kind(self, total: Tensor, logits: Tensor, labels: Tensor) -> Kind | None:
-        """The kind of loss that gives `total`; None for one that no label of the batch enters."""
-        # Where the model computes its loss in half precision, so is what it is compared with, to the last bit but one.
+        """The kind of loss whose value is `total`; None if no label of the batch counts."""
+        # A loss in half precision is compared with one computed in half precision, to the last bit but one.
         dtype = total.dtype
         half = torch.finfo(dtype).bits < 32
         tolerance = torch.finfo(dtype).eps if half else 2e-5
@@ -106,17 +117,17 @@ class LossScheme:
     def _refuse(self, total: Tensor) -> NoReturn:
         if not torch.isfinite(total):
             raise CalibrationError(
-                f"The model's loss on a calibration batch is {float(total)}, although the batch has labels. Check the "
-                f"weights, the data and the dtype."
+                f"The model's loss on a calibration batch is {float(total)}, although the batch has labels. Check "
+                f"weights, data and dtype."
             )
         raise CalibrationError(
-            f"The model's loss ({float(total):.6g}) is not the mean of its examples' losses as its logits and labels "
-            f"give them (an auxiliary loss, label smoothing or another reduction?), so that per-example gradients "
-            f"cannot be read off it. Pass `loss_fn(model, batch)` that returns the loss of each example."
+            f"The model's loss ({float(total):.6g}) is not the mean of its examples' losses, computed from logits and "
+            f"labels (an auxiliary loss, label smoothing or another reduction?), so per-example gradients cannot be "
+            f"derived from it. Pass `loss_fn(model, batch)` that returns the loss of each example."
         )
 
     def _candidates(self, logits: Tensor, labels: Tensor) -> Iterator[tuple[Kind, Tensor]]:
-        """The losses that the batch may have, the likelier first, in the dtype of `logits`."""
+        """The losses that the model may compute for the batch, the likeliest first, in the dtype of `logits`."""
         n = labels.shape[0] if labels.ndim else 0
         if labels.is_floating_point() or (logits.ndim == 2 and logits.shape[1] == 1 and labels.numel() == n):
             if n and logits.numel() == labels.numel():
@@ -133,14 +144,14 @@ class LossScheme:
 
 
 def _mean_over_tokens(logits: Tensor, labels: Tensor) -> Tensor:
-    """F.cross_entropy over the tokens of all examples, without another tensor as large as the logits."""
+    """F.cross_entropy over the tokens of all examples, without a copy of all logits."""
     losses = [F.cross_entropy(*example, reduction="none") for example in zip(logits, labels, strict=True)]
-    # Their mean as cross_entropy takes it, to the bit in any dtype: there is one class left, the true one.
+    # nll_loss over one class, the true one, averages as F.cross_entropy does: bit for bit, in any dtype.
     return F.nll_loss(-torch.cat(losses).unsqueeze(1), labels.flatten().clamp(max=0))
 
 
 def _counts(labels: Tensor, kind: Kind) -> Tensor:
-    """How many terms of each example enter the mean that is the batch's loss, (n,)."""
+    """How many terms each example adds to the batch's mean loss, (n,)."""
     if kind == "values":
         return torch.ones(labels.shape[0], device=labels.device)
     if kind == "shifted":
@@ -149,9 +160,10 @@ def _counts(labels: Tensor, kind: Kind) -> Tensor:
 
 
 def _without_first_labels(batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Without the labels of first tokens, which a causal model would predict from the padding on their left.
+    """The batch without the labels of first tokens.
 
-    Padded on the right a first token's label enters no loss, since nothing precedes it; so it must not here.
+    With padding on the right they do not count, since nothing precedes them. With padding on the left a causal model
+    would predict them from the padding.
     """
     mask, labels = batch.get("attention_mask"), batch["labels"]
     if not isinstance(mask, Tensor) or not isinstance(labels, Tensor) or mask.ndim != 2 or mask.shape != labels.shape:

@@ -1,9 +1,9 @@
-"""A model's state around a pass: flags, modes, active adapters and random number generators are given back."""
+"""A model's state around a pass: flags, modes, active adapters and random number generators are restored."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
+import itertools
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -11,46 +11,54 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-# Where PEFT keeps which adapters are active.
-_ACTIVE_ADAPTER: dict[type, str] = {
-    BaseTunerLayer: "_active_adapter",
-    AuxiliaryTrainingWrapper: "_active_adapter",
-    BaseTuner: "active_adapter",
-    PeftModel: "active_adapter",
-}
+from lorakit.calibration import _private
+from lorakit.errors import CalibrationError
 
 
 def base_model_of(model: Any) -> Any:
+    """The model inside a PeftModel; any other model unchanged."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def input_device(model: Any) -> torch.device | None:
-    """Where the model wants its inputs; None where its weights are offloaded and accelerate's hooks move them."""
+    """The device that inputs belong on; None if the weights are offloaded, since accelerate's hooks move inputs."""
     embeddings = None
-    with contextlib.suppress(AttributeError, NotImplementedError):  # not every model has them, or says so
+    with contextlib.suppress(AttributeError, NotImplementedError):  # some models have none, or do not implement this
         embeddings = model.get_input_embeddings()
     parameter = next((embeddings or model).parameters(), None)
     return None if parameter is None or parameter.is_meta else parameter.device
 
 
+def check_can_differentiate(model: nn.Module) -> None:
+    """Raises: CalibrationError if the model's parameters or buffers are inference tensors."""
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    name = next((name for name, tensor in named if tensor.is_inference()), None)
+    if name is not None:
+        raise CalibrationError(
+            f"The model was made under torch.inference_mode(): {name!r} is an inference tensor, through which no "
+            f"gradient can flow. Load the model outside of inference mode, or under torch.no_grad()."
+        )
+
+
+@contextlib.contextmanager
+def no_inference_mode() -> Iterator[None]:
+    """Leave torch.inference_mode(), in which nothing can be differentiated; gradients stay on or off as they are."""
+    enabled = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(enabled):
+        yield
+
+
 @contextlib.contextmanager
 def preserved_state(model: nn.Module) -> Iterator[None]:
-    """Give a model back as it was: gradient flags, train or eval mode of each module, active adapters, `use_cache`.
+    """Restore a model afterwards: `requires_grad`, train or eval mode, active adapters, `use_cache`.
 
-    A key-value cache is of no use to a pass with gradients, so it is switched off inside.
+    Inside, `use_cache` is off: a pass with gradients has no use for a key-value cache.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
-    adapters = [
-        (module, name, copy.copy(getattr(module, name)))
-        for module in model.modules()
-        for kind, name in _ACTIVE_ADAPTER.items()
-        if isinstance(module, kind)
-    ]
+    adapters = [(module, _private.active_adapters(module)) for module in model.modules()]
     config: Any = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
     try:
@@ -60,8 +68,8 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
     finally:
         if use_cache:
             config.use_cache = use_cache
-        for module, name, active in adapters:
-            setattr(module, name, active)
+        for module, active in adapters:
+            _private.set_active_adapters(module, active)
         for module, training in modes:
             module.training = training
         for parameter, requires_grad in flags:
@@ -69,19 +77,19 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def activated(adapter: PeftModel, adapter_name: str) -> Iterator[None]:
-    """Make the adapter take part in the forward pass, alone if it does not already."""
-    if adapter_name in adapter.active_adapters:
+def activated(model: PeftModel, adapter_name: str) -> Iterator[None]:
+    """Activate an adapter while the block runs: alone, unless it is active already."""
+    if adapter_name in model.active_adapters:
         yield
         return
-    with preserved_state(adapter):
-        adapter.set_adapter(adapter_name)
+    with preserved_state(model):
+        model.set_adapter(adapter_name)
         yield
 
 
 @contextlib.contextmanager
 def preserved_rng(model: nn.Module) -> Iterator[None]:
-    """Give torch's (on the CPU and the model's devices), numpy's and Python's generators back as they were."""
+    """Restore the generators of torch (on the CPU and the model's devices), numpy and Python afterwards."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     used = {parameter.device for parameter in model.parameters()} - {torch.device("cpu"), torch.device("meta")}
     device_type = next(iter(used)).type if used else "cuda"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,7 +68,7 @@ def surgery(
     bounds = None if layers is None else _bounds(layers)
     from transformers import AutoTokenizer
 
-    from lorakit.adapters.atomic import replaced_directory
+    from lorakit.adapters.edit_log import read_edits
     from lorakit.data._examples import make_batches, read_examples
     from lorakit.surgery import reweight
 
@@ -84,8 +85,7 @@ def surgery(
         num_examples=num_examples,
         seed=seed,
     )
-    with replaced_directory(out) as directory:
-        model.save_pretrained(str(directory))
+    report.save(out, previous=read_edits(adapter))
     if as_json:
         print_json({**report.to_dict(), "path": out})
         return
@@ -95,15 +95,8 @@ def surgery(
         ("gate, largest", lambda rows: f"{max(max(row.gate, default=1.0) for row in rows):.3f}"),
     ]
     print_folded(f"{adapter} → {out}", report.modules, columns)
-    left = [f"{len(names)} {what}" for what, names in _left_alone(report).items() if names]
-    print_lines(
-        f"{report.policy} on {report.num_examples} examples, {report.aggregate}, energy {report.preserve_energy}, seed "
-        f"{report.seed}." + (f" Left alone: {', '.join(left)}." if left else "")
-    )
-
-
-def _left_alone(report: Any) -> dict[str, list[str]]:
-    return {"modules without update": report.zero_modules, "idle modules": report.idle_modules}
+    compared = f"next: lorakit compare {shlex.quote(adapter)} {shlex.quote(out)}"
+    print_lines(report.headline, *report.details, compared)
 
 
 def _bounds(text: str) -> tuple[int, float]:

@@ -1,4 +1,4 @@
-"""Per-example gradients of lora_B, from one forward and backward of a batch."""
+"""Per-example gradients of lora_B, from one forward and backward pass of a batch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
+from einops import einsum, reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,10 +18,11 @@ from lorakit.errors import CalibrationError, UnsupportedModelError
 
 
 class LoraBGradientProbe(nn.Module):
-    """Stands in for lora_B: computes what it computes, and reads each example's gradient off what comes back.
+    """Replaces lora_B during a pass: computes the same output, and measures each example's gradients in backward.
 
-    Its statistic of an example is (n, k): the root of the mean squared gradient of B's entries, then by option of A's,
-    then the roots of W's row and column sums: proportional to the gradient, as the pass weighs them.
+    Its statistic is (n, k), with one row an example: the root mean square of the gradient of B's entries; of A's
+    entries, if "A" is in `factors`; and the norms of the rows and of the columns of W's gradient, if "weight" is. Each
+    is proportional to the gradient, as a calibration pass needs it.
     """
 
     def __init__(self, module: LiveModule, factors: set[str]) -> None:
@@ -29,16 +31,17 @@ class LoraBGradientProbe(nn.Module):
         self.weight = read_weight(up)
         bias = getattr(up, "bias", None)
         if bias is not None and bias.is_meta:
-            raise UnsupportedModelError(f"{module.name!r} has an offloaded `lora_bias`, which the probe does not read.")
+            raise UnsupportedModelError(f"{module.name!r} has an offloaded `lora_bias`, which the probe cannot read.")
         self.bias = None if bias is None else full_tensor(bias.detach())
         self.scaling = module.scaling
         self.d_in = int(cast(Any, module.down).weight.shape[1])
         self.factors = factors
-        # A branch that adds nothing need not be computed, nor gone back through.
-        self.idle = self.bias is None and not bool(self.weight.any())
+        # An output that is always 0 needs no product, and no gradient flows back through it.
+        self.is_zero = self.bias is None and not bool(self.weight.any())
         self.begin(one_example=False)
 
     def begin(self, *, one_example: bool) -> None:
+        """Forget the last batch; `one_example` says that the next forward pass has only one example."""
         self.one_example = one_example
         self.separable = True
         self.ran_without_grad = False
@@ -49,6 +52,7 @@ class LoraBGradientProbe(nn.Module):
         self.statistic: Tensor | None = None
 
     def forward(self, a: Tensor) -> Tensor:
+        """lora_B's output for a = A x."""
         d_out = self.weight.shape[0]
         if not torch.is_grad_enabled():
             self.ran_without_grad = True
@@ -57,12 +61,12 @@ class LoraBGradientProbe(nn.Module):
         self.calls += 1
         n = 1 if self.one_example or a.ndim == 1 else a.shape[0]
         if not self.one_example:
-            # Tokens of one example must share the first index. Two dimensions may be tokens of all examples in a row,
-            # and equal leading ones may be time first: neither is certain.
+            # The first dimension must be the examples. With two dimensions it may be the tokens of all examples, and
+            # if the first two are equal, time may come first.
             self.separable &= n == 1 or (a.ndim >= 3 and a.shape[1] != n)
         self.sizes.add(n)
         zero = a.new_zeros(()).expand(*a.shape[:-1], d_out)
-        out = zero if self.idle else F.linear(a, self.weight, self.bias)
+        out = zero if self.is_zero else F.linear(a, self.weight, self.bias)
         kept = a.detach()
         if not out.requires_grad:
             out = out.detach().requires_grad_()
@@ -71,40 +75,44 @@ class LoraBGradientProbe(nn.Module):
 
     @torch.no_grad()
     def _receive(self, n: int, a: Tensor, x: Tensor | None, gradient: Tensor) -> None:
+        """Turn the gradient of lora_B's output into those of B, A and W, for each of n examples."""
         if not self.separable:
             return
         dtype = torch.promote_types(gradient.dtype, torch.float32)
         a, delta = (t.reshape(n, -1, t.shape[-1]).to(dtype) for t in (a, gradient))
-        found = {"B": torch.bmm(delta.mT, a)}
+        found = {"B": einsum(delta, a, "n token out, n token r -> n out r")}
         if x is not None:
             x = x.reshape(n, -1, x.shape[-1]).to(dtype)
             if "A" in self.factors:
-                found["A"] = torch.bmm((delta @ self.weight.to(dtype)).mT, x)
+                back = einsum(delta, self.weight.to(dtype), "n token out, out r -> n token r")
+                found["A"] = einsum(back, x, "n token r, n token d -> n r d")
             if "weight" in self.factors:
                 found["x"], found["delta"] = x, delta / self.scaling
         for name, value in found.items():
             known = self.gradients.get(name)
-            if known is not None:  # the module was used more than once: gradients add up, before they are squared
+            if known is not None:  # a module that runs twice: gradients add up before they are squared
                 value = torch.cat([known, value], dim=1) if name in ("x", "delta") else known + value
             self.gradients[name] = value
         if self.calls == 1 and not self.ran_without_grad:
-            self.statistic, self.gradients = self._reduce(), {}
+            self.statistic, self.gradients = self._reduced(), {}
 
-    def _reduce(self) -> Tensor:
+    def _reduced(self) -> Tensor:
         parts = []
         for name in ("B", "A"):
             if name in self.factors:
                 gradient = self.gradients[name]
-                count = gradient.shape[1] * gradient.shape[2]
-                parts.append(torch.linalg.vector_norm(gradient, dim=(1, 2)).unsqueeze(1) / math.sqrt(count))
+                entries = gradient.shape[1] * gradient.shape[2]
+                parts.append(torch.linalg.vector_norm(gradient, dim=(1, 2)).unsqueeze(1) / math.sqrt(entries))
         if "weight" in self.factors:
             x, delta = self.gradients["x"], self.gradients["delta"]
             for left, right in ((delta, x), (x, delta)):
-                squares = (torch.bmm(torch.bmm(right, right.mT), left) * left).sum(1)
+                gram = einsum(right, right, "n t d, n s d -> n t s")
+                squares = reduce(einsum(gram, left, "n t s, n s d -> n t d") * left, "n t d -> n d", "sum")
                 parts.append(squares.clamp(min=0).sqrt())
         return torch.cat(parts, dim=1)
 
     def collect(self, num_examples: int) -> Tensor | None:
+        """The statistic (num_examples, k) after backward; None if examples could not be told apart."""
         if self.ran_without_grad and not self.calls:
             raise CalibrationError(
                 "An adapted module ran without gradients, so its Fisher information cannot be measured. If the model "
@@ -113,8 +121,8 @@ class LoraBGradientProbe(nn.Module):
         if not self.separable or not self.sizes <= {num_examples}:
             return None
         if self.gradients:
-            self.statistic, self.gradients = self._reduce(), {}
-        if self.statistic is None:  # it did not run, or nothing of it reached the loss
+            self.statistic, self.gradients = self._reduced(), {}
+        if self.statistic is None:  # the module did not run, or its output does not reach the loss
             widths = {"B": 1, "A": 1, "weight": self.weight.shape[0] + self.d_in}
             dtype = torch.promote_types(self.weight.dtype, torch.float32)
             return self.weight.new_zeros(num_examples, sum(widths[name] for name in self.factors), dtype=dtype)
@@ -123,19 +131,20 @@ class LoraBGradientProbe(nn.Module):
 
 @contextlib.contextmanager
 def probed(module: LiveModule, factors: set[str]) -> Iterator[LoraBGradientProbe]:
+    """Replace a module's lora_B by a probe while the block runs."""
     layer, name = module.layer, module.adapter_name
     up, down = layer.lora_B[name], module.down
-    tap = LoraBGradientProbe(module, factors)
+    probe = LoraBGradientProbe(module, factors)
     handle = None
 
-    def see(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        tap.input = arguments[0].detach()
+    def see_input(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        probe.input = arguments[0].detach()
 
     try:
         if factors - {"B"}:
-            handle = down.register_forward_pre_hook(see)
-        layer.lora_B[name] = tap
-        yield tap
+            handle = down.register_forward_pre_hook(see_input)
+        layer.lora_B[name] = probe
+        yield probe
     finally:
         layer.lora_B[name] = up
         if handle is not None:

@@ -1,4 +1,4 @@
-"""A LoRA that a base model has for the time of a probe."""
+"""The temporary LoRA that a base model has during a probe."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lorakit.adapters.in_model import LiveModule
+from lorakit.calibration.batches import differentiable
 from lorakit.calibration.losses import LossFn
 from lorakit.calibration.state import preserved_rng, preserved_state
 from lorakit.errors import CalibrationError, UnsupportedModelError
@@ -29,13 +30,14 @@ TEMPORARY_ALPHA = 32  # a scaling of 2
 def temporary_lora(
     model: nn.Module, target_modules: str | Sequence[str] | None, seed: int
 ) -> Iterator[list[LiveModule]]:
-    """Give a base model a LoRA (r = 16, scaling 2, lora_A drawn from `seed`, lora_B = 0) and take it out again.
+    """Give a base model a LoRA (r = 16, scaling 2, lora_A drawn from `seed`, lora_B = 0) while the block runs.
 
-    Raises: UnsupportedModelError for a model that has adapters; what PEFT raises for targets that it does not find.
+    Raises: UnsupportedModelError if the model has adapters, or if a target is not linear; PEFT's error for targets that
+    it does not find.
     """
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise UnsupportedModelError(
-            "The model has adapters, but is no PeftModel. Pass the PeftModel, or the base model without them."
+            "The model has adapters but is not a PeftModel. Pass the PeftModel, or the base model without adapters."
         )
     targets = sorted(default_targets(model)) if target_modules is None else target_modules
     targets = targets if isinstance(targets, str) else list(targets)
@@ -54,8 +56,8 @@ def temporary_lora(
             unfit = [module for module in modules if not module.is_linear()]
             if unfit:
                 raise UnsupportedModelError(
-                    f"The probe measures linear modules; {unfit[0].name!r} is a {type(unfit[0].layer).__name__} layer. "
-                    f"Leave it out of `target_modules`."
+                    f"The probe measures linear modules, but {unfit[0].name!r} is a layer of type "
+                    f"{type(unfit[0].layer).__name__}. Leave it out of `target_modules`."
                 )
             yield modules
         finally:
@@ -73,7 +75,10 @@ def train_temporary_lora(
     learning_rate: float,
     progress: bool,
 ) -> None:
-    """Train the temporary LoRA; in eval mode, with the base frozen."""
+    """Train the temporary LoRA in place, with the base frozen and in eval mode.
+
+    Raises: CalibrationError for a loss that is not finite, or a loader that is empty or cannot be repeated.
+    """
     parameters = [p for module in modules for factor in (module.down, module.up) for p in factor.parameters()]
     device = parameters[0].device
     call = cast(Callable[..., Any], model)
@@ -84,10 +89,10 @@ def train_temporary_lora(
         for parameter in parameters:
             parameter.requires_grad_(True)
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-        batches = _over_and_over(loader)
+        batches = _repeated(loader)
         with tqdm(total=steps, desc="training the probe", unit="step", disable=not progress, delay=1.0) as bar:
             for _ in range(steps):
-                batch = send_to_device(next(batches), device)
+                batch = send_to_device(differentiable(next(batches)), device)
                 loss = call(**batch).loss if loss_fn is None else loss_fn(model, batch).mean()
                 if loss is None or not torch.isfinite(loss):
                     raise CalibrationError(f"The loss while training the temporary LoRA is {loss}.")
@@ -98,7 +103,7 @@ def train_temporary_lora(
                 bar.update()
 
 
-def _over_and_over(loader: Iterable[Any]) -> Iterator[Any]:
+def _repeated(loader: Iterable[Any]) -> Iterator[Any]:
     while True:
         empty = True
         for batch in loader:
@@ -106,5 +111,5 @@ def _over_and_over(loader: Iterable[Any]) -> Iterator[Any]:
             yield batch
         if empty:
             raise CalibrationError(
-                "`train_loader` yielded no batch, or cannot be run through again; pass a list or a DataLoader."
+                "`train_loader` yielded no batch, or cannot be repeated. Pass a list or a DataLoader."
             )

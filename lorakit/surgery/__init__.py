@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from lorakit import _lazy
 
 if TYPE_CHECKING:
+    from lorakit.surgery._edit import SurgeryReport as SurgeryReport
     from lorakit.surgery._policies import POLICIES as POLICIES
     from lorakit.surgery._policies import AbsSelect as AbsSelect
     from lorakit.surgery._policies import DoubleSmooth as DoubleSmooth
@@ -19,9 +20,8 @@ if TYPE_CHECKING:
     from lorakit.surgery._report import EditedRow as EditedRow
     from lorakit.surgery._report import SensitivityReport as SensitivityReport
     from lorakit.surgery._report import SensitivityRow as SensitivityRow
-    from lorakit.surgery._reweight import SurgeryReport as SurgeryReport
     from lorakit.surgery._reweight import reweight as reweight
-    from lorakit.surgery._sensitivity import select_modules as select_modules
+    from lorakit.surgery._select import select_modules as select_modules
     from lorakit.surgery._sensitivity import sensitivity as sensitivity
 else:
     __getattr__, __dir__, __all__ = _lazy.attach(__name__)

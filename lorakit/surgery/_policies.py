@@ -1,10 +1,10 @@
 """Policies: pure functions from singular values and sensitivities to new singular values.
 
-A policy is a frozen dataclass that is called with one module's singular values σ (r,) of ΔW and its sensitivities g
-(r,), both float64, and returns the edited σ (r,). g is divided by its mean magnitude (or its 2-norm) first.
+A policy is a frozen dataclass. It is called with one module's singular values σ (r,) of ΔW and its sensitivities g
+(r,), both float64, divides g by its mean magnitude (or its 2-norm), and returns the edited σ (r,).
 
-Reference: Tian et al., "Spectral Surgery", 2026, section 3.4; `DoubleSmooth`, `ZScore` and `RobustZ` are only in the
-authors' code. Their σ is that of B A without the scaling, ours that of ΔW: it matters only to the additive update.
+Reference: Tian et al., "Spectral Surgery", 2026, section 3.4. `DoubleSmooth`, `ZScore` and `RobustZ` are only in the
+authors' code. The paper takes σ of B A without the scaling, and we take σ of ΔW; only the additive update differs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ENERGIES = ("l1", "l2", "none")
 
 @runtime_checkable
 class Policy(Protocol):
-    """What `reweight` takes: its `aggregate` says which sensitivities it works on."""
+    """What `reweight` calls; `aggregate` names the aggregate over examples that the policy works on."""
 
     @property
     def aggregate(self) -> Aggregate: ...
@@ -54,7 +54,10 @@ class _Base:
 
 @dataclass(frozen=True)
 class _Gate(_Base):
-    """A factor for each component: `amp` for what matters most, `sup` for what matters least, `mid` between."""
+    """A factor for each component: `amp` for the most sensitive, `sup` for the least sensitive, `mid` in between.
+
+    `core_frac` and `noise_frac` are the shares of components that count as most and least sensitive.
+    """
 
     core_frac: float = 0.2
     noise_frac: float = 0.2
@@ -73,7 +76,7 @@ class _Gate(_Base):
         return singular_values * self.gate(self._normalize(sensitivity).abs(), generator)
 
     def gate(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """The factors (r,) for normalised magnitudes x (r,)."""
+        """The factors (r,) for normalized magnitudes x (r,)."""
         raise NotImplementedError
 
     def _counts(self, r: int) -> tuple[int, int]:
@@ -81,7 +84,7 @@ class _Gate(_Base):
         return core, max(0, min(round(self.noise_frac * r), r - core))
 
     def _three_levels(self, order: Tensor) -> Tensor:
-        """`amp` for the first of `order`, `sup` for the last of the components that are touched."""
+        """`amp` for the first components in `order`, `sup` for the last, `mid` for the others."""
         core, noise = self._counts(order.shape[0])
         gate = torch.full(order.shape, self.mid, dtype=torch.float64)
         gate[order[:core]] = self.amp
@@ -94,7 +97,7 @@ class _Gate(_Base):
         return self.mid - falls + rises
 
     def _thresholds(self, x: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-        """The noise and core quantiles of x; those of `low` and `high` where the fractions make them cross."""
+        """The noise and core quantiles of x; the quantiles `low` and `high` if the fractions make those cross."""
         q_low, q_high = self.noise_frac, 1 - self.core_frac
         if q_low >= q_high:
             q_low, q_high = low, high
@@ -103,7 +106,7 @@ class _Gate(_Base):
 
 @dataclass(frozen=True)
 class AbsSelect(_Gate):
-    """Hard selection: the largest |g| get `amp`, the smallest `sup`; at least one component is in the core."""
+    """Hard selection: the largest |g| get `amp` (at least one component), the smallest get `sup`."""
 
     def gate(self, x: Tensor, generator: torch.Generator) -> Tensor:
         return self._three_levels(torch.argsort(x, descending=True, stable=True))
@@ -111,7 +114,7 @@ class AbsSelect(_Gate):
 
 @dataclass(frozen=True)
 class RandomIndex(_Gate):
-    """`AbsSelect`'s counts and factors at random components: the control that every claim needs."""
+    """The control: as many components as `AbsSelect` selects get the same factors, but at random."""
 
     def gate(self, x: Tensor, generator: torch.Generator) -> Tensor:
         return self._three_levels(torch.randperm(x.shape[0], generator=generator))
@@ -119,7 +122,7 @@ class RandomIndex(_Gate):
 
 @dataclass(frozen=True)
 class SmoothAbs(_Gate):
-    """Continuous reweighting: a sigmoid in |g| from `sup` to `amp` that is `mid` at the centre quantile (Eq. 6)."""
+    """Continuous reweighting: a sigmoid in |g| from `sup` to `amp`, equal to `mid` at the center quantile (Eq. 6)."""
 
     temperature: float = 0.35
     center_quantile: float = 0.5
@@ -140,14 +143,14 @@ class SmoothAbs(_Gate):
         center = torch.quantile(x, self.center_quantile)
         offset = 0.0
         if self.align_mid:
-            share = (self.mid - self.sup) / (self.amp - self.sup)
-            offset = math.log(share / (1 - share))
+            height = (self.mid - self.sup) / (self.amp - self.sup)
+            offset = math.log(height / (1 - height))
         return self.sup + (self.amp - self.sup) * torch.sigmoid((x - center) / tau + offset)
 
 
 @dataclass(frozen=True)
 class DoubleSmooth(_Gate):
-    """Two sigmoids in |g|, one falling to `sup` below the noise quantile, one rising to `amp` above the core's."""
+    """Two sigmoids in |g|: one falls to `sup` below the noise quantile, one rises to `amp` above the core quantile."""
 
     temperature: float = 0.35
 
@@ -175,7 +178,7 @@ class _Standardized(_Gate):
 
 @dataclass(frozen=True)
 class ZScore(_Standardized):
-    """`DoubleSmooth` on the standard scores of |g|, with fixed thresholds; no edit where |g| hardly varies."""
+    """`DoubleSmooth` on the standard scores of |g|, with fixed thresholds; no edit if |g| hardly varies."""
 
     def gate(self, x: Tensor, generator: torch.Generator) -> Tensor:
         std = x.std(correction=0)
@@ -187,7 +190,7 @@ class ZScore(_Standardized):
 
 @dataclass(frozen=True)
 class RobustZ(_Standardized):
-    """`ZScore` with the (lower) median and the median absolute deviation × 1.4826 for mean and deviation."""
+    """`ZScore` with the (lower) median as mean, and 1.4826 × the median absolute deviation as deviation."""
 
     def gate(self, x: Tensor, generator: torch.Generator) -> Tensor:
         median = x.median()
@@ -242,9 +245,9 @@ POLICIES: dict[str, Callable[[], Policy]] = {
 
 
 def resolve_policy(policy: str | Policy) -> Policy:
-    """A policy by name, with its defaults, or the one given.
+    """The policy of a name, with its defaults; a policy object is returned as it is.
 
-    Raises: ValueError for an unknown name, with the known ones; TypeError for what is no policy.
+    Raises: ValueError for an unknown name; TypeError for anything else that is not a policy.
     """
     if isinstance(policy, str):
         if policy not in POLICIES:
@@ -252,14 +255,14 @@ def resolve_policy(policy: str | Policy) -> Policy:
         return POLICIES[policy]()
     if isinstance(policy, type) or not isinstance(policy, Policy):
         raise TypeError(
-            f"`policy` must be a name or an object with an `aggregate` that is called with (singular_values, "
-            f"sensitivity, generator=...), such as AbsSelect(core_frac=0.3); got {policy!r}."
+            f"`policy` must be a name or an object such as AbsSelect(core_frac=0.3), with an `aggregate` and callable "
+            f"with (singular_values, sensitivity, generator=...); got {policy!r}."
         )
     return policy
 
 
 def preserve(edited: Tensor, original: Tensor, energy: str) -> Tensor:
-    """`edited` ≥ 0 rescaled to `original`'s sum (l1, the nuclear norm), 2-norm (l2), or left as it is (none)."""
+    """`edited`, clamped at 0, rescaled to the sum (l1, the nuclear norm) or 2-norm (l2) of `original`, or unscaled."""
     edited = edited.clamp(min=0)
     if energy == "none":
         return edited

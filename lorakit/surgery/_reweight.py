@@ -2,78 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import uuid
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, is_dataclass
 from typing import Any, Literal
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
+from lorakit._checks import check_seed
 from lorakit._distributed.fsdp import unwrapped
 from lorakit._distributed.shards import from_first
 from lorakit._version import __version__
-from lorakit.adapters.in_model import LiveModule, read_weight, write_weight
 from lorakit.calibration.losses import LossFn
-from lorakit.calibration.state import preserved_rng
+from lorakit.calibration.state import no_inference_mode, preserved_rng
 from lorakit.errors import SurgeryError
 from lorakit.spectral import LowRank
+from lorakit.surgery._edit import Backup, SurgeryReport, exchange, factors_of
 from lorakit.surgery._policies import ENERGIES, Aggregate, Policy, preserve, resolve_policy
-from lorakit.surgery._record import add_record, remove_record
-from lorakit.surgery._report import EditedRow, SensitivityReport
-from lorakit.surgery._sensitivity import Decomposed, aggregate_examples, check_aggregate, measure
+from lorakit.surgery._report import EditedRow
+from lorakit.surgery._sensitivity import Measured, aggregate_examples, check_aggregate, measure
+from lorakit.surgery._singular_value_probe import Decomposed
 
 
-@dataclass(frozen=True)
-class _Backup:
-    """A module's factors before and after an edit, (B, A)."""
-
-    module: LiveModule
-    before: tuple[Tensor, Tensor]
-    after: tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class SurgeryReport(SensitivityReport):
-    """What an edit found and did; it can be undone for as long as the edited factors are as it left them."""
-
-    modules: list[EditedRow]  # type: ignore[assignment]
-    edit_id: str
-    policy: str
-    policy_parameters: dict[str, Any]
-    preserve_energy: str
-    seed: int
-    lorakit_version: str
-    _backups: list[_Backup] = field(repr=False, compare=False, metadata={"in_memory": True})
-    _adapter: PeftModel = field(repr=False, compare=False, metadata={"in_memory": True})
-
-    def undo(self) -> None:
-        """Give the edited modules the factors they had before, bit for bit.
-
-        Raises: SurgeryError, and changes nothing, where the factors are no longer those that the edit wrote: they were
-        trained on, edited again, loaded anew, or this edit is undone already.
-        """
-        for backup in self._backups:
-            layer = backup.module.layer
-            if self.adapter_name not in layer.lora_A:
-                raise SurgeryError(f"Adapter {self.adapter_name!r} is no longer in {backup.module.name!r}.")
-            if layer.merged:
-                raise SurgeryError(
-                    f"{layer.merged_adapters} are merged into {backup.module.name!r}; call unmerge_adapter() first, or "
-                    f"unmerging would take another update out of the weight than was merged into it."
-                )
-            if not all(map(_same, _factors(backup.module), backup.after)):
-                raise SurgeryError(
-                    f"The factors of {backup.module.name!r} are no longer those that this edit wrote, so it cannot be "
-                    f"undone: undo later edits first; what was trained or loaded since would be lost."
-                )
-        _exchange(self._backups, undo=True, then=lambda: remove_record(self._adapter, self.adapter_name, self))
-
-
+@no_inference_mode()
 def reweight(
     adapter: PeftModel,
-    calib_loader: Iterable[Any],
+    loader: Iterable[Any],
     *,
     policy: str | Policy = "smooth_abs",
     target_modules: str | Sequence[str] | None = None,
@@ -87,22 +44,38 @@ def reweight(
 ) -> SurgeryReport:
     """Reweight the singular values of a trained adapter's update by their sensitivities, in place.
 
-    Each selected module's ΔW = U diag(σ) Vh keeps U and Vh; the policy maps σ and the sensitivities g to σ′, which is
-    clamped at 0, rescaled to σ's sum (`preserve_energy` "l1"), 2-norm ("l2") or not at all ("none"), and written back
-    in the stored rank, dtype and key names as B′ = U √(σ′/scaling), A′ = √(σ′/scaling) Vh: still a plain LoRA.
-    An adapter saved after an edit has the edit's record, ``lorakit_surgery.json``, beside it.
+    Each selected module's ΔW = U diag(σ) Vh keeps U and Vh. The policy maps σ and the sensitivities g to σ′, which is
+    clamped at 0 and rescaled to the sum of σ (`preserve_energy` "l1"), to its 2-norm ("l2") or not at all ("none").
+    The result is written back in the stored rank, dtype and names as B′ = U √(σ′/scaling), A′ = √(σ′/scaling) Vh: the
+    adapter's type does not change.
 
     Args:
-        adapter, calib_loader, target_modules, num_examples, loss_fn, adapter_name, progress: see `sensitivity`.
+        adapter, loader, target_modules, num_examples, loss_fn, adapter_name, progress: see `sensitivity`.
         policy: a name (abs_select, smooth_abs, random_index, grad_direction, double_smooth, z_score, robust_z) or a
-            policy object, for instance ``AbsSelect(core_frac=0.3)``.
-        aggregate: None is what the policy needs: ``mean`` (signed) for grad_direction, ``mean_abs`` for the rest.
+            policy object, such as ``AbsSelect(core_frac=0.3)``.
+        aggregate: None is what the policy needs: ``mean`` (signed) for grad_direction, ``mean_abs`` for the others.
         seed: for policies that draw at random.
 
-    Returns: a report, with `undo()`.
-    Raises: as `sensitivity`, and for an unknown policy or one whose result is unusable. Whatever is raised, by the
-    loader, the model, a policy or Ctrl-C, leaves the model as it was.
+    Returns: a report, with `undo()` and `save(directory)`.
+    Raises: as `sensitivity`; ValueError or TypeError for an unknown policy; SurgeryError if a policy's result cannot be
+    used. If anything is raised, by the loader, the model, the policy or Ctrl-C, the model is as it was.
     Reference: Tian et al., "Spectral Surgery", 2026, section 3.
+
+    Example:
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from torch import nn
+        >>> base = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+        >>> config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+        >>> model = get_peft_model(base, config)
+        >>> loss_fn = lambda model, batch: model(batch).square().mean((1, 2))
+        >>> batches = [torch.randn(4, 5, 8) for _ in range(2)]
+        >>> edit = reweight(
+        ...     model, batches, policy="abs_select", target_modules=["0"], loss_fn=loss_fn, progress=False
+        ... )
+        >>> sorted(edit.modules[0].gate)
+        [1.0, 1.25]
+        >>> edit.undo()
     """
     chosen = resolve_policy(policy)
     aggregate = chosen.aggregate if aggregate is None else aggregate
@@ -110,66 +83,76 @@ def reweight(
     energy = "none" if preserve_energy is None else preserve_energy
     if energy not in ENERGIES:
         raise ValueError(f"`preserve_energy` must be one of {', '.join(ENERGIES)}; got {preserve_energy!r}.")
-    generator = torch.Generator().manual_seed(int(seed))
+    seed = check_seed("seed", seed)
     adapter = unwrapped(adapter)
     measured = measure(
         adapter,
-        calib_loader,
+        loader,
         target_modules=target_modules,
         num_examples=num_examples,
         loss_fn=loss_fn,
         adapter_name=adapter_name,
         progress=progress,
     )
-    edit_id = from_first(uuid.uuid4().hex, calib_loader)
-    plan = [
-        (item, per_example, aggregate_examples(per_example, aggregate))
-        for item, per_example in zip(measured.modules, measured.per_example, strict=True)
-    ]
-    with preserved_rng(adapter):  # a policy may draw elsewhere than from its generator
-        rows, backups = [], []
-        for item, per_example, g in plan:
-            sigma = item.S.detach().to("cpu", torch.float64)
-            proposed = _checked(chosen(sigma.clone(), g.clone(), generator=generator), sigma, item.module.name)
-            edited = preserve(proposed, sigma, energy)
-            rows.append(_row(item, sigma, g, proposed.clamp(min=0), edited, per_example))
-            before = _factors(item.module)
-            backups.append(_Backup(item.module, before, _new_factors(item, edited, sigma, before)))
+    edit_id = from_first(uuid.uuid4().hex, loader)
+    with preserved_rng(adapter):  # a policy may draw from other generators than its own
+        plan = _plan(measured, chosen, aggregate, energy, torch.Generator().manual_seed(seed))
         report = SurgeryReport(
+            model_name=measured.model_name,
             adapter_name=measured.adapter_name,
             aggregate=aggregate,
             num_examples=measured.collected.num_examples,
             num_without_labels=measured.collected.num_without_labels,
             zero_modules=measured.zero_modules,
             idle_modules=measured.idle_modules,
-            modules=rows,
+            modules=[row for row, _ in plan],
             edit_id=edit_id,
             policy=policy if isinstance(policy, str) else type(chosen).__name__,
             policy_parameters=_parameters(chosen),
             preserve_energy=energy,
-            seed=int(seed),
+            seed=seed,
             lorakit_version=__version__,
-            _backups=backups,
-            _adapter=adapter,
+            _backups=[backup for _, backup in plan],
+            _model=adapter,
         )
-        _exchange(backups, undo=False, then=lambda: add_record(adapter, measured.adapter_name, report))
+        exchange([backup for _, backup in plan])
     return report
 
 
+def _plan(
+    measured: Measured, policy: Policy, aggregate: Aggregate, energy: str, generator: torch.Generator
+) -> list[tuple[EditedRow, Backup]]:
+    """For each module what the edit will do, and its factors before and after; nothing is written yet."""
+    plan = []
+    for item, per_example in zip(measured.modules, measured.per_example, strict=True):
+        g = aggregate_examples(per_example, aggregate)
+        sigma = item.S.detach().double().cpu()
+        proposed = _checked(policy(sigma.clone(), g.clone(), generator=generator), sigma, item.module.name)
+        edited = preserve(proposed, sigma, energy)
+        kept, total = proposed.clamp(min=0), float(proposed.clamp(min=0).sum())
+        row = EditedRow(
+            module_name=item.module.name,
+            role=item.module.role,
+            rank=item.module.rank,
+            scaling=item.module.scaling,
+            singular_values=sigma.tolist(),
+            sensitivity=g.tolist(),
+            per_example=per_example,
+            gate=torch.where(sigma > 0, kept / torch.where(sigma > 0, sigma, 1), 1).nan_to_num().tolist(),
+            energy_scale=float(edited.sum()) / total if total > 0 else 1.0,
+            edited_singular_values=edited.tolist(),
+        )
+        before = factors_of(item.module)
+        plan.append((row, Backup(item.module, before, _new_factors(item, edited, sigma, before))))
+    return plan
+
+
 def _parameters(policy: Any) -> dict[str, Any]:
-    return asdict(policy) if is_dataclass(policy) and not isinstance(policy, type) else {}
-
-
-def _exchange(backups: list[_Backup], *, undo: bool, then: Callable[[], None]) -> None:
-    """Give every module its factors after the edit (or, `undo`, before it) and do `then`; or leave all as it was."""
-    try:
-        for backup in backups:
-            _write(backup.module, backup.before if undo else backup.after)
-        then()
-    except BaseException:
-        for backup in backups:
-            _write(backup.module, backup.after if undo else backup.before)
-        raise
+    """A policy's parameters as JSON data; those that are not are given by their repr."""
+    if not is_dataclass(policy) or isinstance(policy, type):
+        return {}
+    parameters: dict[str, Any] = json.loads(json.dumps(asdict(policy), default=repr))
+    return parameters
 
 
 def _checked(proposed: Any, sigma: Tensor, module_name: str) -> Tensor:
@@ -181,28 +164,13 @@ def _checked(proposed: Any, sigma: Tensor, module_name: str) -> Tensor:
     return proposed.to(sigma)
 
 
-def _row(
-    item: Decomposed, sigma: Tensor, g: Tensor, proposed: Tensor, edited: Tensor, per_example: Tensor
-) -> EditedRow:
-    total = proposed.sum()
-    return EditedRow(
-        module_name=item.module.name,
-        role=item.module.role,
-        rank=item.module.rank,
-        scaling=item.module.scaling,
-        singular_values=sigma.tolist(),
-        sensitivity=g.tolist(),
-        per_example=per_example,
-        gate=torch.where(sigma > 0, proposed / torch.where(sigma > 0, sigma, 1), 1).tolist(),
-        energy_scale=float(edited.sum() / total) if total > 0 else 1.0,
-        edited_singular_values=edited.tolist(),
-    )
-
-
 def _new_factors(
     item: Decomposed, edited: Tensor, sigma: Tensor, before: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """(B′, A′) in the stored shapes and dtypes; the stored factors themselves where nothing changes."""
+    """(B′, A′) in the stored shapes and dtypes; `before` if nothing changes.
+
+    Raises: SurgeryError if they are too large for the stored dtype.
+    """
     if torch.equal(edited, sigma):
         return before
     factors = LowRank.from_svd(item.U, edited.to(item.S), item.Vh, item.module.scaling)
@@ -215,16 +183,3 @@ def _new_factors(
             f"{B.dtype}."
         )
     return B, A
-
-
-def _factors(module: LiveModule) -> tuple[Tensor, Tensor]:
-    return read_weight(module.up).clone(), read_weight(module.down).clone()
-
-
-def _write(module: LiveModule, factors: tuple[Tensor, Tensor]) -> None:
-    write_weight(module.up, factors[0])
-    write_weight(module.down, factors[1])
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a.to(b.device), b)

@@ -21,9 +21,10 @@ from transformers import AutoTokenizer
 
 from lorakit import FisherLoRAConfig, SpecLoRAConfig
 from lorakit.adapters import open_adapter
+from lorakit.adapters.edit_log import read_edits
 from lorakit.cli import main
-from lorakit.cli.probe import make_batches, read_examples
 from lorakit.compress import truncate
+from lorakit.data._examples import make_batches, read_examples
 from lorakit.errors import CalibrationError
 from lorakit.export import to_lora
 
@@ -165,7 +166,20 @@ def test_surgery_edits_the_layers_asked_for(adapter, base_model, data, tmp_path)
     assert [edit["policy"] for edit in record["edits"]] == ["abs_select"]
     done = run("surgery", *common, "--modules", "q_proj,k_proj", "--aggregate", "mean", "--num-examples", "2")
     assert done.returncode == 0, done.stderr
-    assert "smooth_abs on 2 examples, mean, energy l1, seed 0" in " ".join(done.stdout.split())
+    assert "smooth_abs edited 4 modules, 2 examples gates from" in " ".join(done.stdout.split())
+
+
+def test_a_second_edit_keeps_the_record_of_the_first(adapter, base_model, data, tmp_path):
+    adapter()
+    common = ("--base", base_model, "--data", data, "--num-examples", "2")
+    edited, again = tmp_path / "edited", tmp_path / "again"
+    done = run("surgery", *common, "--adapter", tmp_path / "adapter", "--out", edited, "--policy", "abs_select")
+    assert done.returncode == 0, done.stderr
+    assert f"next: lorakit compare {tmp_path / 'adapter'} {edited}" in "".join(done.stdout.split("\n"))
+    for source, out in ((edited, again), (edited, edited)):  # another directory, and the adapter's own
+        done = run("surgery", *common, "--adapter", source, "--out", out, "--policy", "random_index")
+        assert done.returncode == 0, done.stderr
+        assert [edit["policy"] for edit in read_edits(out)] == ["abs_select", "random_index"]
 
 
 def test_the_seed_of_surgery_is_the_control_s(adapter, base_model, data, tmp_path):
@@ -238,7 +252,7 @@ def test_bad_input_is_exit_code_1_and_the_target_is_untouched(adapter, base_mode
         ("merge", tmp_path / "adapter", tmp_path / "nowhere" / "x", out): "neither a directory nor a file",
         ("export", tmp_path / "file", out): "must end in",
         (*operate, "--layers", "7-9"): "they are in [0, 1]",
-        (*operate, "--modules", "nothing"): "nothing that matches",
+        (*operate, "--modules", "nothing"): "no module that matches",
         (*operate[:3], "--data", tmp_path / "no.jsonl", *operate[5:]): "No such file",
     }
     for arguments, message in bad.items():

@@ -1,11 +1,14 @@
-"""Sensitivity and surgery on two processes, against what one process finds with the whole loader."""
+"""Sensitivity and surgery on two processes, against one process with the whole loader."""
 
 from __future__ import annotations
 
 import datetime
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,8 +24,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
+from lorakit._distributed._private import parameter_groups, resharding
+from lorakit.calibration import run as calibration_run
 from lorakit.calibration.run import collect
-from lorakit.errors import CalibrationError
+from lorakit.errors import CalibrationError, SurgeryError
 from lorakit.fisher import probe
 from lorakit.surgery import SensitivityReport, SurgeryReport, reweight, sensitivity
 
@@ -31,7 +36,7 @@ UNLABELLED = 2
 
 
 class Examples(torch.utils.data.Dataset):
-    """Ragged examples; one has no labels, and `broken` cannot be read."""
+    """Examples of different lengths; one has no labels, and reading the one at `broken` fails."""
 
     def __init__(self, n: int, broken: int = -1) -> None:
         generator = torch.Generator().manual_seed(4)
@@ -100,7 +105,7 @@ def model(std: float = 0.3, config: Any = None) -> PeftModel:
 
 
 def assert_alike(report: SensitivityReport, expected: SensitivityReport) -> None:
-    """Equal to what one process found, and the same bits in all processes."""
+    """Equal to what one process found, and bit for bit the same in all processes."""
     assert (report.num_examples, report.num_without_labels) == (expected.num_examples, expected.num_without_labels)
     assert [row.module_name for row in report.modules] == [row.module_name for row in expected.modules]
     for row, wanted in zip(report.modules, expected.modules, strict=True):
@@ -113,7 +118,7 @@ def assert_alike(report: SensitivityReport, expected: SensitivityReport) -> None
 
 
 def every_loader(kind: str) -> None:
-    """Sizes with and without a remainder, one smaller than a round of batches, and fewer examples than there are."""
+    """Sizes with and without a remainder, smaller than a round of batches, and a limit below the size."""
     adapter = model()
     for n, batch_size, limit in [(7, 2, 128), (8, 2, 128), (9, 4, 128), (3, 2, 128), (1, 2, 128), (12, 2, 5)]:
         expected = sensitivity(adapter, plain(n, 3), num_examples=limit, progress=False)
@@ -125,14 +130,14 @@ def every_loader(kind: str) -> None:
 
 
 def no_repeats() -> None:
-    """A sampler that drops the last examples: those of whole rounds alone."""
+    """A sampler that drops the last examples: only whole rounds count."""
     adapter = model()
     expected = sensitivity(adapter, plain(6, 3), progress=False)
     assert_alike(sensitivity(adapter, sampled(7, 2, drop_last=True), progress=False), expected)
 
 
 def nothing_for_one() -> None:
-    """A process without any batch, and a process that finds no label."""
+    """A process without a batch, and a process without a label."""
     adapter = model()
     expected = sensitivity(adapter, plain(2, 2), progress=False)
     assert_alike(sensitivity(adapter, prepared(2, 2, even_batches=False), progress=False), expected)
@@ -141,10 +146,10 @@ def nothing_for_one() -> None:
 
 
 def one_at_a_time() -> None:
-    """A model whose examples cannot be told apart at the probes is run one example at a time on each process."""
+    """A model whose examples cannot be told apart runs one example at a time in each process."""
 
     class Inseparable:
-        """Sees each example's loss if it is alone in its batch."""
+        """A probe that sees an example's loss only if it is alone in its batch."""
 
         def begin(self, *, one_example: bool) -> None:
             self.one_example = one_example
@@ -219,15 +224,16 @@ def sharded(config: Any = None) -> PeftModel:
 
 
 def state(adapter: nn.Module) -> dict[str, Any]:
-    """What a pass must give back of a sharded model: its parts, their flags, and how it is sharded."""
+    """What a pass must restore of a sharded model: its parts, their flags, and how they are resharded."""
     found: dict[str, Any] = {
         key: (value.to_local().detach().clone(), value.requires_grad, value.grad is None)
         for key, value in adapter.named_parameters()
     }
     for name, module in adapter.named_modules():
         if isinstance(module, FSDPModule):
-            for group in module._get_fsdp_state()._fsdp_param_groups:
-                found[f"{name}:"] = (group.post_forward_mesh_info is None, group.reshard_after_backward)
+            for group in parameter_groups(module):
+                after_forward, after_backward = resharding(group)
+                found[f"{name}:"] = (after_forward is None, after_backward)
     return found
 
 
@@ -272,7 +278,7 @@ def surgery_under_accelerate_s_fsdp2() -> None:
 
 
 def refuses(loader: Any, adapter: Any, *parts: str, **options: Any) -> None:
-    """In all processes, and each is told the same."""
+    """All processes raise CalibrationError, with the same message."""
     with pytest.raises(CalibrationError) as error:
         reweight(adapter, loader, progress=False, **options)
     for part in parts:
@@ -283,7 +289,7 @@ def refuses(loader: Any, adapter: Any, *parts: str, **options: Any) -> None:
 
 
 def a_failing_process() -> None:
-    """An example that one process alone reads, a loss function that fails on one, and a loss that is not finite."""
+    """An example that only one process reads cannot be read; a loss function fails in one process."""
     for adapter in (model(), sharded()):
         before = {key: value.detach().clone() for key, value in adapter.named_parameters()}
         refuses(prepared(8, 2, broken=6), adapter, "process 1 raised OSError", "example 6 cannot be read")
@@ -316,7 +322,39 @@ def a_loader_that_no_process_can_use() -> None:
     loader = prepare_data_loader(
         plain(3, 1, dataset=unlabelled), num_processes=dist.get_world_size(), process_index=dist.get_rank()
     )
-    refuses(loader, adapter, "all labels of the 3 examples")
+    refuses(loader, adapter, "None of the 3 examples")
+
+
+class Unlabelled(IterableDataset):
+    """Examples without end and without labels."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return itertools.repeat(Examples(3)[UNLABELLED])
+
+
+def endless_loaders() -> None:
+    """All processes stop together once enough examples had no label."""
+    loaders = [
+        prepare_data_loader(
+            DataLoader(Unlabelled(), 2, collate_fn=collate),
+            num_processes=dist.get_world_size(),
+            process_index=dist.get_rank(),
+            dispatch_batches=True,
+            put_on_device=True,
+            device=torch.device("cpu"),
+        ),
+        DataLoader(Unlabelled(), 2, collate_fn=collate),
+    ]
+    with mock.patch.object(calibration_run, "MAX_WITHOUT_LABELS", 40):
+        for loader in loaders:
+            refuses(loader, model(), "None of the 40 examples looked at has a label")
+
+
+def saving_a_sharded_adapter() -> None:
+    edit = reweight(sharded(), prepared(7, 2), progress=False)
+    with pytest.raises(SurgeryError, match="Save it from a full state dict"):
+        edit.save("nowhere")
+    assert not Path("nowhere").exists()
 
 
 def unclear_loaders() -> None:
@@ -346,23 +384,23 @@ def unclear_loaders() -> None:
         refuses(loader, adapter, "which part is unclear")
     twice = plain(8, 2, dataset=dataset, sampler=DistributedSampler(dataset, shuffle=False))
     twice.collate_fn = lambda examples: collate(examples * 2)
-    refuses(twice, adapter, "are to have 2 examples")
+    refuses(twice, adapter, "should have 2 examples")
 
 
 def fsdp1() -> None:
     sharded = FullyShardedDataParallel(model(), use_orig_params=True, device_id=torch.device("cpu"))
-    refuses(plain(7, 2), sharded, "FSDP1", "Gather")
+    refuses(plain(7, 2), sharded, "FSDP1", "full state dict")
 
 
 def one_process_alone() -> None:
-    """With a loader that is not shared out a process waits for no other."""
+    """With a loader that is not sharded a process does not wait for others."""
     if dist.get_rank() == 0:
         report = sensitivity(model(), plain(7, 2), progress=False)
         assert report.num_examples == 6
 
 
 def the_fisher_probe(engine: str) -> None:
-    """Of an adapter and, where processes hold all of it, of a base model."""
+    """An adapter and, if it is not sharded, a base model."""
     everyone = [(model(), sharded() if engine == "fsdp2" else DistributedDataParallel(model()))]
     if engine == "ddp":
         everyone.append((model().unload(), DistributedDataParallel(model().unload().requires_grad_(True))))
@@ -388,7 +426,9 @@ CHECKS: dict[str, Callable[[], None]] = {
     **{f"fsdp2-{tuner}": functools.partial(surgery_under_fsdp2, tuner) for tuner in CONFIGS},
     "fsdp2-accelerate": surgery_under_accelerate_s_fsdp2,
     **{f"fisher-{engine}": functools.partial(the_fisher_probe, engine) for engine in ("ddp", "fsdp2")},
+    "fsdp2-save": saving_a_sharded_adapter,
     "failing-process": a_failing_process,
+    "endless": endless_loaders,
     "no-data": a_loader_that_no_process_can_use,
     "unclear-loaders": unclear_loaders,
     "fsdp1": fsdp1,

@@ -1,4 +1,4 @@
-"""What the worker files share: tiny models, running checks in step, and their outcomes in a file."""
+"""Shared by the worker files: tiny models, and a runner that writes the outcomes of checks to a file."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
 
 
 def run(checks: dict[str, Callable[[], None]]) -> None:
-    """Run the checks one after the other, in all processes; the first that fails in one is the last."""
+    """Run the checks in turn, in all processes together; stop at the first that fails in any of them."""
     torch.set_num_threads(1)
     if not dist.is_initialized():
         dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))

@@ -1,4 +1,4 @@
-"""Launching: runs a worker file in several gloo processes on the CPU, and gives back what each of its checks came to."""
+"""Launches a worker file in two gloo processes on the CPU and reads the outcome of each of its checks."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ WORLD_SIZE = 2
 
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Callable[[str], list[str]]]:
-    """Runs a worker; what it gives back says of each of its checks what it came to in each process."""
+    """Runs a worker file; returns a function from a check's name to its outcome in each process."""
     return lambda worker, **options: _launch(worker, tmp_path_factory.mktemp(worker), **options)
 
 
 def _launch(worker: str, directory: Path, *, timeout: float = 240) -> Callable[[str], list[str]]:
-    """For a check's name, one outcome a process: "ok", or what went wrong.
+    """From a check's name to one outcome a process: "ok", or what went wrong.
 
-    Nothing can hang: after `timeout` seconds, or once a process has ended badly and the others do not follow, all are
-    killed. What they had printed is then the outcome of every check that has none.
+    Nothing can hang: after `timeout` seconds, or 20 seconds after a process has failed, all processes are killed. Checks
+    without an outcome then get what the process printed.
     """
     here = Path(__file__).parent
     with socket.socket() as probe:
@@ -67,4 +67,4 @@ def _launch(worker: str, directory: Path, *, timeout: float = 240) -> Callable[[
         outcomes = json.loads(file.read_text()) if file.exists() else {}
         printed = f"exit code {process.returncode}\n{logs[rank].read_text()[-4000:]}"
         found.append((outcomes, printed))
-    return lambda name: [outcomes.get(name, f"not run, or not to its end: {printed}") for outcomes, printed in found]
+    return lambda name: [outcomes.get(name, f"not run, or not finished: {printed}") for outcomes, printed in found]

@@ -25,7 +25,7 @@ LEARNING_RATE = 0.3
 
 
 def train(model: nn.Module, optimizer: Any, backward: Callable[[Tensor], Any], part: slice) -> None:
-    """Steps of plain gradient descent on this process's part of each batch of four."""
+    """Plain gradient descent on this process's part of each batch of four."""
     model.train()
     ids = token_ids(4 * STEPS)
     for step in range(STEPS):
@@ -129,7 +129,7 @@ def accelerator(plugin: FullyShardedDataParallelPlugin | None = None) -> Acceler
 
 
 def pretend_gpus() -> None:
-    """accelerate takes FSDP for GPUs and their like alone, though torch's runs on the CPU: it is told it has some."""
+    """Let accelerate believe that there are GPUs: it refuses FSDP on a CPU, although torch's FSDP runs there."""
     PartialState._shared_state |= {"distributed_type": DistributedType.MULTI_GPU, "device": torch.device("cpu")}
 
 
@@ -158,7 +158,7 @@ def accelerate_fsdp(name: str, version: int) -> None:
 
 
 def trainer(name: str) -> None:
-    """Trainer on both processes, and its checkpoint, against the same steps on the whole batch in this one."""
+    """Trainer on both processes, and its checkpoint, against the same steps on whole batches in one process."""
     ids = token_ids(4)
     whole = adapted(CONFIGS[name]()).train()
     optimizer = sgd(whole)

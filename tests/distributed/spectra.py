@@ -25,7 +25,7 @@ from lorakit.lens import Snapshot, SpectralCallback, Trajectory
 
 
 def alone(name: str) -> Snapshot:
-    """What one process sees of the whole batch: made without the process group's help, as hooks of its own."""
+    """The gradients of the whole batch in one process, by plain hooks, without the process group."""
     model = adapted(CONFIGS[name]())
     reference = lens.snapshot(model)
     found = []
@@ -93,7 +93,7 @@ def fsdp2(name: str, *, checkpointing: bool = False) -> None:
 
 
 def fsdp2_leaves(name: str) -> None:
-    """Factors that are sharded by themselves are put together in their own forward alone."""
+    """Factors that fully_shard shards by themselves are gathered only in their own forward."""
     model = adapted(CONFIGS[name]())
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
@@ -143,7 +143,7 @@ def train(name: str, where: str, size: int, *, shards: bool = False) -> Spectral
 
 
 def trainer(name: str, *, shards: bool = False) -> None:
-    """Only the first process writes, and without shards it alone measures; κ is that of the whole batch."""
+    """Only the first process writes, and if nothing is sharded only it measures; κ is that of the whole batch."""
     where = f"spectra-{name}-{shards}"
     callback = train(name, where, 2, shards=shards)
     dist.barrier()
@@ -163,7 +163,7 @@ def _with_kappas(found: Trajectory, name: str) -> Any:
 
 
 def callback_fsdp2(name: str) -> None:
-    """The events of a Trainer, over a sharded model: all processes take part in measuring, the first alone writes."""
+    """The events of a Trainer on a sharded model: all processes take part in measuring, only the first writes."""
     model = adapted(CONFIGS[name]())
     for layer in model.get_base_model().model.layers:
         fully_shard(layer)

@@ -1,6 +1,6 @@
-"""Sensitivity and surgery on two processes give each of them what one process finds with the whole loader.
+"""Sensitivity and surgery on two processes: each gets what one process gets from the whole loader.
 
-What is run, and what it is compared with, is in `calibration.py`.
+The checks are in `calibration.py`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ def outcome(launch):
 
 
 @pytest.mark.parametrize("kind", ["sampler", "shard", "shard-split", "shard-uneven", "dispatcher", "dispatcher-stream"])
-def test_a_loader_that_is_shared_out_gives_what_one_process_finds(outcome, kind):
+def test_a_sharded_loader_gives_what_one_process_gets(outcome, kind):
     assert outcome(f"loader-{kind}") == ["ok", "ok"]
 
 
 @pytest.mark.parametrize("check", ["no-repeats", "nothing-for-one", "one-at-a-time"])
-def test_uneven_shares(outcome, check):
+def test_uneven_shards(outcome, check):
     assert outcome(check) == ["ok", "ok"]
 
 
@@ -34,7 +34,7 @@ def test_surgery_under_ddp(outcome, check):
     assert outcome(check) == ["ok", "ok"]
 
 
-@pytest.mark.parametrize("check", ["fsdp2-hadamard", "fsdp2-svd", "fsdp2-fisherlora", "fsdp2-accelerate"])
+@pytest.mark.parametrize("check", ["fsdp2-hadamard", "fsdp2-svd", "fsdp2-fisherlora", "fsdp2-accelerate", "fsdp2-save"])
 def test_surgery_under_fsdp2(outcome, check):
     assert outcome(check) == ["ok", "ok"]
 
@@ -44,11 +44,11 @@ def test_the_fisher_probe(outcome, check):
     assert outcome(check) == ["ok", "ok"]
 
 
-def test_where_one_process_fails_all_do(outcome):
+def test_if_one_process_fails_all_do(outcome):
     assert outcome("failing-process") == ["ok", "ok"]
 
 
-@pytest.mark.parametrize("check", ["no-data", "unclear-loaders", "fsdp1"])
+@pytest.mark.parametrize("check", ["no-data", "endless", "unclear-loaders", "fsdp1"])
 def test_what_is_refused(outcome, check):
     assert outcome(check) == ["ok", "ok"]
 

@@ -1,4 +1,4 @@
-"""Where each process's examples stand, against the indices that the samplers themselves give to each of them."""
+"""The positions of each process's examples, against the indices that the samplers themselves yield."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DistributedSampler, SequentialSampler
 
-from lorakit import _distributed
+from lorakit._distributed import fsdp, shards
 from lorakit._distributed.shards import shard_of
 
 
 def places_of_all(loader_of_rank, world_size):
-    """Each process's places, beside the indices of its examples."""
+    """Pairs of a position and the index that the sampler yields there, over all processes."""
     found = []
     for rank in range(world_size):
         loader = loader_of_rank(rank)
@@ -26,14 +26,14 @@ def places_of_all(loader_of_rank, world_size):
             get_rank=lambda rank=rank: rank,
             get_world_size=lambda: world_size,
         )
-        with mock.patch.object(_distributed, "distributed", processes):
-            share = shard_of(loader)
+        with mock.patch.object(fsdp, "distributed", processes), mock.patch.object(shards, "distributed", processes):
+            shard = shard_of(loader)
         batches = list(loader.batch_sampler)
         sizes = []
         for batch in batches:
             sizes.append(len(batch))
-            share.check(sizes)
-        found += zip(share.places(sizes), [index for batch in batches for index in batch], strict=True)
+            shard.check(sizes)
+        found += zip(shard.places(sizes), [index for batch in batches for index in batch], strict=True)
     return found
 
 
@@ -42,7 +42,7 @@ sizes = {"n": st.integers(1, 40), "batch_size": st.integers(1, 7), "world_size":
 
 @pytest.mark.parametrize("kind", ["sampler", "shard", "split", "uneven", "split-uneven"])
 @given(**sizes)
-def test_every_example_counts_once_and_in_its_own_place(kind, n, batch_size, world_size):
+def test_every_example_counts_once_at_its_own_position(kind, n, batch_size, world_size):
     examples = range(n)
 
     def loader_of_rank(rank):
@@ -62,7 +62,7 @@ def test_every_example_counts_once_and_in_its_own_place(kind, n, batch_size, wor
 
 
 @given(**sizes)
-def test_examples_that_are_dropped_are_no_others_again(n, batch_size, world_size):
+def test_with_drop_last_only_whole_rounds_count(n, batch_size, world_size):
     def loader_of_rank(rank):
         sampler = DistributedSampler(range(n), world_size, rank, shuffle=False, drop_last=True)
         return SimpleNamespace(sampler=sampler, batch_sampler=BatchSampler(sampler, batch_size, drop_last=False))

@@ -1,4 +1,4 @@
-"""What spectra and watched gradients come to in several processes. What is run is in `spectra.py`."""
+"""Spectra and watched gradients on two processes; the checks are in `spectra.py`."""
 
 from __future__ import annotations
 

@@ -16,9 +16,10 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from lorakit import FisherLoRAConfig, SpecLoRAConfig, fisher
+from lorakit import FisherLoRAConfig, SpecLoRAConfig
 from lorakit.errors import AllocationError, CalibrationError, UnsupportedModelError
 from lorakit.fisher import probe
+from lorakit.fisher._probe import CPU_TOKENS
 from lorakit.tuners.fisherlora import allocation_of
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
@@ -163,7 +164,7 @@ def test_large_batches_are_run_in_parts_on_the_cpu(tiny_llama, monkeypatch):
     )
     examples = text_examples(lengths=(50,) * 15)
     probe(model, padded(examples, 15), num_examples=9, progress=False)
-    assert max(calls) * 50 <= fisher.CPU_TOKENS
+    assert max(calls) * 50 <= CPU_TOKENS
     assert calls == [5, 5]
 
 
@@ -219,7 +220,7 @@ def test_examples_without_labels_are_left_out_and_counted(tiny_llama):
     assert (report.num_examples, report.num_without_labels) == (5, 1)
     expected = probe(model, padded(examples, 1), progress=False)
     assert [r.fisher for r in report.modules] == pytest.approx([r.fisher for r in expected.modules], rel=1e-5)
-    with pytest.raises(CalibrationError, match="No example has a label"):
+    with pytest.raises(CalibrationError, match="None of the 1 examples looked at has a label"):
         probe(model, padded([without], 1), progress=False)
 
 
@@ -414,8 +415,56 @@ def test_the_probe_after_some_training(tiny_llama):
     assert runs[0].modules[0].fisher != pytest.approx(start.modules[0].fisher, rel=1e-3)
     with pytest.raises(CalibrationError, match="`train_loader` yielded no batch"):
         probe(model, batches, train_loader=[], progress=False)
-    with pytest.raises(CalibrationError, match="cannot be run through again"):
+    with pytest.raises(CalibrationError, match="cannot be repeated"):
         probe(model, batches, train_loader=iter(batches), progress=False)
+
+
+def test_the_next_steps_run(tiny_llama):
+    report = probe(tiny_llama(), padded(text_examples(), 5), progress=False)
+    names = {"report": report}
+    exec("\n".join(report.next_steps), names)
+    assert isinstance(names["config"], FisherLoRAConfig)
+
+
+def test_under_inference_mode_the_result_is_the_same(tiny_llama, randomize):
+    model = tiny_llama()
+    adapted = adapt(tiny_llama(), ["q_proj", "v_proj"], randomize).float()
+    expected = [
+        [row.fisher for row in probe(m, padded(text_examples(), 2), factors=["weight"], progress=False).modules]
+        for m in (model, adapted)
+    ]
+    with torch.inference_mode():
+        batches = padded(text_examples(), 2)
+        assert batches[0]["input_ids"].is_inference()
+        found = [
+            [row.fisher for row in probe(m, batches, factors=["weight"], progress=False).modules]
+            for m in (model, adapted)
+        ]
+        probe(model, batches, train_loader=batches, train_steps=1, progress=False)
+        made_inside = copy.deepcopy(model)
+    assert found == expected
+    with pytest.raises(CalibrationError, match=r"made under torch.inference_mode\(\): .* is an inference tensor"):
+        probe(made_inside, padded(text_examples(), 2), progress=False)
+
+
+def test_gradients_that_are_all_zero_are_an_error(tiny_llama, randomize):
+    batches = padded(text_examples(), 2)
+
+    def ignores_the_model(model, batch):
+        return torch.zeros(len(batch["labels"]), requires_grad=True) * 1.0
+
+    with pytest.raises(CalibrationError, match=r"all 5 examples has a gradient of exactly 0 .* 4 .*`loss_fn`"):
+        probe(tiny_llama(), batches, loss_fn=ignores_the_model, progress=False)
+    adapted = adapt(tiny_llama(), ["q_proj", "v_proj"], randomize).float()
+    for layer in layers_of(adapted).values():
+        layer.scaling["default"] = 0.0
+    with pytest.raises(CalibrationError, match="scaling or lora_A is 0"):
+        probe(adapted, batches, progress=False)
+    for layer in layers_of(adapted).values():
+        layer.scaling["default"] = 2.0
+        nn.init.zeros_(layer.lora_B["default"].weight)
+    report = probe(adapted, batches, factors=["A"], progress=False)  # A's gradient is 0 because B is
+    assert all(row.factor_a.value == 0 and row.fisher > 0 for row in report.modules)
 
 
 @pytest.mark.slow
@@ -426,8 +475,12 @@ def test_the_report_is_plain_data_and_can_be_drawn(tiny_llama):
     assert plain["vq_ratio"]["value"] == report.vq_ratio.value
     assert [group["role"] for group in plain["roles"]] == ["query", "key", "value", "output", "gate", "up", "down"]
     assert [group["layer"] for group in plain["layers"]] == [0, 1]
-    axes = report.plot().axes[0]
-    assert len(axes.get_legend().get_texts()) == 7
+    figure = report.plot()
+    assert [axes.get_title() for axes in figure.axes if axes.axison] == [group.role for group in report.roles]
+    assert report.model_name in figure.get_suptitle()
+    assert repr(report).startswith("FisherReport: LlamaForCausalLM: 14 modules, 5 examples, V/Q ratio ")
+    assert len(report.to_frame()) == len(report.rows()) == 14
+    assert report.details[0].count(",") == 6
     one = probe(tiny_llama(), padded(text_examples(), 1), num_examples=1, progress=False)
     assert one.modules[0].stderr is None
     assert one.vq_ratio.stderr is None
@@ -463,14 +516,15 @@ def test_what_cannot_be_probed_says_why(tiny_llama, tiny_gpt2):
         (merged, {}, UnsupportedModelError, "Call unmerge_adapter"),
         (disabled, {}, UnsupportedModelError, "are disabled"),
         (adapted(use_dora=True), {}, UnsupportedModelError, "a variant of LoRA"),
-        (native, {}, UnsupportedModelError, "is no PeftModel"),
+        (native, {}, UnsupportedModelError, "is not a PeftModel"),
         (adapted(), {"target_modules": ["k_proj"]}, UnsupportedModelError, "no linear module that matches"),
-        (adapted(), {"train_loader": batches}, ValueError, "`train_loader` trains a temporary LoRA"),
+        (adapted(), {"train_loader": batches}, ValueError, "`train_loader` trains the temporary LoRA"),
         (adapted(), {"factors": ["C"]}, ValueError, "`factors` must be among B, A, weight"),
         (tiny_llama(), {"adapter_name": "a"}, ValueError, "`adapter_name` is for a PeftModel"),
         (tiny_llama(), {"train_steps": 0}, ValueError, "`train_steps` must be a positive integer"),
         (tiny_llama(), {"num_examples": 0}, ValueError, "`num_examples` must be a positive integer"),
-        (tiny_llama(), {"target_modules": ["embed_tokens"]}, UnsupportedModelError, "is a Embedding layer"),
+        (tiny_llama(), {"seed": 2**64}, ValueError, r"`seed` must be an integer from 0 to 2\*\*63 - 1"),
+        (tiny_llama(), {"target_modules": ["embed_tokens"]}, UnsupportedModelError, "is a layer of type Embedding"),
         (tiny_llama(), {"target_modules": ["nothing"]}, ValueError, "not found in the base model"),
         (tiny_gpt2(), {}, UnsupportedModelError, "fuses"),
     ):

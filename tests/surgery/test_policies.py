@@ -104,7 +104,7 @@ def test_defaults_are_the_formulas(name, seed, r):
 
 
 @pytest.mark.parametrize(("r", "core", "noise"), [(16, 3, 3), (64, 13, 13), (2, 1, 0), (1, 1, 0), (7, 1, 1), (3, 1, 1)])
-def test_the_random_control_has_abs_select_s_counts_at_seeded_places(r, core, noise):
+def test_the_random_control_has_as_many_of_each_factor_as_abs_select(r, core, noise):
     sigma, g = spectrum(0, r)
     picks = [apply(RandomIndex(), sigma, g, seed) / sigma for seed in range(20)]
     for gate in picks:
@@ -206,7 +206,7 @@ def test_bad_parameters_say_what_is_wrong(make, message):
 
 
 @pytest.mark.parametrize("policy", [AbsSelect, 3, lambda s, g, generator: s])
-def test_what_is_no_policy_is_a_type_error(policy):
+def test_anything_else_than_a_policy_is_a_type_error(policy):
     with pytest.raises(TypeError, match="`policy` must be a name or an object"):
         resolve_policy(policy)
 

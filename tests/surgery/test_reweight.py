@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import hashlib
 import json
-import pickle
 import random
 
 import numpy as np
@@ -15,9 +16,11 @@ from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from lorakit import FisherLoRAConfig, SpecLoRAConfig
+from lorakit.adapters.edit_log import read_edits
 from lorakit.adapters.in_model import live_modules
+from lorakit.errors import CalibrationError, SurgeryError
 from lorakit.surgery import POLICIES, AbsSelect, SmoothAbs, reweight, sensitivity
-from lorakit.surgery import _reweight as implementation
+from lorakit.surgery import _edit as implementation
 
 
 def state_of(model):
@@ -50,7 +53,7 @@ def everything(model):
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("energy", ["l1", "l2", "none"])
-def test_the_written_spectrum_is_the_reported_one_in_the_same_directions(adapted, batches, policy, energy):
+def test_the_written_spectrum_is_the_reported_one_with_the_same_singular_vectors(adapted, batches, policy, energy):
     model = adapted()
     modules = {m.name: m for m in live_modules(model, "default")}
     before = {name: m.factors().dense().double() for name, m in modules.items()}
@@ -158,7 +161,7 @@ def test_undo_refuses_to_lose_training(adapted, batches):
     with torch.no_grad():
         live_modules(model, "default")[3].up.weight.add_(1e-3)
     changed = state_of(model)
-    with pytest.raises(ValueError, match="trained or loaded since would be lost"):
+    with pytest.raises(ValueError, match="later training would be lost"):
         edit.undo()
     assert same_state(model, changed)
 
@@ -201,7 +204,7 @@ def test_an_edit_that_changes_nothing_writes_nothing(adapted, batches):
         SpecLoRAConfig(r=4, k=8, target_modules="all-linear"),
     ],
 )
-def test_the_other_tuners_and_that_masks_are_left_alone(adapted, batches, config):
+def test_other_tuners_and_their_masks_do_not_change(adapted, batches, config):
     model = adapted(config)
     before = state_of(model)
     edit = reweight(model, batches(), progress=False)
@@ -237,13 +240,13 @@ def test_only_the_named_adapter_is_edited(adapted, batches, randomize):
         lambda: FisherLoRAConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
     ],
 )
-def test_a_saved_edit_has_its_record_beside_it_and_loads_as_ever(
+def test_a_saved_edit_has_its_record_beside_it_and_loads_as_before(
     adapted, batches, token_ids, tmp_path, tiny_llama, make
 ):
     model = adapted(make())
     first = reweight(model, batches(), policy="abs_select", progress=False)
     second = reweight(model, batches(), policy=SmoothAbs(), seed=5, progress=False)
-    model.save_pretrained(tmp_path / "two")
+    second.save(tmp_path / "two", previous=[first])
     record = json.loads((tmp_path / "two" / "lorakit_surgery.json").read_text())
     assert [edit["policy"] for edit in record["edits"]] == ["abs_select", "SmoothAbs"]
     assert [edit["edit_id"] for edit in record["edits"]] == [first.edit_id, second.edit_id]
@@ -252,22 +255,135 @@ def test_a_saved_edit_has_its_record_beside_it_and_loads_as_ever(
     assert edit["modules"][0]["edited_singular_values"] == pytest.approx(
         second.modules[0].edited_singular_values, rel=1e-5
     )
+    assert type(model.peft_config["default"]) is type(make())
+    assert not any("lorakit" in key for key in vars(model.peft_config["default"]))
     model.eval()
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "two").eval()
     assert type(loaded.peft_config["default"]) is type(make())
     assert_close_outputs(loaded(input_ids=token_ids).logits, model(input_ids=token_ids).logits)
-    plain = json.loads((tmp_path / "two" / "adapter_config.json").read_text())
-    assert not any("lorakit_" in key for key in plain)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        other.save_pretrained(tmp_path / "copy")
-        assert len(json.loads((tmp_path / "copy" / "lorakit_surgery.json").read_text())["edits"]) == 2
 
+    third = reweight(loaded, batches(), policy="random_index", progress=False)
+    third.save(tmp_path / "two", previous=read_edits(tmp_path / "two"))
+    policies = [edit["policy"] for edit in read_edits(tmp_path / "two")]
+    assert policies == ["abs_select", "SmoothAbs", "random_index"]
+    model.save_pretrained(tmp_path / "plain")
+    assert not (tmp_path / "plain" / "lorakit_surgery.json").exists()
+
+
+def test_an_edit_is_saved_only_while_its_factors_are_in_the_model(adapted, batches, tmp_path):
+    model = adapted()
+    first = reweight(model, batches(), progress=False)
+    second = reweight(model, batches(), policy="abs_select", progress=False)
+    with pytest.raises(SurgeryError, match="save the last edit, with the others as `previous`"):
+        first.save(tmp_path / "out")
     second.undo()
-    model.save_pretrained(tmp_path / "two")
-    assert len(json.loads((tmp_path / "two" / "lorakit_surgery.json").read_text())["edits"]) == 1
-    first.undo()
-    model.save_pretrained(tmp_path / "two")
-    assert not (tmp_path / "two" / "lorakit_surgery.json").exists()
+    with pytest.raises(SurgeryError, match="no longer those that this edit wrote"):
+        second.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    first.save(tmp_path / "out")
+    assert [edit["edit_id"] for edit in read_edits(tmp_path / "out")] == [first.edit_id]
+
+
+def test_an_adapter_of_any_name_is_saved_in_the_directory_itself(adapted, batches, tmp_path, randomize, tiny_llama):
+    model = adapted()
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["o_proj"]))
+    model.set_adapter("b")
+    randomize(model)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("kept")
+    edit = reweight(model, batches(), progress=False)
+    edit.save(tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "lorakit_surgery.json", "notes.txt"} <= names
+    assert "b" not in names
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "out")
+    wanted = {m.name: m.factors().dense() for m in live_modules(model, "b")}
+    for module in live_modules(loaded, "default"):
+        assert torch.equal(module.factors().dense(), wanted[module.name])
+
+
+def test_a_save_that_fails_leaves_the_directory_as_it_was(adapted, batches, tmp_path, monkeypatch):
+    model = adapted()
+    edit = reweight(model, batches(), progress=False)
+    edit.save(tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    monkeypatch.setattr(implementation, "write_edits", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        edit.save(tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_under_inference_mode_the_edit_is_the_same(adapted, batches):
+    expected, model = adapted(), adapted()
+    before = state_of(model)
+    wanted = reweight(expected, batches(), progress=False)
+    with torch.inference_mode():
+        inside = [{key: value.clone() for key, value in batch.items()} for batch in batches()]
+        edit = reweight(model, inside, progress=False)
+    assert same_state(model, state_of(expected))
+    assert edit.to_dict()["modules"] == wanted.to_dict()["modules"]
+    with torch.inference_mode():
+        edit.undo()
+    assert same_state(model, before)
+    model(**batches()[0]).loss.backward()  # and the factors can still be trained
+    with torch.inference_mode():
+        made_inside = copy.deepcopy(model)
+    with pytest.raises(CalibrationError, match=r"made under torch.inference_mode\(\)"):
+        reweight(made_inside, batches(), progress=False)
+
+
+def test_a_loss_that_does_not_depend_on_the_adapter_is_an_error(adapted, batches):
+    model = adapted()
+    before = state_of(model)
+
+    def ignores_the_model(model, batch):
+        return torch.zeros(len(batch["labels"]), requires_grad=True) * 1.0
+
+    with pytest.raises(CalibrationError, match=r"gradient of exactly 0 at each of the 4 .*`loss_fn` does not use"):
+        reweight(model, batches(), loss_fn=ignores_the_model, progress=False)
+    assert same_state(model, before)
+
+
+def test_factors_that_are_not_finite_are_named(adapted, batches):
+    model = adapted()
+    with torch.no_grad():
+        live_modules(model, "default")[3].up.weight[0, 0] = float("nan")
+    with pytest.raises(SurgeryError, match=r"The factors of 'model.layers.0.self_attn.o_proj' have NaN"):
+        reweight(model, batches(), progress=False)
+
+
+def test_the_report_of_an_edit(adapted, batches):
+    edit = reweight(adapted(), batches(), policy="abs_select", progress=False)
+    assert edit.headline == "LlamaForCausalLM, adapter 'default': abs_select edited 4 modules, 7 examples"
+    assert edit.details[0] == "gates from 0.800 to 1.250"
+    assert edit.details[-1] == "1 examples without labels were left out"
+    json.dumps(edit.to_dict(), allow_nan=False)
+    frame = edit.to_frame()
+    assert len(frame) == 16  # 4 modules of 4 components
+    assert list(frame.columns)[:3] == ["module_name", "role", "component"]
+    expected = frame.singular_value * frame.gate
+    scale = [row.energy_scale for row in edit.modules for _ in row.gate]
+    np.testing.assert_allclose(frame.edited_singular_value, expected * scale, rtol=1e-9)
+    assert len(repr(edit).splitlines()) <= 10
+    figure = edit.plot()
+    titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
+    assert titles == ["output", "down"] * 2
+    assert "adapter 'default'" in figure.get_suptitle()
+    shown = np.concatenate([axes.images[0].get_array().flatten() for axes in figure.axes[2:4]])
+    assert sorted(np.round(shown, 6)) == sorted(np.round(frame.gate, 6))
+
+
+def test_the_next_steps_run(adapted, batches, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = adapted()
+    measured = sensitivity(model, batches(), progress=False)
+    names = {"model": model, "loader": batches()}
+    exec("\n".join(measured.next_steps), names)
+    exec("\n".join(names["edit"].next_steps), names)
+    assert (tmp_path / "edited-adapter" / "lorakit_surgery.json").exists()
+    assert names["control"].policy == "random_index"
+    assert names["control"].next_steps == ('edit.save("edited-adapter/")', "edit.undo()")
 
 
 class BoomError(Exception):
@@ -275,7 +391,7 @@ class BoomError(Exception):
 
 
 @pytest.mark.parametrize("error", [BoomError, KeyboardInterrupt])
-@pytest.mark.parametrize("where", ["loader", "model", "backward", "loss_fn", "policy", "write", "record"])
+@pytest.mark.parametrize("where", ["loader", "model", "backward", "loss_fn", "policy", "write"])
 def test_whatever_fails_leaves_everything_as_it_was(adapted, batches, where, error, monkeypatch, token_ids):
     model = adapted(LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.3))
     model.train()
@@ -330,9 +446,6 @@ def test_whatever_fails_leaves_everything_as_it_was(adapted, batches, where, err
             write(module, value)
 
         monkeypatch.setattr(implementation, "write_weight", write_weight)
-    if where == "record":
-        calls["n"] = 1
-        monkeypatch.setattr(implementation, "add_record", fail_second)
     before, state = everything(model), state_of(model)
     with pytest.raises(error, match="here"):
         reweight(model, loader(), progress=False, **options)
@@ -340,16 +453,16 @@ def test_whatever_fails_leaves_everything_as_it_was(adapted, batches, where, err
     assert same_state(model, state)
 
 
-def test_success_leaves_all_but_the_factors_as_it_was(adapted, batches):
+def test_an_edit_changes_nothing_but_the_factors(adapted, batches):
     model = adapted()
     model.train()
     before = everything(model)
     reweight(model, batches(), progress=False)
     after = everything(model)
-    assert after[:-2] == before[:-2]  # the config carries the edit's record
+    assert after == before
 
 
-def test_a_policy_s_unusable_result_is_an_error(adapted, batches):
+def test_an_unusable_result_of_a_policy_is_an_error(adapted, batches):
     class Bad:
         aggregate = "mean"
 
@@ -379,28 +492,29 @@ def test_a_policy_s_unusable_result_is_an_error(adapted, batches):
         (
             {"target_modules": ["w_proj"]},
             ValueError,
-            r"nothing that matches target_modules=\['w_proj'\].* 14 modules named \['down_proj', 'gate_proj'",
+            r"no module that matches target_modules=\['w_proj'\].* 14 modules named \['down_proj', 'gate_proj'",
         ),
-        ({"calib_loader": []}, ValueError, "yielded no batch"),
+        ({"target_modules": "(["}, ValueError, "`target_modules` must be a list of names or a regular expression; "),
+        ({"loader": []}, ValueError, "yielded no batch"),
         (
-            {"calib_loader": [{"input_ids": torch.ones(1, 3, dtype=torch.long)}]},
+            {"loader": [{"input_ids": torch.ones(1, 3, dtype=torch.long)}]},
             ValueError,
             r"must yield mappings with labels .* got keys \['input_ids'\]",
         ),
-        ({"calib_loader": [torch.ones(1, 3)]}, ValueError, "must yield mappings with labels .* got Tensor"),
+        ({"loader": [torch.ones(1, 3)]}, ValueError, "must yield mappings with labels .* got Tensor"),
         (
-            {"calib_loader": [{"input_ids": torch.ones(2, 3, dtype=torch.long), "labels": torch.full((2, 3), -100)}]},
+            {"loader": [{"input_ids": torch.ones(2, 3, dtype=torch.long), "labels": torch.full((2, 3), -100)}]},
             ValueError,
-            "No example has a label: all labels of the 2 examples",
+            "None of the 2 examples looked at has a label",
         ),
         (
             {
-                "calib_loader": [
+                "loader": [
                     {"input_ids": torch.ones(2, 3, dtype=torch.long), "labels": torch.tensor([[1, -100, -100]] * 2)}
                 ]
             },
             ValueError,
-            "No example has a label",
+            "None of the 2 examples looked at has a label",
         ),
         (
             {"loss_fn": lambda model, batch: torch.tensor(1.0)},
@@ -414,9 +528,9 @@ def test_a_policy_s_unusable_result_is_an_error(adapted, batches):
 def test_bad_input_is_a_typed_error_and_changes_nothing(adapted, batches, options, error, message):
     model = adapted()
     before, state = everything(model), state_of(model)
-    options = {"calib_loader": batches()} | options
+    options = {"loader": batches()} | options
     with pytest.raises(error, match=message):
-        reweight(model, options.pop("calib_loader"), progress=False, **options)
+        reweight(model, options.pop("loader"), progress=False, **options)
     assert everything(model) == before
     assert same_state(model, state)
 
@@ -455,14 +569,14 @@ def test_models_and_adapters_of_other_kinds_are_refused(tiny_llama, adapted, bat
         reweight(get_peft_model(tiny_llama(), IA3Config(target_modules=["o_proj"], feedforward_modules=[])), batches())
     with pytest.raises(ValueError, match="'model.layers.0.self_attn.o_proj' uses DoRA"):
         reweight(adapted(LoraConfig(r=4, target_modules=["o_proj"], use_dora=True)), batches())
-    with pytest.raises(ValueError, match="'model.embed_tokens' is a Embedding layer"):
+    with pytest.raises(ValueError, match="'model.embed_tokens' is a layer of type Embedding"):
         reweight(
             adapted(LoraConfig(r=4, target_modules=["embed_tokens", "o_proj"])),
             batches(),
             target_modules=["embed_tokens"],
         )
     conv = get_peft_model(nn.Sequential(nn.Conv2d(3, 4, 3)), LoraConfig(target_modules=["0"]))
-    with pytest.raises(ValueError, match="'0' is a Conv2d layer"):
+    with pytest.raises(ValueError, match="'0' is a layer of type Conv2d"):
         reweight(conv, batches(), target_modules=["0"])
     with pytest.raises(ValueError, match=r"no module that writes to the residual stream.*named \['q_proj', 'v_proj'\]"):
         reweight(adapted(LoraConfig(r=4, target_modules=["q_proj", "v_proj"])), batches())
@@ -471,7 +585,7 @@ def test_models_and_adapters_of_other_kinds_are_refused(tiny_llama, adapted, bat
     with pytest.raises(ValueError, match=r"Adapters \['default'\] are merged into .* Call unmerge_adapter\(\) first"):
         reweight(merged, batches())
     disabled = adapted()
-    with disabled.disable_adapter(), pytest.raises(ValueError, match="are disabled; enable them first"):
+    with disabled.disable_adapter(), pytest.raises(ValueError, match="are disabled. Enable them first"):
         reweight(disabled, batches())
 
 
@@ -497,7 +611,7 @@ def test_progress_goes_to_stderr_alone(adapted, batches, capfd):
 def test_an_untrained_adapter_is_left_alone_and_listed(tiny_llama, batches):
     model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["o_proj"]))
     before = state_of(model)
-    with pytest.warns(UserWarning, match="The update of each of the 2 selected modules is zero"):
+    with pytest.warns(UserWarning, match="The updates of all 2 selected modules are zero"):
         report = reweight(model, batches(), progress=False)
     assert report.zero_modules == [f"model.layers.{i}.self_attn.o_proj" for i in (0, 1)]
     assert (report.modules, report.num_examples) == ([], 7)
@@ -539,9 +653,9 @@ class WithAttention(nn.Module):
         return self.attn(x, x, x)[0]
 
 
-def test_layers_that_do_not_apply_two_linear_maps_are_refused(randomize, batches):
+def test_attention_and_experts_are_refused(randomize, batches):
     attention = randomize(get_peft_model(WithAttention(), LoraConfig(r=2, target_modules=["attn"])))
-    with pytest.raises(ValueError, match="'attn' is a MultiheadAttention layer"):
+    with pytest.raises(ValueError, match="'attn' is a layer of type MultiheadAttention"):
         reweight(attention, batches(), target_modules=["attn"])
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -556,14 +670,14 @@ def test_layers_that_do_not_apply_two_linear_maps_are_refused(randomize, batches
     )
     config = LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.down_proj"])
     experts = randomize(get_peft_model(MixtralForCausalLM(small), config))
-    with pytest.raises(ValueError, match="is a ParamWrapper layer"):
+    with pytest.raises(ValueError, match="is a layer of type ParamWrapper"):
         reweight(experts, batches(), target_modules=".*experts.*")
 
 
 def test_losses_without_gradients_are_refused(adapted, batches):
     model = adapted()
     before = state_of(model)
-    with pytest.raises(ValueError, match="losses without gradients; do not detach them"):
+    with pytest.raises(ValueError, match="losses without gradients. They must depend on the model"):
         reweight(model, batches(2), loss_fn=lambda m, b: m(**b).loss.repeat(2).detach(), progress=False)
     assert same_state(model, before)
 
@@ -572,7 +686,7 @@ def test_undo_is_refused_while_merged_and_after_deletion(adapted, batches):
     model = adapted()
     edit = reweight(model, batches(), progress=False)
     model.merge_adapter()
-    with pytest.raises(ValueError, match=r"\['default'\] are merged into .* call unmerge_adapter\(\) first"):
+    with pytest.raises(ValueError, match=r"\['default'\] are merged into .* Call unmerge_adapter\(\) first"):
         edit.undo()
     model.unmerge_adapter()
     model.add_adapter("b", LoraConfig(target_modules=["o_proj"]))
@@ -603,12 +717,7 @@ def test_undo_is_whole_or_not_at_all(adapted, batches, monkeypatch):
     assert same_state(model, original)
 
 
-def test_a_record_of_anything_can_be_saved_and_says_of_which_weights_it_is(adapted, batches, tmp_path):
-    import dataclasses
-    import hashlib
-
-    from lorakit.export import to_lora
-
+def test_a_record_of_any_policy_can_be_saved_and_has_the_hash_of_its_weights(adapted, batches, tmp_path):
     @dataclasses.dataclass(frozen=True)
     class Weighted:
         weights: torch.Tensor = dataclasses.field(
@@ -619,17 +728,13 @@ def test_a_record_of_anything_can_be_saved_and_says_of_which_weights_it_is(adapt
         def __call__(self, singular_values, sensitivity, *, generator):
             return singular_values * self.weights
 
-    model = adapted()
-    reweight(model, batches(), policy=Weighted(), progress=False)
-    model.save_pretrained(tmp_path / "own")
-    to_lora(model, tmp_path / "plain")
-    for name in ("own", "plain"):
-        record = json.loads((tmp_path / name / "lorakit_surgery.json").read_text())
-        assert record["edits"][0]["policy"] == "Weighted"
-        weights = (tmp_path / name / "adapter_model.safetensors").read_bytes()
-        assert record["weights_sha256"] == hashlib.sha256(weights).hexdigest()
-    to_lora(adapted(), tmp_path / "plain")  # an adapter without an edit takes the old record away
-    assert not (tmp_path / "plain" / "lorakit_surgery.json").exists()
+    edit = reweight(adapted(), batches(), policy=Weighted(), progress=False)
+    edit.save(tmp_path)
+    record = json.loads((tmp_path / "lorakit_surgery.json").read_text())
+    assert record["edits"][0]["policy"] == "Weighted"
+    assert record["edits"][0]["policy_parameters"]["weights"].startswith("tensor([2., 1., 1., 1.]")
+    weights = (tmp_path / "adapter_model.safetensors").read_bytes()
+    assert record["weights_sha256"] == hashlib.sha256(weights).hexdigest()
 
 
 def test_results_too_large_for_the_stored_dtype_are_refused(adapted, batches):
@@ -644,6 +749,12 @@ def test_results_too_large_for_the_stored_dtype_are_refused(adapted, batches):
     with pytest.raises(ValueError, match="are too large for torch.float32"):
         reweight(model, batches(), policy=Huge(), preserve_energy="none", progress=False)
     assert same_state(model, before)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.5, True, "1"])
+def test_unusable_seeds(adapted, batches, seed):
+    with pytest.raises(ValueError, match=r"`seed` must be an integer from 0 to 2\*\*63 - 1; got"):
+        reweight(adapted(), batches(), seed=seed, progress=False)
 
 
 def test_seeds_of_any_integer_type(adapted, batches):

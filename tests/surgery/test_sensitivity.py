@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -52,7 +53,7 @@ def assert_same(report, expected, tolerance=TOLERANCE):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_it_is_autograd_s_derivative_of_each_example_s_loss(adapted, examples, batches, batch_size, side):
+def test_it_equals_autograd_on_each_example_alone(adapted, examples, batches, batch_size, side):
     model = adapted()
     expected = by_autograd(model, examples)
     report = sensitivity(model, batches(batch_size, side=side), progress=False)
@@ -345,6 +346,29 @@ def test_the_report_is_plain_data(adapted, batches):
     assert row["singular_values"] == sorted(row["singular_values"], reverse=True)
 
 
+def test_the_report_in_a_table_and_a_figure(adapted, batches):
+    report = sensitivity(adapted(), batches(), aggregate="mean", target_modules="all-linear", progress=False)
+    assert report.headline.startswith("LlamaForCausalLM, adapter 'default': mean sensitivity of 14 modules, 7 examples")
+    assert len(report.to_frame()) == 14 * 4
+    figure = report.plot()
+    titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
+    assert titles == ["query", "key", "value", "output", "gate", "up", "down"]
+    low, high = figure.axes[0].images[0].get_clim()
+    assert low == -high  # signed values are shown around 0
+    row = report.modules[0]
+    scale = sum(map(abs, row.sensitivity)) / 4
+    np.testing.assert_allclose(figure.axes[0].images[0].get_array()[0], np.array(row.sensitivity) / scale, rtol=1e-12)
+
+
+def test_an_empty_report_can_be_drawn(tiny_llama, batches):
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["o_proj"]))
+    with pytest.warns(UserWarning, match="are zero"):
+        report = sensitivity(model, batches(), progress=False)
+    assert report.rows() == []
+    assert report.details[0] == "2 modules have no update and were left alone"
+    assert "no module has singular components" in report.plot().texts[-1].get_text()
+
+
 def test_cpu_offloaded_bases(adapted, examples, batches):
     from accelerate import cpu_offload
 
@@ -418,7 +442,7 @@ def test_a_causal_model_of_any_name_whose_first_example_has_only_a_first_label(r
     assert (report.num_examples, report.num_without_labels) == (1, 1)
 
 
-def test_a_hole_in_the_attention_mask_is_no_padding(adapted):
+def test_a_hole_in_the_attention_mask_is_not_padding(adapted):
     model = adapted()
     ids = torch.randint(1, 64, (2, 8), generator=torch.Generator().manual_seed(5))
     mask = torch.ones_like(ids)
@@ -467,7 +491,7 @@ def test_batches_keep_their_kind_when_they_are_split(adapted, batches):
     assert len(seen) == 7
 
 
-def test_labels_that_are_no_tensor(adapted):
+def test_labels_that_are_not_a_tensor(adapted):
     with pytest.raises(ValueError, match="`labels` must be a tensor; got list"):
         sensitivity(
             adapted(), [{"input_ids": torch.ones(1, 3, dtype=torch.long), "labels": [[1, 2, 3]]}], progress=False
