@@ -1,4 +1,4 @@
-"""How numbers are written for people, on a screen, in HTML and in figures."""
+"""Numbers as text, for terminals, HTML and figures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def number(value: float | None) -> str:
 
 
 def count(value: float) -> str:
-    """A number of things, in thousands, millions or billions where there are many: 999,552 is 1M.
+    """A count with three significant digits, in thousands (k), millions (M) or billions (G).
 
     Example:
         >>> count(999_552), count(2_488_320), count(640)
@@ -28,5 +28,10 @@ def share(value: float | None) -> str:
 
 
 def extent(pair: tuple[int, int] | None) -> str:
-    """A range of integers, or the one integer; empty for None."""
+    """A range of integers, or a single one; empty for None.
+
+    Example:
+        >>> extent((4, 16)), extent((8, 8)), extent(None)
+        ('4–16', '8', '')
+    """
     return "" if pair is None else str(pair[0]) if pair[0] == pair[1] else f"{pair[0]}–{pair[1]}"

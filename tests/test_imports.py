@@ -91,11 +91,7 @@ def _imports(module: str) -> list[tuple[str, ast.AST | None, int]]:
 
 
 IMPORTS = {module: _imports(module) for module in FILES}
-TO_BE_MENDED = {("lorakit.lens.static.alignment", "lorakit.lens.render.plots")}
-GRAPH = {
-    module: {name for name, _, _ in found if name in FILES and (module, name) not in TO_BE_MENDED} - {module}
-    for module, found in IMPORTS.items()
-}
+GRAPH = {module: {name for name, _, _ in found if name in FILES} - {module} for module, found in IMPORTS.items()}
 
 
 def _loaded_by(module: str) -> set[str]:
@@ -166,7 +162,7 @@ def test_imports_inside_functions_have_a_reason(module):
     """A heavy or optional package, or a file of lorakit's that imports one, which this file does not load anyway."""
     loaded = _loaded_by(module)
     for name, function, line in IMPORTS[module]:
-        if function is None or (module, name) in TO_BE_MENDED:
+        if function is None:
             continue
         packages = _loaded_by(name) if name in FILES else _prefixes(name)
         deferred = (packages & set(DEFERRED)) - loaded

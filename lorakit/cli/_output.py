@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from lorakit.naming.roles import group_of
 
-# In lorakit.lens.render.table, which is imported only where a table is printed.
-Printer = Literal["print_report", "print_comparison", "print_alignment"]
+if TYPE_CHECKING:
+    from lorakit._report import Report
+
 Column = tuple[str, Callable[[Sequence[Any]], str]]
 
 
@@ -20,16 +21,16 @@ def print_json(report: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(report, allow_nan=False) + "\n")
 
 
-def show(report: Any, as_json: bool, printer: Printer) -> None:
-    """Print a report of `lorakit.lens`; exit code 1 if one of its findings is an error."""
+def show(report: Report, as_json: bool) -> None:
+    """Print a report as JSON or as tables; exit code 1 if one of its findings is an error."""
     if as_json:
         print_json(report.to_dict())
     else:
         from rich.console import Console
 
-        from lorakit.lens.render import table as _table
+        from lorakit.lens.render.table import print_report
 
-        getattr(_table, printer)(report, Console())
+        print_report(report, Console())
     if report.has_errors:
         raise typer.Exit(1)
 

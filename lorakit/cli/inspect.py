@@ -28,7 +28,7 @@ def audit(
         lens.write_html(report, html)
     if plots is not None:
         lens.write_plots(report, plots)
-    show(report, as_json, "print_report")
+    show(report, as_json)
 
 
 def compare(
@@ -43,17 +43,17 @@ def compare(
     report = lens.compare(a, b, energy=energy)
     if plots is not None:
         lens.write_plots(report, plots)
-    show(report, as_json, "print_comparison")
+    show(report, as_json)
 
 
 def alignment(
     adapter: Annotated[str, typer.Argument(help="A directory, a .safetensors or .bin file, or a Hub id.")],
     k: Annotated[int, typer.Option(min=1, help="How many leading directions of each update.")] = 4,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
-    plots: Annotated[str | None, typer.Option(help="Also write heatmaps into this directory.")] = None,
+    plots: Annotated[str | None, typer.Option(help="Also write figures into this directory.")] = None,
 ) -> None:
     """Output directions across and within layers; exit code 1 if one of the findings is an error."""
     report = lens.alignment(adapter, k=k)
     if plots is not None:
         lens.write_plots(report, plots)
-    show(report, as_json, "print_alignment")
+    show(report, as_json)

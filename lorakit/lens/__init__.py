@@ -26,23 +26,23 @@ if TYPE_CHECKING:
     from lorakit.lens.diagnostics.laws import scaling_law as scaling_law
     from lorakit.lens.render.html import write_html as write_html
     from lorakit.lens.render.plots import write_plots as write_plots
-    from lorakit.lens.static.alignment import AlignedGroup as AlignedGroup
-    from lorakit.lens.static.alignment import AlignedPair as AlignedPair
-    from lorakit.lens.static.alignment import AlignmentReport as AlignmentReport
     from lorakit.lens.static.alignment import alignment as alignment
+    from lorakit.lens.static.alignment_report import AlignedGroup as AlignedGroup
+    from lorakit.lens.static.alignment_report import AlignedPair as AlignedPair
+    from lorakit.lens.static.alignment_report import AlignmentReport as AlignmentReport
     from lorakit.lens.static.audit import audit as audit
-    from lorakit.lens.static.compare import ComparedGroup as ComparedGroup
-    from lorakit.lens.static.compare import ComparedModule as ComparedModule
-    from lorakit.lens.static.compare import ComparisonReport as ComparisonReport
     from lorakit.lens.static.compare import compare as compare
-    from lorakit.lens.static.report import AuditedModule as AuditedModule
+    from lorakit.lens.static.comparison_report import ComparedGroup as ComparedGroup
+    from lorakit.lens.static.comparison_report import ComparedModule as ComparedModule
+    from lorakit.lens.static.comparison_report import ComparisonReport as ComparisonReport
+    from lorakit.lens.static.groups import GroupSummary as GroupSummary
     from lorakit.lens.static.report import AuditReport as AuditReport
-    from lorakit.lens.static.report import GroupSummary as GroupSummary
+    from lorakit.lens.static.spectra import AuditedModule as AuditedModule
     from lorakit.lens.static.suggestions import RankSuggestion as RankSuggestion
-    from lorakit.lens.static.weights import ComparedWeight as ComparedWeight
-    from lorakit.lens.static.weights import ComparedWeights as ComparedWeights
-    from lorakit.lens.static.weights import WeightsReport as WeightsReport
     from lorakit.lens.static.weights import compare_weights as compare_weights
+    from lorakit.lens.static.weights_report import ComparedWeight as ComparedWeight
+    from lorakit.lens.static.weights_report import ComparedWeights as ComparedWeights
+    from lorakit.lens.static.weights_report import WeightsReport as WeightsReport
     from lorakit.lens.training.callback import SpectralCallback as SpectralCallback
     from lorakit.lens.training.gradients import GradientWatch as GradientWatch
     from lorakit.lens.training.gradients import watch_gradients as watch_gradients

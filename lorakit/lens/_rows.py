@@ -1,4 +1,4 @@
-"""Rows of reports by role and by layer."""
+"""Rows of reports, grouped by role and by layer."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import statistics
 from collections.abc import Iterable
 from typing import Protocol, TypeVar
 
+from lorakit.naming.roles import Role
+
 
 class Placed(Protocol):
-    """What has a role, or a name in its stead, and a layer, or none."""
+    """A row with a group (a role or, without one, the last part of a name) and a layer, or None."""
 
     @property
     def group(self) -> str: ...
@@ -16,11 +18,23 @@ class Placed(Protocol):
     def layer(self) -> int | None: ...
 
 
+class ModuleRow:
+    """Base class of rows about one module."""
+
+    module_name: str
+    role: Role | None
+
+    @property
+    def group(self) -> str:
+        """The role, or the last part of the module's name if it has none."""
+        return self.role or self.module_name.rpartition(".")[2]
+
+
 Row = TypeVar("Row", bound=Placed)
 
 
 def grouped(rows: Iterable[Row]) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
-    """Rows by role, in the order in which roles come, and by layer, in theirs; those without a layer in none."""
+    """Rows by group, in order of appearance, and by layer, in ascending order; rows without a layer are in no layer."""
     groups: dict[str, list[Row]] = {}
     layers: dict[int, list[Row]] = {}
     for row in rows:
@@ -31,7 +45,7 @@ def grouped(rows: Iterable[Row]) -> tuple[dict[str, list[Row]], dict[str, list[R
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """The mean of those that are not None; None where there are none."""
+    """The mean of the values that are not None; None if there are none."""
     numbers = [value for value in values if value is not None]
     if not numbers:
         return None

@@ -21,9 +21,9 @@ from lorakit._report import Report, ordered
 from lorakit.adapters import Adapter, AdapterModule, open_adapter
 from lorakit.errors import Finding
 from lorakit.lens._rows import grouped, mean
+from lorakit.lens._sources import Source, about_bases, about_low_rank_part, of_adapter, open_all
 from lorakit.lens.diagnostics.random_adapter import random_adapter
-from lorakit.lens.static.measure import Source, about_bases, about_low_rank_part, measure, of_adapter, open_all
-from lorakit.lens.static.report import AuditedModule
+from lorakit.lens.static.spectra import AuditedModule, measure
 from lorakit.naming.roles import Role, group_of
 
 if TYPE_CHECKING:

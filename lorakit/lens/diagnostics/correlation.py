@@ -20,8 +20,9 @@ from lorakit.adapters import AdapterModule, open_adapter
 from lorakit.adapters.base_weights import ModuleWeights, open_module_weights
 from lorakit.errors import Finding
 from lorakit.lens._rows import grouped, mean
+from lorakit.lens._sources import Source, about_low_rank_part
 from lorakit.lens.diagnostics.random_adapter import random_adapter
-from lorakit.lens.static.measure import Source, about_low_rank_part, measure
+from lorakit.lens.static.spectra import measure
 from lorakit.naming.roles import Role, group_of
 from lorakit.spectral import effective_rank, pearson
 

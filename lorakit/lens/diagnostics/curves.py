@@ -18,8 +18,8 @@ from lorakit._report import Report, ordered
 from lorakit.adapters import open_adapter
 from lorakit.errors import Finding
 from lorakit.lens._rows import grouped
-from lorakit.lens.static.measure import Source, about_low_rank_part, measure
-from lorakit.lens.static.report import AuditedModule
+from lorakit.lens._sources import Source, about_low_rank_part
+from lorakit.lens.static.spectra import AuditedModule, measure
 from lorakit.naming.roles import Role
 from lorakit.spectral import energy_curve, spectral_truncation_error, truncation_error
 

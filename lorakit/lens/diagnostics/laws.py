@@ -17,8 +17,8 @@ from lorakit._figures import escape_mathtext, new_figure
 from lorakit._report import Report, ordered
 from lorakit.errors import Finding
 from lorakit.lens._rows import grouped
-from lorakit.lens.static.measure import Source, about_bases, about_low_rank_part, measure, of_adapter, open_all
-from lorakit.lens.static.report import AuditedModule
+from lorakit.lens._sources import Source, about_bases, about_low_rank_part, of_adapter, open_all
+from lorakit.lens.static.spectra import AuditedModule, measure
 from lorakit.spectral import ScalingLaw, fit_scaling_law
 
 if TYPE_CHECKING:

@@ -1,142 +1,109 @@
-"""What the figures of audits and comparisons show, as numbers: drawn as SVG in `_html`, by matplotlib in `_plots`."""
+"""Drawing primitives: heatmaps by role and layer, square matrices, and lines, from plain numbers."""
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from lorakit.lens._rows import Row
-from lorakit.lens.static.compare import ComparedModule, ComparisonReport
-from lorakit.lens.static.report import AuditedModule, AuditReport
+from lorakit._figures import escape_mathtext, new_figure
+from lorakit._format import count
+from lorakit.lens._rows import Row, mean
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_LAYER_TICKS = 32
+_MATRIX_TICKS = 8
+_NO_LAYER = "–"
+Points = tuple[Sequence[float], Sequence[float]]
 
 
 @dataclass(frozen=True)
 class Heatmap:
-    """A quantity by group (down) and layer (across): the mean where several modules meet, None where none does."""
+    """A quantity by group (rows) and layer (columns): a mean over modules, None where there is no module.
+
+    `colours` is a matplotlib colour map from `low` to `high` (by default the smallest and the largest value). `chance`
+    are values that random updates would give; the colour bar marks them.
+    """
 
     title: str
-    groups: list[str]
-    layers: list[int]
-    values: list[list[float | None]]
-
-    @property
-    def extent(self) -> tuple[float, float]:
-        """The smallest and the largest value."""
-        known = [value for row in self.values for value in row if value is not None]
-        return min(known), max(known)
+    groups: tuple[str, ...]
+    layers: tuple[int | None, ...]
+    values: tuple[tuple[float | None, ...], ...]
+    colours: str = "viridis"
+    low: float | None = None
+    high: float | None = None
+    chance: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True)
-class Spectrum:
-    """σ_k / σ_1 over the modules of one group, for k = 1, 2, …: median, and what a tenth is below and above."""
-
-    group: str
-    low: list[float]
-    median: list[float]
-    high: list[float]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Shares of Σ ‖ΔW‖_F² kept, by numbers of parameters."""
-
-    label: str
-    parameters: list[int]
-    energy: list[float]
+def heatmap(title: str, rows: Sequence[Row], quantity: Callable[[Row], float | None], **style: Any) -> Heatmap:
+    """A `Heatmap` of `quantity` over `rows`; rows without a layer are in a last column of their own."""
+    groups = tuple(dict.fromkeys(row.group for row in rows))
+    layers: list[int | None] = [*sorted({row.layer for row in rows if row.layer is not None})]
+    if any(row.layer is None for row in rows):
+        layers.append(None)
+    cells: dict[tuple[str, int | None], list[float | None]] = {}
+    for row in rows:
+        cells.setdefault((row.group, row.layer), []).append(quantity(row))
+    values = tuple(tuple(mean(cells.get((group, layer), ())) for layer in layers) for group in groups)
+    return Heatmap(title, groups, tuple(layers), values, **style)
 
 
-def heatmaps(report: AuditReport) -> list[Heatmap]:
-    """Capacity utilization, ‖ΔW‖_F and the energy rank; none where no module lies in a layer."""
-    threshold = str(float(report.energy))
-    quantities: list[tuple[str, Callable[[AuditedModule], float | None]]] = [
-        ("Capacity utilization (effective rank / r)", lambda m: m.capacity_utilization),
-        ("‖ΔW‖_F", lambda m: m.frobenius_norm),
-        (f"Rank that keeps {report.energy:.0%} of the energy", lambda m: (m.energy_rank or {}).get(threshold)),
-    ]
-    return _by_place([m for m in report.modules if m.frobenius_norm is not None], quantities)
+def draw_heatmap(axes: Axes, shown: Heatmap) -> None:
+    """Draw a heatmap with its colour bar; cells without a module stay grey."""
+    values = [[float("nan") if value is None else value for value in row] for row in shown.values]
+    axes.set_facecolor("0.9")
+    image = axes.imshow(values, aspect="auto", cmap=shown.colours, vmin=shown.low, vmax=shown.high)
+    every = max(1, -(-len(shown.layers) // _LAYER_TICKS))
+    labels = [_NO_LAYER if layer is None else str(layer) for layer in shown.layers]
+    axes.set_xticks(range(0, len(labels), every), labels[::every], fontsize=7)
+    axes.set_yticks(range(len(shown.groups)), [escape_mathtext(group) for group in shown.groups], fontsize=8)
+    axes.set_title(shown.title, fontsize=9)
+    bar = axes.figure.colorbar(image, ax=axes, pad=0.01)
+    for level in shown.chance:
+        bar.ax.axhline(level, color="red", lw=1.5)
 
 
-def comparison_heatmaps(report: ComparisonReport) -> list[Heatmap]:
-    """Cosine, the overlaps and the share of A; none where no module lies in a layer."""
-    quantities: list[tuple[str, Callable[[ComparedModule], float | None]]] = [
-        ("Cosine of the updates", lambda m: m.cosine),
-        ("Overlap of the output subspaces", lambda m: m.output_overlap),
-        ("Overlap of the input subspaces", lambda m: m.input_overlap),
-        ("Share of A in ‖ΔW_A‖_F + ‖ΔW_B‖_F", lambda m: m.share_a),
-    ]
-    return _by_place([m for m in report.modules if m.verdict is not None], quantities)
+def heatmap_size(shown: Heatmap) -> tuple[float, float]:
+    """Width and height in inches that a heatmap needs."""
+    return max(6.5, 0.28 * len(shown.layers) + 2.5), 0.25 * len(shown.groups) + 0.75
 
 
-def _by_place(modules: list[Row], quantities: list[tuple[str, Callable[[Row], float | None]]]) -> list[Heatmap]:
-    placed = [m for m in modules if m.layer is not None]
-    groups = list(dict.fromkeys(m.group for m in placed))
-    layers = sorted({m.layer for m in placed if m.layer is not None})
-    cells: dict[tuple[str, int | None], list[Row]] = {}
-    for module in placed:
-        cells.setdefault((module.group, module.layer), []).append(module)
-    return [
-        Heatmap(
-            title, groups, layers, [[_mean(quantity, cells.get((g, layer), [])) for layer in layers] for g in groups]
-        )
-        for title, quantity in quantities
-        if placed
-    ]
+def heatmaps_figure(title: str, maps: Sequence[Heatmap]) -> Figure:
+    """Heatmaps below each other, with one title for all."""
+    sizes = [heatmap_size(shown) for shown in maps]
+    heights = [height for _, height in sizes]
+    figure = new_figure(max(width for width, _ in sizes), sum(heights) + 0.6)
+    panels = figure.subplots(len(maps), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, shown in zip(panels, maps, strict=True):
+        draw_heatmap(axes, shown)
+    panels[-1].set_xlabel("layer", fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    return figure
 
 
-def _mean(quantity: Callable[[Row], float | None], modules: list[Row]) -> float | None:
-    values = [value for module in modules if (value := quantity(module)) is not None]
-    return sum(value / len(values) for value in values) if values else None
+def draw_matrix(axes: Axes, square: Sequence[Sequence[float]], labels: Sequence[str], high: float) -> Any:
+    """Draw a symmetric matrix in colours from 0 to `high`, without its diagonal, and return the image."""
+    values = [[float("nan") if i == j else value for j, value in enumerate(row)] for i, row in enumerate(square)]
+    axes.set_facecolor("0.9")
+    image = axes.imshow(values, cmap="viridis", vmin=0, vmax=high)
+    every = max(1, len(labels) // _MATRIX_TICKS)
+    places = range(0, len(labels), every)
+    shown = [escape_mathtext(labels[place]) for place in places]
+    short = all(len(label) <= 3 for label in shown)
+    axes.set_xticks(places, shown, fontsize=6, rotation=0 if short else 90)
+    axes.set_yticks(places, shown, fontsize=6)
+    return image
 
 
-def spectra(report: AuditReport) -> list[Spectrum]:
-    """Of every group, from its modules that are not zero."""
-    found = []
-    for group in dict.fromkeys(m.group for m in report.modules):
-        lines = [
-            [value / m.singular_values[0] for value in m.singular_values]
-            for m in report.modules
-            if m.group == group and m.spectral_norm
-        ]
-        if not lines:
-            continue
-        columns = [sorted(line[k] for line in lines if k < len(line)) for k in range(max(map(len, lines)))]
-        low, median, high = ([_quantile(column, share) for column in columns] for share in (0.1, 0.5, 0.9))
-        found.append(Spectrum(group, low, median, high))
-    return found
+def draw_lines(axes: Axes, lines: Iterable[tuple[str, Points]], style: str = "-", **options: Any) -> None:
+    """Draw one line for each label, in the colours C0, C1, … that equal places have in other calls too."""
+    for i, (label, (x, y)) in enumerate(lines):
+        axes.plot(x, y, style, color=f"C{i % 10}", label=escape_mathtext(label), **options)
 
 
-def _quantile(ordered: list[float], share: float) -> float:
-    return ordered[round(share * (len(ordered) - 1))]
-
-
-def energy_curves(report: AuditReport) -> list[Curve]:
-    """What the greedy choice by energy per parameter keeps, and what one rank for all modules keeps."""
-    modules = [m for m in report.modules if m.spectral_norm]
-    if not modules:
-        return []
-    peak = max(m.spectral_norm or 0.0 for m in modules)
-    costs = [m.d_out + m.d_in for m in modules]
-    gains = [[(value / peak) ** 2 for value in m.singular_values] for m in modules]
-    total = sum(map(sum, gains))
-    steps = heapq.merge(*([(-gain / cost, gain, cost) for gain in row] for row, cost in zip(gains, costs, strict=True)))
-    greedy = _accumulate("greedy", [(gain, cost) for _, gain, cost in steps], total)
-    uniform = [
-        (
-            sum(row[k] for row in gains if k < len(row)),
-            sum(c for row, c in zip(gains, costs, strict=True) if k < len(row)),
-        )
-        for k in range(max(map(len, gains)))
-    ]
-    return [greedy, _accumulate("one rank for all", uniform, total)]
-
-
-def _accumulate(label: str, steps: list[tuple[float, int]], total: float, points: int = 400) -> Curve:
-    parameters, energy, spent, kept = [0], [0.0], 0, 0.0
-    stride = max(1, len(steps) // points)
-    for i, (gain, cost) in enumerate(steps, 1):
-        spent, kept = spent + cost, kept + gain
-        if i % stride == 0 or i == len(steps):
-            parameters.append(spent)
-            energy.append(min(1.0, kept / total))
-    return Curve(label, parameters, energy)
+def count_axis(axes: Axes) -> None:
+    """Write the numbers on the horizontal axis as 500k or 1M."""
+    axes.xaxis.set_major_formatter(lambda value, _: count(value))

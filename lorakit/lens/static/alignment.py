@@ -1,25 +1,25 @@
-"""How the output directions of an adapter's updates lie to each other: across layers, and within a layer.
+"""How the output directions of an adapter's updates relate to each other: across layers, and within a layer.
 
 References: Tian et al., "Spectral Surgery", 2026, §3.2, Eq. 2–3, Fig. 1 and App. B.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lorakit._report import Report, ordered
+from lorakit._checks import check_integer
+from lorakit._report import ordered
 from lorakit.adapters import Adapter, AdapterModule, open_adapter
 from lorakit.errors import Finding
-from lorakit.lens.static.measure import about_low_rank_part
+from lorakit.lens._sources import about_low_rank_part
+from lorakit.lens.static.alignment_report import AlignedGroup, AlignedPair, AlignmentReport
+from lorakit.lens.static.chance import random_similarity
 from lorakit.naming.roles import group_of, layer_prefix
 from lorakit.spectral import leading_similarity, random_subspace_overlap, topk_overlap
 
@@ -27,96 +27,36 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-@dataclass(frozen=True)
-class AlignedGroup:
-    """Modules of one role and output width, in the order of their layers: `similarity` and `overlap` are n × n.
-
-    `similarity`: |cos| of the leading output directions. `overlap`: ‖U_aᵀ U_b‖_F² / k of the `k` leading ones, `k`
-    being the one asked for or, if that is less, the smallest rank of an update in the group. By chance they are
-    `random_similarity`, the mean |cos| of random directions, and `random_overlap`, k / d_out. The means are over pairs
-    of different modules, None where there is one module.
-    """
-
-    name: str
-    modules: tuple[str, ...]
-    layers: tuple[int | None, ...]
-    d_out: int
-    k: int
-    similarity: tuple[tuple[float, ...], ...]
-    overlap: tuple[tuple[float, ...], ...]
-    similarity_mean: float | None
-    overlap_mean: float | None
-    random_similarity: float
-    random_overlap: float
-
-    @property
-    def labels(self) -> list[str]:
-        """The layers, where these tell the modules apart; else their names, without what these end in alike."""
-        if None not in self.layers and len(set(self.layers)) == len(self.layers):
-            return [str(layer) for layer in self.layers]
-        steps = [name.split(".") for name in self.modules]
-        while len(steps) > 1 and all(len(s) > 1 and s[-1] == steps[0][-1] for s in steps):
-            steps = [s[:-1] for s in steps]
-        return [".".join(s) for s in steps]
-
-
-@dataclass(frozen=True)
-class AlignedPair:
-    """The attention's output projection and the MLP's down projection of one layer, compared as in `AlignedGroup`."""
-
-    output: str
-    down: str
-    layer: int
-    d_out: int
-    k: int
-    similarity: float
-    overlap: float
-    random_similarity: float
-    random_overlap: float
-
-
-@dataclass(frozen=True)
-class AlignmentReport(Report):
-    """What `lorakit.lens.alignment` found, with the `k` that was asked for."""
-
-    path: str
-    peft_type: str
-    k: int
-    roles: tuple[AlignedGroup, ...]
-    within_layer: tuple[AlignedPair, ...]
-    findings: tuple[Finding, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """`roles`, `within_layer`, `summary` and `findings` as JSON has them: no NaN, no infinity."""
-        return {
-            "roles": [asdict(group) for group in self.roles],
-            "within_layer": [asdict(pair) for pair in self.within_layer],
-            "summary": {"path": self.path, "peft_type": self.peft_type, "k": self.k},
-            "findings": [asdict(finding) for finding in self.findings],
-        }
-
-    def plot(self, directory: str | os.PathLike[str]) -> list[Path]:  # type: ignore[override]
-        """`lorakit.lens.write_plots` of this report."""
-        from lorakit.lens.render.plots import write_plots
-
-        return write_plots(self, directory)
-
-
 @torch.no_grad()
 def alignment(
     adapter: str | os.PathLike[str] | nn.Module | Adapter, *, k: int = 4, adapter_name: str | None = None
 ) -> AlignmentReport:
-    """The geometry of an adapter's output directions: a directory, a file, a Hub id, a PeftModel or an open adapter.
+    """Compare the output directions of an adapter's updates across layers, for each role, and within each layer.
 
-    For every role, between all layers: |cos| of the leading left singular vectors of ΔW, and the overlap of the
-    subspaces of the `k` leading ones; within each layer, between output and down projection. Each with what chance
-    gives. Updates that are zero, or not finite, are left out and among the findings. Of DoRA and SPECLORA it is the
-    low-rank part. Where the k-th and the next singular value are equal, the subspace is one of many.
+    Two numbers are given for each pair of modules, with what chance gives: |cos| of the leading left singular vectors
+    of ΔW, and the overlap ‖U_aᵀ U_b‖_F² / k of the `k` leading ones. Across layers, modules of one role are compared;
+    within a layer, the attention's output projection and the MLP's down projection. Updates that are zero or not
+    finite are left out, with a finding. For DoRA and SPECLORA it is the low-rank part. If the k-th and the next
+    singular value are equal, the subspace is not unique.
 
-    Raises: AdapterFileError, UnsupportedModelError for what cannot be read; ValueError for a `k` below 1.
+    Args:
+        adapter: a directory, a .safetensors or .bin file, a Hub id, a PeftModel, or an open adapter.
+        k: how many leading directions of each update to compare.
+        adapter_name: which adapter of a PeftModel; by default the active one.
+    Raises: AdapterFileError, UnsupportedModelError for an adapter that cannot be read; ValueError for a `k` below 1.
+
+    Example:
+        >>> import lorakit, torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> layers = torch.nn.ModuleDict({"layers": torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 6))})
+        >>> model = get_peft_model(layers, LoraConfig(r=2, target_modules=["0", "1"]))
+        >>> for name, B in model.named_parameters():
+        ...     _ = torch.nn.init.eye_(B) if "lora_B" in name else None
+        >>> report = lorakit.lens.alignment(model, k=2)
+        >>> [(group.name, group.k) for group in report.roles]
+        [('0', 2), ('1', 2)]
     """
-    if k < 1:
-        raise ValueError(f"`k` must be at least 1; got {k}.")
+    check_integer("k", k)
     view = open_adapter(adapter, adapter_name=adapter_name)
     findings = list(view.findings)
     groups: dict[tuple[str, int], list[AdapterModule]] = {}
@@ -151,7 +91,7 @@ def alignment(
 
 
 def _leading(view: Adapter, module: AdapterModule, k: int, findings: list[Finding]) -> Tensor | None:
-    """The leading left singular vectors, at most k and as many as the update's rank; None for no update."""
+    """The leading left singular vectors, at most k and at most the update's rank; None if there is no update."""
     update = view.factors(module)
     svd = update.svd() if all(bool(half.isfinite().all()) for half in (update.B, update.A)) else None
     if svd is None or not bool(svd.S.isfinite().all()):
@@ -188,18 +128,13 @@ def _group(name: str, modules: Sequence[AdapterModule], bases: Sequence[Tensor])
 
 
 def _between(square: Tensor) -> float | None:
-    """The mean off the diagonal."""
+    """The mean over the entries off the diagonal; None for a single module."""
     n = len(square)
     return float((square.double().sum() - square.double().trace()) / (n * (n - 1))) if n > 1 else None
 
 
-def random_similarity(d: int) -> float:
-    """Mean |cos| of two independent uniformly random directions: Γ(d/2) / (√π Γ((d+1)/2)), near √(2 / (π d))."""
-    return math.exp(math.lgamma(d / 2) - math.lgamma((d + 1) / 2)) / math.sqrt(math.pi)
-
-
 def _pairs(modules: Sequence[AdapterModule], outputs: dict[str, Tensor], downs: dict[str, Tensor]) -> list[AlignedPair]:
-    """All pairs of an output and a down projection in one layer of one stack, of one width."""
+    """All pairs of an output and a down projection with equal widths in the same layer of the same stack."""
     by_layer: dict[str, tuple[list[str], list[str]]] = {}
     layers = {module.name: module.layer for module in modules}
     for i, names in enumerate((outputs, downs)):

@@ -1,90 +1,28 @@
-"""What an audit reports: rows, summaries and findings, frozen, and as plain data."""
+"""What an audit reports."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
-from lorakit._report import Report
-from lorakit.adapters.adapter import Kind
+from lorakit._figures import message_figure, new_figure, title_name
+from lorakit._format import count, extent
+from lorakit._report import Report, Table, counted, plain, shell_argument
 from lorakit.errors import Finding
-from lorakit.lens._rows import mean
-from lorakit.lens.static.suggestions import RankSuggestion, covering
-from lorakit.naming.roles import Role, group_of
+from lorakit.lens.render.figures import heatmaps_figure
+from lorakit.lens.static import audit_figures
+from lorakit.lens.static.audit_tables import least_used_table, module_table, role_table, suggestion_table
+from lorakit.lens.static.groups import GroupSummary
+from lorakit.lens.static.spectra import AuditedModule
+from lorakit.lens.static.suggestions import RankSuggestion
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
-@dataclass(frozen=True)
-class AuditedModule:
-    """One module's ΔW, scaling included. Where it is not finite the numbers are None, the singular values empty.
-
-    `low_rank_part_only`: the module has a DoRA magnitude or a SpecLoRA mask, so this is not its whole update; `beside`
-    has statistics of that: of d (not d − 1) under "d", of the magnitudes under "magnitude".
-    """
-
-    module_name: str
-    role: Role | None
-    layer: int | None
-    kind: Kind
-    d_out: int
-    d_in: int
-    rank: int
-    scaling: float
-    parameters: int
-    dtype: str
-    low_rank_part_only: bool
-    beside: dict[str, dict[str, float]]
-    singular_values: tuple[float, ...] = ()
-    frobenius_norm: float | None = None
-    spectral_norm: float | None = None
-    stable_rank: float | None = None
-    effective_rank: float | None = None
-    capacity_utilization: float | None = None
-    utilization: float | None = None
-    energy_rank: dict[str, int] | None = None  # by threshold
-    knee: int | None = None
-
-    @property
-    def group(self) -> str:
-        return group_of(self.module_name)
-
-    @property
-    def bytes_per_entry(self) -> int:
-        return {"float64": 8, "float32": 4}.get(self.dtype, 2)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, without the singular values."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "singular_values"}
-
-
-@dataclass(frozen=True)
-class GroupSummary:
-    """Modules of one role, or of one layer, or all: means over those that are finite; None where there are none.
-
-    `energy_share` is the group's part of Σ ‖ΔW‖_F². `energy_rank_median` and `energy_rank_p90`, by threshold, are the
-    smallest k that cover half, and nine tenths, of the modules.
-    """
-
-    name: str
-    modules: int
-    layers: tuple[int, int] | None
-    ranks: tuple[int, int] | None
-    parameters: int
-    frobenius_norm: float | None
-    energy_share: float | None
-    spectral_norm_mean: float | None
-    stable_rank_mean: float | None
-    effective_rank_mean: float | None
-    capacity_utilization_mean: float | None
-    utilization_mean: float | None
-    energy_rank_median: dict[str, int] | None
-    energy_rank_p90: dict[str, int] | None
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AuditReport(Report):
-    """What `lorakit.lens.audit` found; `energy` is the share that suggested ranks keep."""
+    """What `lorakit.lens.audit` found. `energy` is the share of ‖ΔW‖_F² that suggested ranks keep."""
 
     path: str
     peft_type: str
@@ -98,8 +36,53 @@ class AuditReport(Report):
     suggestions: tuple[RankSuggestion, ...]
     findings: tuple[Finding, ...]
 
+    @property
+    def title(self) -> str:
+        return f"Audit of {self.path}"
+
+    @property
+    def headline(self) -> str:
+        if not self.total.frobenius_norm:
+            return f"{self.total.modules} modules, none with a finite update other than zero; {counted(self.findings)}."
+        return (
+            f"Rank {self._needed_rank} keeps {self.energy:.0%} of the energy in nine tenths of the "
+            f"{self.total.modules} modules (r = {extent(self.total.ranks)}); {counted(self.findings)}."
+        )
+
+    @property
+    def details(self) -> tuple[str, ...]:
+        dtypes = ", ".join(sorted({module.dtype for module in self.modules}))
+        partial = sum(module.low_rank_part_only for module in self.modules)
+        beside = f", and {count(self.parameters_beside)} beside the updates" if self.parameters_beside else ""
+        lines = [
+            f"type: {self.peft_type}" + (f" (only the low-rank part in {partial} modules)" if partial else ""),
+            f"base model: {self.base_model}" if self.base_model else "",
+            f"updates: {self.total.modules} modules, {count(self.total.parameters)} parameters ({dtypes}){beside}",
+        ]
+        return tuple(line for line in lines if line)
+
+    @property
+    def next_steps(self) -> tuple[str, ...]:
+        """Commands that compress the adapter, compare the result with it, and export it as a plain LoRA."""
+        source = shell_argument(self.path)
+        if source is None or self.has_errors or not self.total.frobenius_norm:
+            return ()
+        if self.peft_type == "SPECLORA":
+            base = "" if self.base_model is None else shell_argument(self.base_model)
+            return (f"lorakit export {source} {self._beside('-lora')} --base {base}",) if base else ()
+        steps = []
+        low, high = self.total.ranks or (0, 0)
+        if self._needed_rank < high:
+            globally = next((s for s in self.suggestions if s.policy == "global_p90"), None)
+            criterion = f"--energy {self.energy:g}" if globally is None else f"--max-rank {globally.rank}"
+            smaller = self._beside("-compressed")
+            steps += [f"lorakit compress {source} {smaller} {criterion}", f"lorakit compare {source} {smaller}"]
+        if self.peft_type != "LORA" or low != high:
+            steps.append(f"lorakit export {source} {self._beside('-lora')}")
+        return tuple(steps)
+
     def to_dict(self) -> dict[str, Any]:
-        """`modules`, `summary` and `findings` as JSON has them: no NaN, no infinity."""
+        """`modules` (with their singular values), `summary` and `findings` as JSON data."""
         summary = {
             "path": self.path,
             "peft_type": self.peft_type,
@@ -111,42 +94,54 @@ class AuditReport(Report):
             "layers": [asdict(group) for group in self.layers],
             "suggestions": [asdict(suggestion) for suggestion in self.suggestions],
         }
-        return {
-            "modules": [module.to_dict() for module in self.modules],
-            "summary": summary,
-            "findings": [asdict(finding) for finding in self.findings],
-        }
+        modules = [asdict(module) for module in self.modules]
+        data = {"modules": modules, "summary": summary, "findings": [asdict(finding) for finding in self.findings]}
+        return {key: plain(value) for key, value in data.items()}
 
+    def tables(self) -> list[Table]:
+        tables = [
+            role_table(self.roles, self.total, self.energy),
+            least_used_table(self.modules),
+            suggestion_table(self.suggestions, self.energy),
+            module_table(self.modules),
+        ]
+        return [table for table in tables if table.rows and self.modules]
 
-def summarize(name: str, modules: Sequence[AuditedModule], everything: Sequence[AuditedModule]) -> GroupSummary:
-    """The summary of some modules, out of all."""
-    layers = [module.layer for module in modules if module.layer is not None]
-    ranks = [module.rank for module in modules]
-    finite = [module for module in modules if module.energy_rank is not None]
-    norm, all_norm = total_norm(finite), total_norm(everything)
-    ks = (
-        {q: [m.energy_rank[q] for m in finite if m.energy_rank] for q in (finite[0].energy_rank or {})}
-        if finite
-        else {}
-    )
-    return GroupSummary(
-        name=name,
-        modules=len(modules),
-        layers=(min(layers), max(layers)) if layers else None,
-        ranks=(min(ranks), max(ranks)) if ranks else None,
-        parameters=sum(module.parameters for module in modules),
-        frobenius_norm=norm if finite else None,
-        energy_share=((norm / all_norm) ** 2 if all_norm else 0.0) if finite else None,
-        spectral_norm_mean=mean(module.spectral_norm for module in finite),
-        stable_rank_mean=mean(module.stable_rank for module in finite),
-        effective_rank_mean=mean(module.effective_rank for module in finite),
-        capacity_utilization_mean=mean(module.capacity_utilization for module in finite),
-        utilization_mean=mean(module.utilization for module in finite),
-        energy_rank_median={q: covering(values, 0.5) for q, values in ks.items()} if finite else None,
-        energy_rank_p90={q: covering(values, 0.9) for q, values in ks.items()} if finite else None,
-    )
+    def plot(self) -> Figure:
+        """Heatmaps by role and layer above spectra by role and energy against parameters."""
+        if not self._drawable:
+            return self._nothing()
+        return audit_figures.overview(self._name, self.modules, self.energy, self.suggestions)
 
+    def figures(self) -> dict[str, Figure]:
+        """The parts of `plot()` as figures: "heatmaps", "spectra" and "energy"."""
+        if not self._drawable:
+            return {"audit": self._nothing()}
+        found = {"heatmaps": heatmaps_figure(self._name, audit_figures.heatmaps(self.modules, self.energy))}
+        if self.total.frobenius_norm:
+            spectra, curves = audit_figures.spectra(self.modules), audit_figures.energy_curves(self.modules)
+            for name in ("spectra", "energy"):
+                found[name] = new_figure(7, 4.5)
+                found[name].suptitle(self._name, fontsize=10)
+            everything = audit_figures.spectrum_of_all(self.modules)
+            audit_figures.draw_spectra(found["spectra"].subplots(), spectra, everything)
+            audit_figures.draw_energy(found["energy"].subplots(), curves, self.suggestions)
+        return found
 
-def total_norm(modules: Iterable[AuditedModule]) -> float:
-    """√Σ ‖ΔW‖_F²."""
-    return math.hypot(*(module.frobenius_norm or 0.0 for module in modules))
+    @property
+    def _drawable(self) -> bool:
+        return self.total.frobenius_norm is not None
+
+    def _nothing(self) -> Figure:
+        return message_figure(self._name, "no module has a finite update")
+
+    @property
+    def _name(self) -> str:
+        return f"{title_name(self.path)} ({self.peft_type})"
+
+    @property
+    def _needed_rank(self) -> int:
+        return (self.total.energy_rank_p90 or {}).get(str(float(self.energy)), 0)
+
+    def _beside(self, suffix: str) -> str | None:
+        return shell_argument(self.path, suffix)

@@ -1,28 +1,25 @@
-"""Ranks that an audit suggests, each with what it costs and keeps."""
+"""From spectra to suggested ranks, each with what it costs and what it keeps."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from lorakit.allocation import allocate, read_budget
+from lorakit.lens.static.spectra import AuditedModule
 
-if TYPE_CHECKING:
-    from lorakit.lens.static.report import AuditedModule
-
-SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what servers take as their largest rank
+SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the maximum ranks that servers can be configured with
 
 
 @dataclass(frozen=True)
 class RankSuggestion:
-    """Ranks by one policy. Every rank is at least 1 and at most the module's own.
+    """The ranks that one policy suggests. Every rank is at least 1 and at most the module's own.
 
-    `rank` is the one rank of a global policy, None elsewhere. `energy_kept` is the share of Σ ‖ΔW‖_F² that the best
-    approximations of these ranks keep; `modules_covered` of the modules keep the energy asked for. `served_rank` is
-    the largest rank, rounded up to a size that servers offer, and `served_parameters` the parameters if every module's
-    rank is rounded up so.
+    `rank`: the one rank of a global policy, otherwise None. `energy_kept`: the share of Σ ‖ΔW‖_F² that the best
+    approximations of these ranks keep. `modules_covered`: how many modules keep the requested energy. `served_rank`:
+    the largest rank, rounded up to a size that servers offer. `served_parameters`: the parameters if every module's
+    rank is rounded up that way.
     """
 
     policy: str
@@ -34,21 +31,27 @@ class RankSuggestion:
     served_rank: int
     served_parameters: int
 
+    @property
+    def label(self) -> str:
+        """The policy's name in tables and legends."""
+        return self.policy.replace("_", " ")
+
 
 def covering(values: Sequence[int], share: float) -> int:
-    """The smallest of `values` that at least `share` of them do not exceed."""
+    """The smallest of `values` that is at least as large as `share` of them."""
     return sorted(values)[max(0, math.ceil(share * len(values) - 1e-9) - 1)]
 
 
 def served(rank: int) -> int:
-    """`rank`, rounded up to a size that servers offer; itself above the largest."""
+    """`rank` rounded up to a size that servers offer; unchanged above the largest."""
     return next((size for size in SERVED_RANKS if size >= rank), rank)
 
 
 def suggest(modules: Sequence[AuditedModule], threshold: str, budget: int | str | None) -> list[RankSuggestion]:
-    """Every policy's suggestion, for modules that are finite; none where all updates are zero.
+    """One suggestion for each policy, from modules with finite updates; none if all updates are zero.
 
-    Raises: ValueError for a budget below rank 1 in every module.
+    `threshold` is the key of the requested energy in `AuditedModule.energy_rank`.
+    Raises: ValueError for a budget that does not cover rank 1 in every module.
     """
     if not any(module.spectral_norm for module in modules):
         return []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import math
@@ -19,8 +18,8 @@ from rich.console import Console
 from lorakit import SpecLoRAConfig
 from lorakit.errors import AdapterFileError
 from lorakit.lens import alignment, write_plots
-from lorakit.lens.render.table import print_alignment
-from lorakit.lens.static.alignment import random_similarity
+from lorakit.lens.render.table import print_report
+from lorakit.lens.static.chance import random_similarity
 
 ROLES = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "output"} | {
     "gate_proj": "gate",
@@ -155,7 +154,7 @@ def test_of_speclora_it_is_said_to_be_the_low_rank_part(tmp_path, randomize, tin
 
 
 def test_bad_input(write_adapter, tmp_path):
-    with pytest.raises(ValueError, match="`k` must be at least 1"):
+    with pytest.raises(ValueError, match="`k` must be a positive integer; got 0"):
         alignment(write_adapter("a", {"x": factors(2)}), k=0)
     with pytest.raises(AdapterFileError):
         alignment(tmp_path / "nowhere")
@@ -169,37 +168,61 @@ def adapter(write_adapter):
 
 def test_it_is_shown_in_80_columns(adapter):
     console = Console(width=80, record=True, file=io.StringIO())
-    print_alignment(alignment(adapter), console)
+    print_report(alignment(adapter), console)
     text = console.export_text()
-    assert max(map(len, text.splitlines())) <= 80
+    table, _, steps = text.partition("next steps\n")
+    assert max(map(len, table.replace(str(adapter), "").splitlines())) <= 80
+    assert steps == f"  lorakit audit {adapter} --suggest-ranks\n"
     for role in ROLES.values():
         assert any(line.split()[:2] == [role, "12"] for line in text.splitlines())
     assert any(line.startswith("output–down 12") for line in text.splitlines())
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
-def test_plots(adapter, write_adapter, tmp_path):
+def test_the_figure_is_written_as_a_png_file(adapter, tmp_path):
+    (written,) = write_plots(alignment(adapter), tmp_path / "plots")
+    assert written == tmp_path / "plots" / "alignment.png"
+    assert written.read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_adapter_without_pairs_has_a_figure_that_says_so(write_adapter):
+    figure = alignment(write_adapter("b", {"x": factors(2)})).plot()
+    assert [text.get_text() for text in figure.texts][-1] == "no role has two modules to compare"
+
+
+def test_the_figure_has_a_matrix_for_each_role_and_quantity(adapter):
     report = alignment(adapter)
-    written = report.plot(tmp_path / "plots")
-    assert [path.name for path in written] == ["similarity.png", "overlap.png", "within_layer.png"]
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
-    alone = alignment(write_adapter("b", {"x": factors(2)}))
-    assert write_plots(alone, tmp_path / "none") == []
+    matrices = [axes for axes in report.plot().axes if axes.images]
+    expected = [(group, quantity) for quantity in ("similarity", "overlap") for group in report.roles]
+    for axes, (group, quantity) in zip(matrices, expected, strict=True):
+        drawn = axes.images[0].get_array()
+        assert float(drawn[3, 7]) == pytest.approx(getattr(group, quantity)[3][7])
+        name, numbers = axes.get_title().split("\n")
+        assert name.partition(",")[0] == group.name
+        assert numbers.endswith(f"chance {getattr(group, f'random_{quantity}'):.3f}")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
-def test_every_role_has_its_heatmap(adapter):
-    from lorakit.lens.render.plots import _between_layers
-
+def test_the_figure_shows_chance_within_layers_and_names_the_adapter(adapter):
     report = alignment(adapter)
-    for quantity in ("similarity", "overlap"):
-        shown = [axes for axes in _between_layers(report, quantity).axes if axes.get_title()]
-        assert {axes.get_title().partition("\n")[0].partition(",")[0] for axes in shown} == set(ROLES.values())
-        for axes, group in zip(shown, report.roles, strict=True):
-            drawn = axes.images[0].get_array()
-            assert float(drawn[3, 7]) == pytest.approx(getattr(group, quantity)[3][7])
+    figure = report.plot()
+    assert figure.get_suptitle().endswith(f"{adapter.name} (LORA)")
+    panels = [axes for axes in figure.axes if axes.lines]
+    assert len(panels) == 2
+    for axes, quantity in zip(panels, ("similarity", "overlap"), strict=True):
+        points, chance = axes.lines
+        assert list(points.get_ydata()) == [getattr(pair, quantity) for pair in report.within_layer]
+        assert list(chance.get_ydata()) == [getattr(pair, f"random_{quantity}") for pair in report.within_layer]
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["output against down", "by chance"]
+
+
+def test_the_report_names_the_role_that_shares_most(adapter):
+    report = alignment(adapter)
+    most = max(report.roles, key=lambda group: group.overlap_mean / group.random_overlap)
+    assert report.headline.startswith(f"Most shared across layers: {most.name}, ")
+    assert len(repr(report)) < 500
+    assert report.next_steps == (f"lorakit audit {adapter} --suggest-ranks",)
+    assert [row["name"] for row in report.rows()] == [group.name for group in report.roles]
 
 
 def run(*arguments):
@@ -216,7 +239,7 @@ def test_the_command(adapter, write_adapter, tmp_path):
     done = run(adapter, "--json", "--k", "2", "--plots", tmp_path / "plots")
     assert (done.returncode, done.stderr) == (0, "")
     assert_close_reports(json.loads(done.stdout), json.loads(json.dumps(alignment(adapter, k=2).to_dict())))
-    assert (tmp_path / "plots" / "overlap.png").exists()
+    assert (tmp_path / "plots" / "alignment.png").exists()
     bad = write_adapter("bad", {"x": (torch.full((3, 2), math.nan), torch.ones(2, 3))})
     done = run(bad)
     assert done.returncode == 1

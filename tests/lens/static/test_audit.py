@@ -5,6 +5,10 @@ from __future__ import annotations
 import io
 import json
 import math
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -124,7 +128,56 @@ def test_the_shape_of_the_report(tmp_path):
     assert row.keys() >= KEYS
     assert row["energy_rank"] == {"0.5": 1, "0.9": 2, "0.95": 2, "0.99": 2}
     assert (row["module_name"], row["role"], row["layer"], row["rank"]) == (layer(0), "query", 0, 2)
-    assert json.loads(json.dumps(report["modules"], allow_nan=False)) == report["modules"]
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert row["singular_values"] == pytest.approx([4.0, 2.0], rel=1e-5)  # the scaling is 4 / 2
+
+
+def test_the_repr_and_the_headline_are_short(known):
+    report = audit(known)
+    assert repr(report).splitlines()[0] == (
+        "AuditReport: Rank 2 keeps 90% of the energy in nine tenths of the 10 modules (r = 6); no errors or warnings."
+    )
+    assert len(repr(report)) < 600
+
+
+def run_steps(steps):
+    for step in steps:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", *shlex.split(step)], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, (step, done.stderr)
+
+
+@pytest.mark.slow
+def test_the_next_steps_can_be_pasted(known):
+    compress, compare = audit(known).next_steps
+    assert compress == f"lorakit compress {known} {known}-compressed --energy 0.9"
+    assert compare == f"lorakit compare {known} {known}-compressed"
+    assert audit(known, suggest_ranks=True).next_steps[0] == f"lorakit compress {known} {known}-compressed --max-rank 2"
+    run_steps(audit(known, suggest_ranks=True).next_steps)
+
+
+@pytest.mark.slow
+def test_mixed_ranks_and_other_types_are_exported(tmp_path, known):
+    tensors = {layer(0): of_spectrum([2.0, 1.9]), layer(1): of_spectrum([2.0, 1.9, 1.8])}
+    mixed = write(tmp_path / "mixed", tensors)
+    assert audit(mixed).next_steps == (f"lorakit export {mixed} {mixed}-lora",)
+    run_steps(audit(mixed).next_steps)
+    settings_ = json.loads((known / CONFIG).read_text())
+    (known / CONFIG).write_text(json.dumps(settings_ | {"peft_type": "FISHERLORA"}))
+    assert audit(known / WEIGHTS).next_steps[-1] == f"lorakit export {known / WEIGHTS} {known}-lora"
+    (known / CONFIG).write_text(json.dumps(settings_ | {"peft_type": "SPECLORA", "base_model_name_or_path": "a/b"}))
+    assert audit(known).next_steps == (f"lorakit export {known} {known}-lora --base a/b",)
+
+
+def test_nothing_to_do_gives_no_next_steps(tmp_path, known):
+    broken = good()
+    broken[layer(0)][0][0, 0] = math.nan
+    assert audit(write(tmp_path / "a", broken)).next_steps == ()
+    assert audit(write(tmp_path / "b", {name: (B * 0, A) for name, (B, A) in good().items()})).next_steps == ()
+    assert audit(write(tmp_path / "c", good())).next_steps == ()  # every rank is needed
+    view = open_adapter(known)
+    assert audit(replace(view, path="a model, adapter 'default'")).next_steps == ()
 
 
 # 10 modules, whose k@.9 is 1 in six, 2 in three and 4 in one.
@@ -302,7 +355,7 @@ def test_errors_come_first(tmp_path):
 
 @pytest.mark.parametrize("energy", [0, -1, 1.01, math.nan])
 def test_energy_is_a_share(tmp_path, energy):
-    with pytest.raises(ValueError, match="`energy` must be a share"):
+    with pytest.raises(ValueError, match=r"`energy` must be a number in \(0, 1\]; got "):
         audit(tmp_path, energy=energy)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import io
 import json
 import math
+import shlex
 import subprocess
 import sys
 
@@ -28,8 +28,8 @@ from lorakit.adapters.parse import assemble
 from lorakit.adapters.read import TensorDict
 from lorakit.errors import AdapterFileError
 from lorakit.lens import compare, write_plots
-from lorakit.lens.render.table import print_comparison
-from lorakit.lens.static.compare import VERDICTS, Thresholds, judge
+from lorakit.lens.render.table import print_report
+from lorakit.lens.static.verdicts import VERDICTS, Thresholds, judge
 
 Q = "model.layers.{}.self_attn.q_proj"
 
@@ -383,8 +383,8 @@ def test_other_types_have_their_low_rank_part_compared(tmp_path, randomize, tiny
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"energy": 0}, "`energy` must be a share"),
-        ({"energy": math.nan}, "`energy` must be a share"),
+        ({"energy": 0}, "`energy` must be a "),
+        ({"energy": math.nan}, "`energy` must be a "),
         ({"conflicting_below": 0.1}, "`conflicting_below` must be between -1 and 0"),
         ({"redundant_above": 2}, "`redundant_above` must be between 0 and 1"),
         ({"contested_above": -1}, "`contested_above` must be between 0 and 1"),
@@ -414,23 +414,83 @@ def test_it_is_shown_in_80_columns_with_markup_in_names(write_adapter):
     other[Q.format(3)] = (-one[Q.format(3)][0], one[Q.format(3)][1])
     report = compare(view(one), view(other))
     console = Console(width=80, record=True, file=io.StringIO())
-    print_comparison(report, console)
+    print_report(report, console)
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 80
     assert "[bold]x[/bold]" in text
-    assert f"conflicting (opposed), cosine -1, σ₁ 1:1  {Q.format(3)}" in text
+    assert f"{Q.format(3)} conflicting (opposed)     -1        1" in text
     (line,) = [line for line in text.splitlines() if line.startswith("query ")]
     assert line.split()[1] == "32"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
-def test_plots(tmp_path):
+@pytest.mark.slow
+def test_the_figure_is_written_as_a_png_file(tmp_path):
     one = view({Q.format(i): factors(2, seed=i) for i in range(3)})
     (picture,) = write_plots(compare(one, one), tmp_path / "plots")
     assert picture.name == "comparison.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
-    nowhere = view({"x": factors(2)})
-    assert write_plots(compare(nowhere, nowhere), tmp_path / "none") == []
+
+
+def test_the_figure_has_the_numbers_and_marks_chance():
+    one, other = ({Q.format(i): factors(2, seed=i + shift) for i in range(3)} | {"x": factors(2)} for shift in (0, 9))
+    report = compare(view(one), view(other))
+    figure = report.plot()
+    assert figure.get_suptitle() == "A: memory\nB: memory"
+    maps = [axes for axes in figure.axes if axes.images]
+    names = ("cosine", "output_overlap", "input_overlap", "share_a")
+    for axes, name in zip(maps, names, strict=True):
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["query", "x"]
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1", "2", "–"]
+        drawn = axes.images[0].get_array()
+        assert float(drawn[0, 1]) == pytest.approx(getattr(report.modules[1], name))
+        assert float(drawn[1, 3]) == pytest.approx(getattr(report.modules[3], name))
+        assert drawn.mask[1, 0]
+    marks = [line.get_ydata()[0] for axes in figure.axes for line in axes.lines if line.get_color() == "red"]
+    assert marks == [report.total.random_output_overlap_mean, report.total.random_input_overlap_mean]
+
+
+def test_without_common_modules_the_figure_says_so():
+    figure = compare(view({"x": factors(2)}), view({"y": factors(2)})).plot()
+    assert [text.get_text() for text in figure.texts][-1] == "no module with finite updates in both"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "options"),
+    [
+        (lambda B, A: (B.flip(0), A), ""),
+        (lambda B, A: (-B, A), " --method ties --density 0.5"),
+        (lambda B, A: (B / 15, A), " --weights 0.0625,0.938"),
+    ],
+)
+def test_the_next_step_merges_as_the_verdicts_suggest(write_adapter, tmp_path, change, options):
+    first = {Q.format(i): factors(2, seed=i, dtype=torch.float32) for i in range(2)}
+    one = write_adapter("a b", first, r=2, rank_pattern={})
+    other = write_adapter("c", {name: change(*pair) for name, pair in first.items()}, r=2, rank_pattern={})
+    report = compare(one, other)
+    (step,) = report.next_steps
+    assert step == f"lorakit merge '{one}' {other} '{one}-merged'{options}"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", *shlex.split(step)], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "a b-merged" / "adapter_model.safetensors").exists()
+
+
+def test_adapters_that_cannot_be_merged_have_no_next_step(write_adapter):
+    one = write_adapter("a", {"x": factors(2)})
+    assert compare(one, one).next_steps == ()
+    assert compare(one, write_adapter("b", {"y": factors(2)})).next_steps == ()
+    assert compare(view({"x": factors(2)}), one).next_steps == ()
+    bases = [write_adapter(name, {"x": factors(2)}, base_model_name_or_path=name) for name in ("c", "d")]
+    assert compare(*bases).next_steps == ()
+
+
+def test_the_repr_is_short():
+    one = view({Q.format(i): factors(2, seed=i) for i in range(30)})
+    report = compare(one, one)
+    assert repr(report).startswith("ComparisonReport: 30 modules compared: 30 redundant; cosine +1, by chance ±")
+    assert len(repr(report)) < 500
 
 
 def run(*arguments):

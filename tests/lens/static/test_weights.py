@@ -7,6 +7,7 @@ import json
 import math
 
 import numpy
+import peft
 import pytest
 import torch
 from closeness import assert_close_reports
@@ -366,16 +367,68 @@ def test_what_cannot_be_read(tmp_path, tiny_llama, checkpoint):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 0}, "`rank` must be at least 1"),
-        ({"top_k": 0}, "`top_k` must be at least 1"),
-        ({"intruder_below": 0}, "`intruder_below` must be in"),
-        ({"energy": 1.5}, "`energy` must be in"),
+        ({"rank": 0}, "`rank` must be a positive integer"),
+        ({"top_k": 0}, "`top_k` must be a positive integer"),
+        ({"intruder_below": 0}, "`intruder_below` must be a number in"),
+        ({"energy": 1.5}, "`energy` must be a number in"),
     ],
 )
 def test_options_out_of_range(checkpoint, options, message):
     good = checkpoint("good", {"a.weight": torch.ones(2, 2)})
     with pytest.raises(ValueError, match=message):
         compare_weights(good, good, **options)
+
+
+def test_the_figure_shows_spectra_and_cosines_by_role_with_chance(checkpoint):
+    names = [f"model.layers.{i}.self_attn.{leaf}" for i in range(3) for leaf in ("q_proj", "v_proj")]
+    before = {f"{name}.weight": random(D_OUT, D_IN, seed=i) for i, name in enumerate(names)}
+    after = {key: W + 0.1 * random(D_OUT, D_IN, seed=9 + i) for i, (key, W) in enumerate(before.items())}
+    report = compare_weights(checkpoint("a", before), checkpoint("b", after))
+    figure = report.plot()
+    assert "a.safetensors → …" in figure.get_suptitle()
+    assert "b.safetensors (medians over weights)" in figure.get_suptitle()
+    spectra, outputs, inputs = figure.axes
+    query = [row for row in report.modules if row.role == "query"]
+    value = [row for row in report.modules if row.role == "value"]
+    lines = [line.get_ydata() for line in spectra.lines]
+    for (rows, quantity), drawn in zip(
+        [(rows, q) for q in ("singular_values", "tuned_singular_values") for rows in (query, value)],
+        lines,
+        strict=False,
+    ):
+        expected = numpy.median([getattr(row, quantity) for row in rows], axis=0)
+        assert numpy.sort(drawn)[::-1] == pytest.approx(numpy.sort(expected)[::-1])
+    for axes, side, d in ((outputs, "output", D_OUT), (inputs, "input", D_IN)):
+        *roles, chance = axes.lines
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+            *(line.get_label() for line in roles),
+            "by chance",
+        ]
+        assert {line.get_label() for line in roles} == {"query", "value"}
+        (line,) = [line for line in roles if line.get_label() == "query"]
+        expected = numpy.median([getattr(row, f"{side}_cosines") for row in query], axis=0)
+        assert line.get_ydata() == pytest.approx(expected)
+        x = torch.randn(100_000, 2, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        cosine = torch.nn.functional.cosine_similarity(x[:, 0], x[:, 1]).abs().mean()
+        assert chance.get_ydata()[0] == pytest.approx(float(cosine), rel=0.02)
+
+
+def test_the_report_is_short_and_says_what_to_do(checkpoint, write_adapter):
+    W = random(D_OUT, D_IN)
+    update = torch.outer(W[:, 0], W[0])
+    base, tuned = checkpoint("a", {KEY: W}), checkpoint("b", {KEY: W + 0.01 * update})
+    report = compare_weights(base, tuned)
+    assert report.next_steps == ("peft.LoraConfig(r=1, target_modules=['q_proj'])",)
+    assert eval(report.next_steps[0], {"peft": peft}).r == 1
+    assert len(repr(report)) < 600
+    adapter = write_adapter("x", {NAME: (W[:, :1] * 0.01, W[:1])})
+    report = compare_weights(base, tuned, adapter=adapter)
+    assert report.next_steps == (f"lorakit audit {adapter} --suggest-ranks",)
+    (table,) = report.tables()
+    assert [row[0] for row in table.rows] == ["query", "all"]
+    same = compare_weights(base, base)
+    assert (same.next_steps, same.tables()) == ((), [])
+    assert [text.get_text() for text in same.plot().texts][-1] == "no weight changed"
 
 
 def test_one_weight_is_read_at_a_time(checkpoint, monkeypatch):

@@ -1,36 +1,74 @@
-"""The measuring part of an audit: spectra of all modules, and NaN and infinity wherever they are."""
+"""From an adapter's factors to spectra: one row of numbers for each module, and findings about its values."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from lorakit._checks import preview
-from lorakit.adapters import Adapter, AdapterModule, TensorInfo, open_adapter
+from lorakit.adapters import Adapter, AdapterModule, TensorInfo
+from lorakit.adapters.adapter import Kind
 from lorakit.errors import Finding
-from lorakit.lens.static.report import AuditedModule
+from lorakit.lens._rows import ModuleRow
+from lorakit.naming.roles import Role
 from lorakit.spectral import LowRank, effective_rank, energy_rank, knee, stable_rank
 
-Source = str | os.PathLike[str] | nn.Module | Adapter
+_ROWS = 1 << 20  # entries of a tensor that are checked together
 
-_ROWS = 1 << 20  # entries of a tensor looked at together
+
+@dataclass(frozen=True)
+class AuditedModule(ModuleRow):
+    """The spectrum of one module's ΔW, scaling included, and the numbers that follow from it.
+
+    If the update is not finite, the numbers are None and the singular values empty. `energy_rank`: for each share of
+    ‖ΔW‖_F² (the key), the smallest rank that keeps it. `low_rank_part_only`: the module also has a DoRA magnitude or a
+    SpecLoRA mask, so B A is not the whole update; `beside` has the size, minimum, maximum, mean and standard deviation
+    of the magnitudes ("magnitude"), of d ("d", not d − 1), and of B's bias ("lora_bias").
+    """
+
+    module_name: str
+    role: Role | None
+    layer: int | None
+    kind: Kind
+    d_out: int
+    d_in: int
+    rank: int
+    scaling: float
+    parameters: int
+    dtype: str
+    low_rank_part_only: bool
+    beside: dict[str, dict[str, float]]
+    singular_values: tuple[float, ...] = ()
+    frobenius_norm: float | None = None
+    spectral_norm: float | None = None
+    stable_rank: float | None = None
+    effective_rank: float | None = None
+    capacity_utilization: float | None = None
+    utilization: float | None = None
+    energy_rank: dict[str, int] | None = None
+    knee: int | None = None
+
+    @property
+    def bytes_per_entry(self) -> int:
+        return {"float64": 8, "float32": 4}.get(self.dtype, 2)
 
 
 @torch.no_grad()
 def measure(
     view: Adapter, thresholds: dict[str, float], findings: list[Finding], *, description: str = "audit"
 ) -> tuple[AuditedModule, ...]:
-    """Rows for all modules, in their order; what is wrong with their values is added to `findings`.
+    """One row for each module, in the adapter's order; problems with their values are added to `findings`.
 
-    `description` is that of the progress bar, shown on stderr after a second.
+    Args:
+        thresholds: shares of ‖ΔW‖_F² for `AuditedModule.energy_rank`, by the key they get there.
+        description: label of the progress bar, which appears on stderr after a second.
+    Raises: AdapterFileError if a tensor cannot be read.
     """
     spectra: dict[str, Tensor] = {}
     with tqdm(
@@ -43,46 +81,8 @@ def measure(
     return tuple(_row(view, module, spectra, numbers, findings) for module in view.modules)
 
 
-def open_all(adapters: Source | Sequence[Source]) -> list[Adapter]:
-    """The views of `lorakit.adapters.open_adapter` over one or several adapters. Raises: ValueError for none;
-    TypeError for what is no adapter.
-    """
-    if isinstance(adapters, str | os.PathLike | nn.Module | Adapter):
-        adapters = [adapters]
-    if not isinstance(adapters, Iterable):
-        raise TypeError(
-            f"`adapters` must be an adapter or several: paths, PeftModels or open adapters; got "
-            f"{type(adapters).__name__}."
-        )
-    views = [open_adapter(adapter) for adapter in adapters]
-    if not views:
-        raise ValueError("`adapters` must have at least one adapter; got none.")
-    return views
-
-
-def about_bases(views: Sequence[Adapter]) -> Iterator[Finding]:
-    """A finding where adapters were made for different base models."""
-    bases = sorted({view.settings.base_model for view in views if view.settings.base_model is not None})
-    if len(bases) > 1:
-        message = f"The adapters were made for different models, which are taken together: {preview(bases)}"
-        yield Finding("warning", "different_base", None, message)
-
-
-def of_adapter(view: Adapter, findings: Iterable[Finding]) -> list[Finding]:
-    """Findings that say which of several adapters they are about."""
-    return [replace(finding, message=f"{view.path}: {finding.message}") for finding in findings]
-
-
-def about_low_rank_part(view: Adapter) -> Iterator[Finding]:
-    """A finding where modules have a DoRA magnitude or a SpecLoRA mask beside the update."""
-    partial = sum(module.magnitude is not None or module.mask is not None for module in view.modules)
-    if partial:
-        message = f"Of {partial} modules only the low-rank part is seen: the whole update needs the base weight."
-        yield Finding("info", "low_rank_part_only", None, message)
-
-
 def _numbers(spectra: dict[str, Tensor], thresholds: dict[str, float]) -> dict[str, dict[str, Any]]:
-    """What is made of a spectrum, for all spectra of one length at a time."""
+    """The numbers of each module, computed for all spectra of one length together."""
     lengths: dict[tuple[int, torch.dtype], list[str]] = {}
     for name, sigma in spectra.items():
         lengths.setdefault((len(sigma), sigma.dtype), []).append(name)
@@ -128,20 +128,20 @@ def _row(
         parameters=module.parameters,
         dtype=str(module.dtype).removeprefix("torch."),
         low_rank_part_only=module.magnitude is not None or module.mask is not None,
-        beside=_beside(view, module, findings),
+        beside=_beside_statistics(view, module, findings),
         **measured,
     )
 
 
 def _singular_values(modules: list[AdapterModule], update: LowRank, findings: list[Finding]) -> dict[str, Tensor]:
-    """Singular values by module, on the CPU; none for modules that are not finite."""
+    """Singular values by module name, on the CPU; modules that are not finite are left out."""
     B, A, scaling = update.B, update.A, update.scaling
     assert isinstance(scaling, Tensor)
     finite = list(range(len(modules)))
     sigma = None
     edges = (B[:, 0].any(-1), A[:, :, 0].any(-1), scaling != 0)
-    if update.device.type == "cpu" and all(bool(edge.all()) for edge in edges):  # none is zero, the rest will show
-        with contextlib.suppress(ValueError):  # not finite
+    if update.device.type == "cpu" and all(bool(edge.all()) for edge in edges):  # no factor is zero
+        with contextlib.suppress(ValueError):  # raised if an entry is not finite
             sigma = update.singular_values()
     if sigma is None:
         states = [_state(*each, findings) for each in zip(modules, _size(B), _size(A), strict=True)]
@@ -157,23 +157,23 @@ def _singular_values(modules: list[AdapterModule], update: LowRank, findings: li
         if math.isfinite(norm):
             found[name] = sigma[i].cpu()
         else:
-            message = f"{name}: ΔW overflows: its factors are finite, their product with the scaling is not."
+            message = f"{name}: ΔW overflows: the factors are finite, but their product with the scaling is not."
             findings.append(Finding("error", "non_finite", name, message))
     return found
 
 
 def _size(X: Tensor) -> list[float]:
-    """A number for each matrix of a batch that is 0 where it is all zeros and finite where all its entries are."""
+    """A size for each matrix of a batch: 0 if all entries are zero, finite if all entries are finite."""
     size = torch.linalg.vector_norm(X, dim=(-2, -1), dtype=torch.promote_types(X.dtype, torch.float32)).double()
-    if bool(((size == 0) | ~size.isfinite()).any()):  # squares may under- or overflow
-        peak = X.abs().amax((-2, -1)).double()  # NaN where there is one
+    if bool(((size == 0) | ~size.isfinite()).any()):  # the squares may underflow or overflow
+        peak = X.abs().amax((-2, -1)).double()  # NaN if any entry is
         size = torch.where((size == 0) | ~size.isfinite(), peak, size)
     sizes: list[float] = size.tolist()
     return sizes
 
 
 def _state(module: AdapterModule, B: float, A: float, findings: list[Finding]) -> str:
-    """Whether the update can be measured ("regular"), is zero ("zero"), or has NaN or infinity ("non_finite")."""
+    """The kind of update: "regular", "zero", or "non_finite" (NaN or infinite entries)."""
     name = module.name
     wrong = [f"lora_{half}" for half, size in (("A", A), ("B", B)) if not math.isfinite(size)]
     if wrong:
@@ -189,8 +189,8 @@ def _state(module: AdapterModule, B: float, A: float, findings: list[Finding]) -
     return "regular" if A and B and module.scaling else "zero"
 
 
-def _beside(view: Adapter, module: AdapterModule, findings: list[Finding]) -> dict[str, dict[str, float]]:
-    """Statistics of the mask and of the magnitudes; a finding for those, and for a bias, that are not finite."""
+def _beside_statistics(view: Adapter, module: AdapterModule, findings: list[Finding]) -> dict[str, dict[str, float]]:
+    """Statistics of mask, magnitudes and bias; a finding for each of them that is not finite."""
     found = {}
     for label, info in (("d", module.mask), ("magnitude", module.magnitude), ("lora_bias", module.bias)):
         if info is None:
@@ -210,7 +210,7 @@ def _beside(view: Adapter, module: AdapterModule, findings: list[Finding]) -> di
 
 
 def check_extras(view: Adapter, findings: list[Finding]) -> None:
-    """Findings for NaN and infinity in the tensors beside the updates."""
+    """Findings for NaN and infinite entries in the tensors that belong to no update."""
     for info in (extra.info for extra in view.extras):
         if info.dtype is None or not info.dtype.is_floating_point or info.dtype.itemsize < 2:
             continue
@@ -220,6 +220,7 @@ def check_extras(view: Adapter, findings: list[Finding]) -> None:
 
 
 def _row_sizes(view: Adapter, info: TensorInfo) -> Iterator[float]:
+    """The sizes of a tensor's slices, which are read one at a time."""
     row = max(1, math.prod(info.shape[1:]))
     for rows in view.source.rows(info.key, max(1, _ROWS // row)):
         if rows.numel():

@@ -1,0 +1,66 @@
+"""Summaries of audited modules by role, by layer and over all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from lorakit.lens._rows import mean
+from lorakit.lens.static.spectra import AuditedModule
+from lorakit.lens.static.suggestions import covering
+
+
+@dataclass(frozen=True)
+class GroupSummary:
+    """Modules of one role, of one layer, or all: means over the finite ones; None if there are none.
+
+    `energy_share`: the group's share of Σ ‖ΔW‖_F². `energy_rank_median` and `energy_rank_p90`: for each share of
+    ‖ΔW‖_F² (the key), the rank that keeps it in half, and in nine tenths, of the modules.
+    """
+
+    name: str
+    modules: int
+    layers: tuple[int, int] | None
+    ranks: tuple[int, int] | None
+    parameters: int
+    frobenius_norm: float | None
+    energy_share: float | None
+    spectral_norm_mean: float | None
+    stable_rank_mean: float | None
+    effective_rank_mean: float | None
+    capacity_utilization_mean: float | None
+    utilization_mean: float | None
+    energy_rank_median: dict[str, int] | None
+    energy_rank_p90: dict[str, int] | None
+
+
+def summarize(name: str, modules: Sequence[AuditedModule], everything: Sequence[AuditedModule]) -> GroupSummary:
+    """The summary of `modules`, a part of `everything`."""
+    layers = [module.layer for module in modules if module.layer is not None]
+    ranks = [module.rank for module in modules]
+    finite = [module for module in modules if module.energy_rank is not None]
+    norm, all_norm = total_norm(finite), total_norm(everything)
+    thresholds = (finite[0].energy_rank or {}) if finite else {}
+    ks = {q: [m.energy_rank[q] for m in finite if m.energy_rank] for q in thresholds}
+    return GroupSummary(
+        name=name,
+        modules=len(modules),
+        layers=(min(layers), max(layers)) if layers else None,
+        ranks=(min(ranks), max(ranks)) if ranks else None,
+        parameters=sum(module.parameters for module in modules),
+        frobenius_norm=norm if finite else None,
+        energy_share=((norm / all_norm) ** 2 if all_norm else 0.0) if finite else None,
+        spectral_norm_mean=mean(module.spectral_norm for module in finite),
+        stable_rank_mean=mean(module.stable_rank for module in finite),
+        effective_rank_mean=mean(module.effective_rank for module in finite),
+        capacity_utilization_mean=mean(module.capacity_utilization for module in finite),
+        utilization_mean=mean(module.utilization for module in finite),
+        energy_rank_median={q: covering(values, 0.5) for q, values in ks.items()} if finite else None,
+        energy_rank_p90={q: covering(values, 0.9) for q, values in ks.items()} if finite else None,
+    )
+
+
+def total_norm(modules: Iterable[AuditedModule]) -> float:
+    """√Σ ‖ΔW‖_F²."""
+    return math.hypot(*(module.frobenius_norm or 0.0 for module in modules))
