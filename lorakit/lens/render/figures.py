@@ -25,7 +25,7 @@ class Heatmap:
     """A quantity by group (rows) and layer (columns): a mean over modules, None where there is no module.
 
     `colours` is a matplotlib colour map from `low` to `high` (by default the smallest and the largest value). `chance`
-    are values that random updates would give; the colour bar marks them.
+    are values that random updates would give; the colour bar marks them in red.
     """
 
     title: str
@@ -62,6 +62,8 @@ def draw_heatmap(axes: Axes, shown: Heatmap) -> None:
     axes.set_yticks(range(len(shown.groups)), [escape_mathtext(group) for group in shown.groups], fontsize=8)
     axes.set_title(shown.title, fontsize=9)
     bar = axes.figure.colorbar(image, ax=axes, pad=0.01)
+    if all(float(value).is_integer() for row in shown.values for value in row if value is not None):
+        bar.ax.locator_params(axis="y", integer=True)
     for level in shown.chance:
         bar.ax.axhline(level, color="red", lw=1.5)
 

@@ -255,7 +255,7 @@ def _heatmaps(modules: Sequence[ComparedModule], total: ComparedGroup) -> list[H
     for side in ("output", "input"):
         overlap, by_chance = getattr(total, f"{side}_overlap_mean"), getattr(total, f"random_{side}_overlap_mean")
         if overlap is not None:
-            title = f"overlap of the {side} subspaces: {overlap:.3f} on average, by chance {by_chance:.3f}"
+            title = f"overlap of the {side} subspaces: {overlap:.3f} on average, by chance {by_chance:.3f} (red)"
             name = f"{side}_overlap"
             peak = max(2 * by_chance, *(getattr(module, name) or 0.0 for module in modules))
             maps.append(heatmap(title, modules, _getter(name), low=0.0, high=peak, chance=(by_chance,)))
