@@ -315,9 +315,9 @@ def test_findings_decide_the_exit_code(tmp_path):
         ("{}", "--html", "{}/adapter_config.json/x.html"),
     ],
 )
-def test_bad_input_is_exit_code_1(adapter, arguments):
+def test_bad_input_is_exit_code_2(adapter, arguments):
     done = run(*(argument.format(adapter) for argument in arguments), "--json")
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("lorakit: ")
     assert "Traceback" not in done.stderr
 

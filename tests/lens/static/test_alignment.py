@@ -245,7 +245,7 @@ def test_the_command(adapter, write_adapter, tmp_path):
     assert done.returncode == 1
     assert "error non_finite" in done.stdout
     done = run(tmp_path / "nowhere", "--json")
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (2, "")
     assert "Traceback" not in done.stderr
     for arguments in ((), (adapter, "--k", "0"), (adapter, "--no")):
         done = run(*arguments)

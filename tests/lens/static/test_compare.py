@@ -523,7 +523,7 @@ def test_the_command(write_adapter, tmp_path):
 def test_bad_input_and_wrong_usage(write_adapter, tmp_path):
     one = write_adapter("a", {"x": factors(2)})
     done = run(one, tmp_path / "nowhere", "--json")
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("lorakit: ")
     assert "Traceback" not in done.stderr
     for arguments in ((one,), (one, one, "--energy", "2"), (one, one, "--no")):
