@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from lorakit.data import ExampleLoader
 
 DATA_HELP = (
     "Examples: a .jsonl, .json, .csv, .parquet or .txt file, or the id of a dataset, with `text`, or `prompt` and "
@@ -30,8 +33,14 @@ def named_targets(text: str | None) -> str | list[str] | None:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def named_columns(text: str | None) -> dict[str, str] | None:
-    """Columns as the shell has them: FIELD=COLUMN with commas between, or None."""
+def read_examples(data: str, tokenizer: Any, columns: str | None, **options: Any) -> ExampleLoader:
+    """`lorakit.data.loader`, with columns as the shell has them: FIELD=COLUMN with commas between, or None."""
+    from lorakit.data import loader
+
+    return loader(data, tokenizer, columns=_named_columns(columns), **options)
+
+
+def _named_columns(text: str | None) -> dict[str, str] | None:
     if text is None:
         return None
     pairs = [part.partition("=") for part in text.split(",") if part.strip()]

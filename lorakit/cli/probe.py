@@ -19,10 +19,11 @@ from lorakit.cli._data import (
     ShuffleSeed,
     Split,
     Start,
-    named_columns,
     named_targets,
+    read_examples,
 )
 from lorakit.cli._output import print_json
+from lorakit.data import tokenizer_for
 
 if TYPE_CHECKING:
     from lorakit.data import DataReport, ExampleLoader
@@ -80,17 +81,15 @@ def probe(
         "max_rank": max_rank,
         "per": "role" if per_role else "module",
     }
-    from lorakit.data import loader, tokenizer_for
-
-    batches = loader(
+    batches = read_examples(
         data,
         tokenizer_for(model),
+        columns,
         length=length,
         batch_size=batch_size,
         num_examples=num_examples,
         shuffle_seed=shuffle_seed,
         start=start,
-        columns=named_columns(columns),
         split=split,
     )
     report = _measure(model, batches, named_targets(target_modules), num_examples, seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,13 +17,17 @@ from lorakit.cli._data import (
     ShuffleSeed,
     Split,
     Start,
-    named_columns,
     named_targets,
+    read_examples,
 )
 from lorakit.cli._models import load_adapted
 from lorakit.cli._output import Column, print_folded, print_json, print_lines
+from lorakit.data import tokenizer_for
 from lorakit.errors import SurgeryError
 from lorakit.naming.roles import layer_of
+
+if TYPE_CHECKING:
+    from lorakit.data import DataReport
 
 
 class PolicyName(StrEnum):
@@ -75,18 +79,17 @@ def surgery(
     """Reweight the singular values of an adapter's updates by what calibration data says of them."""
     bounds = None if layers is None else _bounds(layers)
     from lorakit.adapters.atomic import replaced_directory
-    from lorakit.data import loader, tokenizer_for
     from lorakit.surgery import reweight
 
-    batches = loader(
+    batches = read_examples(
         data,
         tokenizer_for(adapter, base),
+        columns,
         length=length,
         batch_size=batch_size,
         num_examples=num_examples,
         shuffle_seed=shuffle_seed,
         start=start,
-        columns=named_columns(columns),
         split=split,
     )
     model = load_adapted(base, adapter)
@@ -105,18 +108,22 @@ def surgery(
     if as_json:
         print_json({**report.to_dict(), "data": batches.report.to_dict(), "path": out})
         return
+    _print(f"{adapter} → {out}", report, batches.report)
+
+
+def _print(title: str, report: Any, data: DataReport) -> None:
     headings: list[Column] = [
         ("modules", lambda rows: str(len(rows))),
         ("gate, least", lambda rows: f"{min(min(row.gate, default=1.0) for row in rows):.3f}"),
         ("gate, largest", lambda rows: f"{max(max(row.gate, default=1.0) for row in rows):.3f}"),
     ]
-    print_folded(f"{adapter} → {out}", report.modules, headings)
+    print_folded(title, report.modules, headings)
     left = [f"{len(names)} {what}" for what, names in _left_alone(report).items() if names]
     print_lines(
         f"{report.policy} on {report.num_examples} examples, {report.aggregate}, energy {report.preserve_energy}, seed "
         f"{report.seed}." + (f" Left alone: {', '.join(left)}." if left else ""),
-        f"Data: {batches.report.headline}.",
-        *batches.report.details,
+        f"Data: {data.headline}.",
+        *data.details,
     )
 
 

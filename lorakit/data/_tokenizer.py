@@ -38,6 +38,8 @@ def tokenizer_for(
         if tokenizer.chat_template is None and base is not None and os.fspath(base) != where:
             tokenizer.chat_template = load(os.fspath(base), revision).chat_template
         return tokenizer
+    if base is None and not os.path.isdir(where):
+        return load(where, revision)  # or what transformers says of it
     if base is None:
         raise DataError(
             f"There is no tokenizer beside {where!r}. Name the base model, or save the tokenizer there with "
