@@ -89,7 +89,8 @@ class Encoder:
             return self._chat(_messages(row[names[0]], names[0], place), options, place)
         prompt, completion = row["prompt"], row["completion"]
         if isinstance(prompt, str) != isinstance(completion, str):
-            raise DataError(f"{place}: `prompt` and `completion` must both be strings, or both lists of messages.")
+            got = f"{type(prompt).__name__} and {type(completion).__name__}"
+            raise DataError(f"{place}: `prompt` and `completion` must both be strings, or both messages; got {got}.")
         if isinstance(prompt, str):
             return _answered(self._ids(prompt), self._ids(prompt + self._ended(completion)))
         prompt, completion = _messages(prompt, "prompt", place), _messages(completion, "completion", place)

@@ -168,7 +168,11 @@ def test_the_report_counts_and_says_it(make_tokenizer, write):
         ([{"text": "x"}], {"columns": {"prompt": "text"}}, r"`columns` must give columns for .*; got 'prompt'"),
         ([{"text": 3}], {}, r"Row 1 of .*: `text` must be a string; got int"),
         ([{"text": "x"}, {"text": None}], {}, r"Row 2 of .* must have `text`, or .*; got none"),
-        ([{"prompt": "x", "completion": [{"role": "a", "content": "b"}]}], {}, "must both be strings, or both lists"),
+        (
+            [{"prompt": "x", "completion": [{"role": "a", "content": "b"}]}],
+            {},
+            "must both be strings, or both messages; got str and list",
+        ),
         ([{"messages": "x"}], {}, "`messages` must be a list of messages; got str"),
         ([{"messages": []}], {}, "got an empty list"),
         ([{"messages": [{"role": "user"}]}], {}, r"message 1 must have the string `content`; got NoneType"),
