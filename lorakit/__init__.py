@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lorakit import calibration as calibration
     from lorakit import compress as compress
     from lorakit import cost as cost
+    from lorakit import data as data
     from lorakit import errors as errors
     from lorakit import experiments as experiments
     from lorakit import export as export

@@ -22,6 +22,7 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "calibration": (),
         "compress": (),
         "cost": (),
+        "data": (),
         "errors": (),
         "experiments": (),
         "export": (),
@@ -45,6 +46,10 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "tally": ("Collected",),
     },
     "lorakit.cost": {"_accounting": ("AccountedModule", "Accounting", "Flops", "Memory", "accounting")},
+    "lorakit.data": {
+        "_loader": ("DataReport", "ExampleLoader", "as_loader", "loader"),
+        "_tokenizer": ("tokenizer_for",),
+    },
     "lorakit.experiments": {
         "_adapt_each_layer": ("LayerGain", "LayerGains", "adapt_each_layer"),
         "_layer_sensitivity": ("LayerSensitivity", "SensitivityGroup", "layer_sensitivity"),

@@ -22,6 +22,10 @@ class CalibrationError(LorakitError, ValueError):
     """The calibration data, or the loss computed on it, cannot be used."""
 
 
+class DataError(LorakitError, ValueError):
+    """Examples that cannot be read, or that have nothing to learn from."""
+
+
 class SurgeryError(LorakitError, ValueError):
     """An edit that cannot be made, or no longer be undone."""
 

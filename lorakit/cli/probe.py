@@ -5,13 +5,28 @@ from __future__ import annotations
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lorakit import fisher
-from lorakit.cli._data import named_targets
+from lorakit.cli._data import (
+    DATA_HELP,
+    BatchSize,
+    Columns,
+    Length,
+    NumExamples,
+    ShuffleSeed,
+    Split,
+    Start,
+    named_targets,
+    read_examples,
+)
 from lorakit.cli._output import print_json
+from lorakit.data import tokenizer_for
+
+if TYPE_CHECKING:
+    from lorakit.data import DataReport, ExampleLoader
 
 
 class RuleName(StrEnum):
@@ -26,15 +41,17 @@ class RuleName(StrEnum):
 
 def probe(
     model: Annotated[str, typer.Argument(help="A causal language model: a path or Hub id.")],
-    data: Annotated[
-        Path, typer.Argument(help="Examples: .jsonl with `text`, or `prompt` and `completion`; .txt by paragraphs.")
-    ],
+    data: Annotated[str, typer.Argument(help=DATA_HELP)],
     target_modules: Annotated[
         str | None, typer.Option(help="Names with commas between, or all-linear; default: query and value.")
     ] = None,
-    num_examples: Annotated[int, typer.Option(min=1, help="Examples to use.")] = 16,
-    length: Annotated[int, typer.Option(min=2, help="Tokens after which an example is cut off.")] = 256,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples a batch; the result does not depend on it.")] = 8,
+    num_examples: NumExamples = 16,
+    start: Start = 0,
+    shuffle_seed: ShuffleSeed = None,
+    length: Length = 256,
+    batch_size: BatchSize = 8,
+    columns: Columns = None,
+    split: Split = None,
     rule: Annotated[RuleName, typer.Option(help="How ranks follow from the measurements.")] = RuleName.fisher,
     budget: Annotated[
         float | None, typer.Option(help="Fraction of uniform rank's parameters; default 0.625.", show_default=False)
@@ -64,33 +81,35 @@ def probe(
         "max_rank": max_rank,
         "per": "role" if per_role else "module",
     }
-    report = _measure(model, data, named_targets(target_modules), num_examples, length, batch_size, seed)
+    batches = read_examples(
+        data,
+        tokenizer_for(model),
+        columns,
+        length=length,
+        batch_size=batch_size,
+        num_examples=num_examples,
+        shuffle_seed=shuffle_seed,
+        start=start,
+        split=split,
+    )
+    report = _measure(model, batches, named_targets(target_modules), num_examples, seed)
     allocation = _allocate(report, settings, model, out)
     if as_json:
-        print_json({"report": report.to_dict(), "allocation": allocation.to_dict()})
+        found = {"report": report, "allocation": allocation, "data": batches.report}
+        print_json({name: value.to_dict() for name, value in found.items()})
     else:
-        sys.stdout.write("\n".join(_lines(report, allocation, out)) + "\n")
+        sys.stdout.write("\n".join(_lines(report, allocation, batches.report, out)) + "\n")
 
 
 def _measure(
-    model_name: str,
-    data: Path,
-    targets: str | list[str] | None,
-    num_examples: int,
-    length: int,
-    batch_size: int,
-    seed: int,
+    model_name: str, batches: ExampleLoader, targets: str | list[str] | None, num_examples: int, seed: int
 ) -> Any:
-    """The Fisher report of the model on the file's examples.
+    """The Fisher report of the model on these examples.
 
     Raises: OSError for files that cannot be read; ValueError subclasses for data or targets that do not fit.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    from lorakit.data._examples import make_batches, read_examples
-
-    examples = read_examples(data, 4 * num_examples)  # some may have no label
-    batches = make_batches(AutoTokenizer.from_pretrained(model_name), examples, length, batch_size)
     model = AutoModelForCausalLM.from_pretrained(model_name, dtype="auto")
     return fisher.probe(model, batches, target_modules=targets, num_examples=num_examples, seed=seed)
 
@@ -110,14 +129,13 @@ def _allocate(report: Any, settings: dict[str, Any], model_name: str, out: Path 
     return allocation
 
 
-def _lines(report: Any, allocation: Any, out: Path | None) -> list[str]:
+def _lines(report: Any, allocation: Any, data: DataReport, out: Path | None) -> list[str]:
     lines = [allocation.explain(), f"score: mean squared gradient of lora_B's entries, {report.num_examples} examples"]
     ratio = report.vq_ratio
     if ratio is not None:
         error = "" if ratio.stderr is None else f" ± {ratio.stderr:.2g}"
         lines.append(f"V/Q ratio: {ratio.value:.3g}{error}")
-    if report.num_without_labels:
-        lines.append(f"examples without labels, left out: {report.num_without_labels}")
+    lines += [f"data: {data.headline}", *data.details]
     if out is not None:
         lines.append(f"written: {out / 'adapter_config.json'}")
     return lines

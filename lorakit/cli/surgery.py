@@ -5,16 +5,30 @@ from __future__ import annotations
 import re
 import shlex
 from enum import StrEnum
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorakit.cli._data import named_targets
+from lorakit.cli._data import (
+    DATA_HELP,
+    BatchSize,
+    Columns,
+    Length,
+    NumExamples,
+    ShuffleSeed,
+    Split,
+    Start,
+    named_targets,
+    read_examples,
+)
 from lorakit.cli._models import load_adapted
 from lorakit.cli._output import Column, print_folded, print_json, print_lines
+from lorakit.data import tokenizer_for
 from lorakit.errors import SurgeryError
 from lorakit.naming.roles import layer_of
+
+if TYPE_CHECKING:
+    from lorakit.data import DataReport
 
 
 class PolicyName(StrEnum):
@@ -42,12 +56,7 @@ class EnergyName(StrEnum):
 def surgery(
     base: Annotated[str, typer.Option(help="The base model: a path or Hub id, with its tokenizer.")],
     adapter: Annotated[str, typer.Option(help="The adapter: a directory or Hub id.")],
-    data: Annotated[
-        Path,
-        typer.Option(
-            help="Examples: .jsonl with `text`, `prompt` and `completion`, or `messages`; .txt by paragraphs."
-        ),
-    ],
+    data: Annotated[str, typer.Option(help=DATA_HELP)],
     out: Annotated[str, typer.Option(help="Directory to write; may be that of the adapter.")],
     policy: Annotated[PolicyName, typer.Option(help="random_index is the control.")] = PolicyName.smooth_abs,
     layers: Annotated[str | None, typer.Option(help="A layer or a range of them: 12, 8-15, 8-; default: all.")] = None,
@@ -58,22 +67,32 @@ def surgery(
         AggregateName | None, typer.Option(help="Over examples; default: what the policy needs.", show_default=False)
     ] = None,
     preserve_energy: Annotated[EnergyName, typer.Option(help="Norm of the spectrum that is kept.")] = EnergyName.l1,
-    num_examples: Annotated[int, typer.Option(min=1, help="Examples to use.")] = 128,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples a batch; the result does not depend on it.")] = 8,
-    length: Annotated[int, typer.Option(min=2, help="Tokens after which an example is cut off.")] = 512,
+    num_examples: NumExamples = 128,
+    start: Start = 0,
+    shuffle_seed: ShuffleSeed = None,
+    length: Length = 512,
+    batch_size: BatchSize = 8,
+    columns: Columns = None,
+    split: Split = None,
     seed: Annotated[int, typer.Option(help="Seed of policies that draw.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
 ) -> None:
     """Reweight the singular values of an adapter's updates by what calibration data says of them."""
     bounds = None if layers is None else _bounds(layers)
-    from transformers import AutoTokenizer
-
     from lorakit.adapters.edit_log import read_edits
-    from lorakit.data._examples import make_batches, read_examples
     from lorakit.surgery import reweight
 
-    examples = read_examples(data, 4 * num_examples)  # some may have no label
-    batches = make_batches(AutoTokenizer.from_pretrained(base), examples, length, batch_size)
+    batches = read_examples(
+        data,
+        tokenizer_for(adapter, base),
+        columns,
+        length=length,
+        batch_size=batch_size,
+        num_examples=num_examples,
+        shuffle_seed=shuffle_seed,
+        start=start,
+        split=split,
+    )
     model = load_adapted(base, adapter)
     report = reweight(
         model,
@@ -87,16 +106,20 @@ def surgery(
     )
     report.save(out, previous=read_edits(adapter))
     if as_json:
-        print_json({**report.to_dict(), "path": out})
+        print_json({**report.to_dict(), "data": batches.report.to_dict(), "path": out})
         return
-    columns: list[Column] = [
+    _print(adapter, out, report, batches.report)
+
+
+def _print(adapter: str, out: str, report: Any, data: DataReport) -> None:
+    headings: list[Column] = [
         ("modules", lambda rows: str(len(rows))),
         ("gate, least", lambda rows: f"{min(min(row.gate, default=1.0) for row in rows):.3f}"),
         ("gate, largest", lambda rows: f"{max(max(row.gate, default=1.0) for row in rows):.3f}"),
     ]
-    print_folded(f"{adapter} → {out}", report.modules, columns)
+    print_folded(f"{adapter} → {out}", report.modules, headings)
     compared = f"next: lorakit compare {shlex.quote(adapter)} {shlex.quote(out)}"
-    print_lines(report.headline, *report.details, compared)
+    print_lines(report.headline, *report.details, f"Data: {data.headline}.", *data.details, compared)
 
 
 def _bounds(text: str) -> tuple[int, float]:

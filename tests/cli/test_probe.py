@@ -97,10 +97,12 @@ def test_probe_prints_a_table_of_text_s_paragraphs(base_model, tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "arguments", "message"),
     [
-        ("a.jsonl", '{"words": "w1"}', (), "line 1 must be an object with the string `text`"),
-        ("a.jsonl", "w1 w2", (), "line 1 is no JSON"),
+        ("a.jsonl", '{"words": "w1"}', (), "must have the columns `prompt` and `completion` or"),
+        ("a.jsonl", '{"text": "w1"}\nw1 w2', (), "line 2 is no JSON"),
         ("a.txt", "\n\n", (), "has no example"),
-        ("a.csv", "w1", (), "must be a .jsonl or a .txt file"),
+        ("a.xml", "w1", (), "must be a file that ends in .jsonl"),
+        ("a.txt", "w1 w2 w3", ("--columns", "text=words"), "`columns` names 'words'"),
+        ("a.txt", "w1 w2 w3", ("--start", "1"), "`start` must be below the number of rows, 1"),
         ("a.txt", "w1 w2 w3", ("--params", "10"), "`budget` must cover rank 1 in all 4 modules"),
     ],
 )
@@ -115,7 +117,9 @@ def test_probe_says_what_is_wrong_with_its_input(base_model, tmp_path, name, tex
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [("--budget", "2"), ("--budget", "0.5", "--params", "9"), ("--rule", "energy")])
+@pytest.mark.parametrize(
+    "arguments", [("--budget", "2"), ("--budget", "0.5", "--params", "9"), ("--rule", "energy"), ("--columns", "a")]
+)
 def test_probe_used_wrongly_is_exit_code_2(tmp_path, arguments):
     done = run("probe", str(tmp_path), str(tmp_path / "a.txt"), *arguments)
     assert (done.returncode, done.stdout) == (2, "")

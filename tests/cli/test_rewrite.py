@@ -16,16 +16,12 @@ import torch
 from closeness import assert_close_outputs, assert_close_reports
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tokenizers import processors
-from transformers import AutoTokenizer
 
 from lorakit import FisherLoRAConfig, SpecLoRAConfig
 from lorakit.adapters import open_adapter
 from lorakit.adapters.edit_log import read_edits
 from lorakit.cli import main
 from lorakit.compress import truncate
-from lorakit.data._examples import make_batches, read_examples
-from lorakit.errors import CalibrationError
 from lorakit.export import to_lora
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -127,7 +123,7 @@ def test_export_from_a_path(adapter, tiny_llama, token_ids, tmp_path):
 def test_export_of_speclora_needs_its_base(adapter, base_model, tiny_llama, token_ids, tmp_path):
     model = adapter(SpecLoRAConfig(r=2, k=6, task_type="CAUSAL_LM", target_modules=["q_proj", "o_proj"]))
     done = run("export", tmp_path / "adapter", tmp_path / "out")
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (2, "")
     assert "lorakit export --base MODEL" in done.stderr
     assert not (tmp_path / "out").exists()
     done = run("export", tmp_path / "adapter", tmp_path / "out", "--base", base_model, "--json")
@@ -135,9 +131,6 @@ def test_export_of_speclora_needs_its_base(adapter, base_model, tiny_llama, toke
     assert json.loads(done.stdout)["r"] == 8
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "out").eval()
     assert torch.allclose(loaded(token_ids).logits, model(token_ids).logits, atol=1e-5)
-
-
-TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
 
 
 @pytest.fixture
@@ -192,23 +185,6 @@ def test_the_seed_of_surgery_is_the_control_s(adapter, base_model, data, tmp_pat
     assert gates[0] == gates[1] != gates[2]
 
 
-def test_chats_are_read_by_the_template(base_model, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(base_model)
-    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single="w9 $A", special_tokens=[("w9", 11)])
-    path = tmp_path / "chat.jsonl"
-    chat = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3 w4"}]
-    path.write_text("\n".join(json.dumps({"messages": messages}) for messages in (chat, chat[:1])))
-    examples = read_examples(path, 9)
-    with pytest.raises(CalibrationError, match="no chat template"):
-        make_batches(tokenizer, examples, 64, 2)
-    tokenizer.chat_template = TEMPLATE
-    (batch,) = make_batches(tokenizer, examples, 64, 2)
-    ids = tokenizer.convert_tokens_to_ids(["[UNK]", "w1", "w2", "[UNK]", "w3", "w4"])
-    assert batch["input_ids"][0].tolist() == ids  # no w9: the template says what is special
-    assert batch["labels"][0].tolist() == [-100] * 4 + ids[4:]
-    assert batch["labels"][1].tolist() == [*ids[:3], -100, -100, -100]
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -236,7 +212,7 @@ def test_wrong_usage_is_exit_code_2(arguments):
     assert (done.returncode, done.stdout) == (2, "")
 
 
-def test_bad_input_is_exit_code_1_and_the_target_is_untouched(adapter, base_model, data, tmp_path):
+def test_bad_input_is_exit_code_2_and_the_target_is_untouched(adapter, base_model, data, tmp_path):
     adapter()
     adapter(name="out", seed=3)
     out = tmp_path / "out"
@@ -257,7 +233,7 @@ def test_bad_input_is_exit_code_1_and_the_target_is_untouched(adapter, base_mode
     }
     for arguments, message in bad.items():
         done = run(*arguments)
-        assert (done.returncode, done.stdout) == (1, ""), arguments
+        assert (done.returncode, done.stdout) == (2, ""), arguments
         assert message in done.stderr
         assert "Traceback" not in done.stderr
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
