@@ -47,8 +47,9 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
     "lorakit.experiments": {
         "_adapt_each_layer": ("LayerGain", "LayerGains", "adapt_each_layer"),
         "_layer_sensitivity": ("LayerSensitivity", "SensitivityGroup", "layer_sensitivity"),
-        "_losses": ("MeanLoss",),
-        "_rank_sweep": ("PairedDifference", "RankSweep", "SweepRun", "SweptRank", "rank_sweep"),
+        "_losses": ("MeanLoss", "PairedDifference"),
+        "_rank_sweep": ("RankSweep", "SweptRank", "rank_sweep"),
+        "_record": ("SweepRun",),
     },
     "lorakit.fisher": {
         "_probe": ("probe",),
