@@ -43,7 +43,10 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "losses": ("IGNORED_LABEL", "LossFn"),
         "run": ("Collected", "Probe", "collect"),
     },
-    "lorakit.cost": {"_accounting": ("AccountedModule", "Accounting", "Flops", "Memory", "accounting")},
+    "lorakit.cost": {
+        "_accounting": ("accounting",),
+        "_report": ("AccountedModule", "Accounting", "Flops", "Memory"),
+    },
     "lorakit.experiments": {
         "_adapt_each_layer": ("LayerGain", "LayerGains", "adapt_each_layer"),
         "_layer_sensitivity": ("LayerSensitivity", "SensitivityGroup", "layer_sensitivity"),
