@@ -65,12 +65,12 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "static.compare": ("ComparedGroup", "ComparedModule", "ComparisonReport", "compare"),
         "static.alignment": ("AlignedGroup", "AlignedPair", "AlignmentReport", "alignment"),
         "static.weights": ("ComparedWeight", "ComparedWeights", "WeightsReport", "compare_weights"),
-        "diagnostics.conditions": (
+        "diagnostics.conditions": ("conditions",),
+        "diagnostics.conditions_report": (
             "AdapterConditions",
             "ConditionedGroup",
             "ConditionedModule",
             "ConditionsReport",
-            "conditions",
         ),
         "diagnostics.correlation": ("CorrelatedGroup", "RankCorrelation", "RankPair", "rank_correlation"),
         "diagnostics.curves": ("EnergyCurve", "EnergyCurves", "MeanCurve", "energy_curves"),

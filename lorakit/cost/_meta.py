@@ -79,6 +79,9 @@ def meta_twin(model: Any, dtype: torch.dtype | None) -> nn.Module:
         raise TypeError(f"`model` must be a transformers config, a path or a model; got {type(model).__name__}.")
     if dtype is not None:
         twin = twin.to(dtype)
+    config: Any = getattr(twin, "config", None)
+    if getattr(config, "use_cache", None) is False and not getattr(config, "is_encoder_decoder", False):
+        config.use_cache = True  # without a cache transformers looks for packed sequences, by values
     return twin.train()
 
 

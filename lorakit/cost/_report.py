@@ -186,6 +186,8 @@ class Accounting(Report):
         starts = [0.0, 0.0]
         for name in ("weights", "adapter", "gradients", "optimizer", "activations"):
             sizes = [(getattr(side, name) or 0) / unit for side in (self.memory, self.memory_full)]
+            if not any(sizes):
+                continue
             axes.barh(["adapter", "full"], sizes, left=starts, label=name)
             starts = [start + size for start, size in zip(starts, sizes, strict=True)]
         axes.invert_yaxis()

@@ -196,6 +196,13 @@ def test_all_forms_of_a_model_give_the_same_and_none_is_changed(tiny_llama, tmp_
 
 
 @pytest.mark.slow
+def test_a_config_without_cache_can_be_run():
+    """Trainer writes `use_cache` false into configs; transformers then looks at the values of position ids."""
+    config = LlamaConfig(**SMALL, use_cache=False)
+    assert cost.accounting(config, CONFIGS["lora"]) == cost.accounting(LlamaConfig(**SMALL), CONFIGS["lora"])
+    assert config.use_cache is False
+
+
 def test_dtypes(tiny_llama):
     half = cost.accounting(LlamaConfig(**SMALL), CONFIGS["lora"])  # which names no dtype
     assert half.memory.weights == 2 * half.base_params
