@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _BATCH = 1 << 20  # entries of weights that are decomposed in one batch
+_SAME = 1e-6  # a relative spread within the rounding of float32 singular values
 
 
 @dataclass(frozen=True)
@@ -250,8 +251,8 @@ def _correlated(name: str, pairs: Sequence[RankPair]) -> CorrelatedGroup:
     reason = None
     if len(pairs) < 2:
         reason = f"it needs two modules; there {'is one' if pairs else 'are none'}"
-    elif len(set(x)) == 1 or len(set(y)) == 1:
-        reason = f"all {'weights' if len(set(x)) == 1 else 'updates'} have the same effective rank"
+    elif _constant(x) or _constant(y):
+        reason = f"all {'weights' if _constant(x) else 'updates'} have the same effective rank"
     random = [pair.random_effective_rank for pair in pairs]
     return CorrelatedGroup(
         name=name,
