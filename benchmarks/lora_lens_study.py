@@ -130,12 +130,11 @@ def train(run: Run, base: Any, data: dict[str, Tensor], out: Path) -> Any:
     )
     examples = [{"input_ids": ids, "labels": ids} for ids in data["train"]]
     callbacks: list[TrainerCallback] = []
-    if run.r_q == run.r_v:
-        path = directory / "spectra.jsonl"
-        callbacks.append(lorakit.lens.SpectralCallback(every=5, also=range(16), path=path))
     if run.probed:
         callbacks.append(Probing(as_batches(data["calibration"][:PROBED]), directory / "fisher.json"))
     trainer = Trainer(model=model, args=arguments, train_dataset=examples, callbacks=callbacks)
+    if run.r_q == run.r_v:
+        lorakit.lens.SpectralCallback(every=5, also=range(16), path=directory / "spectra.jsonl").attach(trainer)
     started = time.perf_counter()
     trainer.train(
         resume_from_checkpoint=get_last_checkpoint(arguments.output_dir)

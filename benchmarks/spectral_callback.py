@@ -1,13 +1,12 @@
-"""What lorakit.lens.SpectralCallback adds to training SmolLM2-135M-Instruct: to a step at which it looks, and to all.
+"""What lorakit.lens.SpectralCallback costs while SmolLM2-135M-Instruct trains: per measured step, and on average.
 
     python benchmarks/spectral_callback.py [--targets q_proj,v_proj | all-linear] [--every 10] [--pairs 12]
                                            [--batch 4] [--length 128] [--threads 2] [--json]
 
-Correctness comes first: a few steps with the callback give the same parameters, bit for bit, as without it. Then,
-after a warm-up, steps at which the callback looks (hooks in the passes, spectra of all modules, logging, a line of
-JSONL) take turns with plain ones. The overhead is the mean of the paired differences over `every` plain steps; its
-standard error, and the same for plain steps against plain ones, say what is noise. Wall time, and CPU time of the
-process.
+First it checks that a few steps with the callback give the same parameters, bit for bit, as without it. Then, after a
+warm-up, measured steps (hooks in the passes, spectra of all modules, logging, a line of JSONL) alternate with plain
+ones. The overhead is the mean of the paired differences, divided by the time of `every` plain steps. Its standard
+error, and the difference between two plain steps, show the noise. Wall time and the process's CPU time are reported.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import json
 import statistics
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from lorakit.lens import SpectralCallback
 
 
 class Loop:
-    """Training steps as Trainer makes them, with the callback's events around them."""
+    """Training steps in the form of Trainer's, with the callback's events around them."""
 
     def __init__(self, model: Any, ids: torch.Tensor, out: Path, every: int) -> None:
         self.model, self.ids = model, ids
@@ -38,36 +38,38 @@ class Loop:
         self.state = TrainerState(max_steps=10**9)
         self.arguments = TrainingArguments(output_dir=str(out), report_to=[])
         self.control = TrainerControl()
-        self.event("on_train_begin")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*attach")  # no trainer here
+            self.event("on_train_begin")
 
     def event(self, name: str) -> None:
         getattr(self.callback, name)(self.arguments, self.state, self.control, model=self.model)
 
-    def step(self, *, looks: bool) -> tuple[float, float]:
+    def step(self, *, measures: bool) -> tuple[float, float]:
         """Wall and CPU seconds of one step."""
         wall, cpu = time.perf_counter(), time.process_time()
-        if looks:
+        if measures:
             self.event("on_step_begin")
         self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss.backward()
-        if looks:
+        if measures:
             self.event("on_pre_optimizer_step")
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.state.global_step += 1
-        if looks:
+        if measures:
             self.event("on_step_end")
         return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def check(base: Any, config: LoraConfig, ids: torch.Tensor, out: Path) -> None:
-    """With the callback training is what it is without."""
+    """Training with the callback must equal training without it."""
     trained = []
-    for looks in (True, False):
+    for measures in (True, False):
         set_seed(0)
         model = get_peft_model(base, config)
         loop = Loop(model, ids[:1, :16], out, 1)
         for _ in range(3):
-            loop.step(looks=looks)
+            loop.step(measures=measures)
         trained.append([p.detach().clone() for p in model.parameters() if p.requires_grad])
         base = model.unload()
     if not all(torch.equal(a, b) for a, b in zip(*trained, strict=True)):
@@ -92,18 +94,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         check(base, config, ids, Path(directory))
         loop = Loop(get_peft_model(base, config), ids, Path(directory), options.every)
-        for looks in (False, True, False):
-            loop.step(looks=looks)
+        for measures in (False, True, False):
+            loop.step(measures=measures)
         rounds = []
         for turn in range(options.pairs):
-            order = ("plain", "looks", "again") if turn % 2 else ("again", "looks", "plain")
-            rounds.append({name: loop.step(looks=name == "looks") for name in order})
+            order = ("plain", "measured", "again") if turn % 2 else ("again", "measured", "plain")
+            rounds.append({name: loop.step(measures=name == "measured") for name in order})
         rows = len(loop.callback.trajectory.snapshots[-1].modules)
     result: dict[str, Any] = {"modules": rows, **vars(options)}
     for place, clock in enumerate(("wall", "cpu")):
         plain = [(one["plain"][place] + one["again"][place]) / 2 for one in rounds]
         step = statistics.median(plain)
-        looks = [one["looks"][place] - base for one, base in zip(rounds, plain, strict=True)]
+        measured = [one["measured"][place] - base for one, base in zip(rounds, plain, strict=True)]
         noise = [one["again"][place] - one["plain"][place] for one in rounds]
         result[clock] = {"step": step} | {
             name: {
@@ -111,7 +113,7 @@ def main() -> None:
                 "percent": 100 * statistics.mean(values) / options.every / step,
                 "stderr_percent": 100 * statistics.stdev(values) / len(values) ** 0.5 / options.every / step,
             }
-            for name, values in (("looking", looks), ("noise", noise))
+            for name, values in (("measuring", measured), ("noise", noise))
         }
     if options.json:
         print(json.dumps(result))
@@ -122,7 +124,7 @@ def main() -> None:
     )
     for clock in ("wall", "cpu"):
         found = result[clock]
-        for name, label in (("looking", "looking"), ("noise", "a plain step against another")):
+        for name, label in (("measuring", "measuring"), ("noise", "a plain step against another")):
             part = found[name]
             print(
                 f"  {clock}: {label}: {part['seconds'] * 1e3:+.0f} ms, at every={options.every} {part['percent']:+.2f} "

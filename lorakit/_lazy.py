@@ -45,7 +45,10 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "run": ("Probe", "collect"),
         "tally": ("Collected",),
     },
-    "lorakit.cost": {"_accounting": ("AccountedModule", "Accounting", "Flops", "Memory", "accounting")},
+    "lorakit.cost": {
+        "_accounting": ("accounting",),
+        "_report": ("AccountedModule", "Accounting", "Flops", "Memory"),
+    },
     "lorakit.data": {
         "_loader": ("DataReport", "ExampleLoader", "as_loader", "loader"),
         "_tokenizer": ("tokenizer_for",),
@@ -53,8 +56,9 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
     "lorakit.experiments": {
         "_adapt_each_layer": ("LayerGain", "LayerGains", "adapt_each_layer"),
         "_layer_sensitivity": ("LayerSensitivity", "SensitivityGroup", "layer_sensitivity"),
-        "_losses": ("MeanLoss",),
-        "_rank_sweep": ("PairedDifference", "RankSweep", "SweepRun", "SweptRank", "rank_sweep"),
+        "_losses": ("MeanLoss", "PairedDifference"),
+        "_rank_sweep": ("RankSweep", "SweptRank", "rank_sweep"),
+        "_record": ("SweepRun",),
     },
     "lorakit.fisher": {
         "_probe": ("probe",),
@@ -72,12 +76,12 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "static.alignment_report": ("AlignedGroup", "AlignedPair", "AlignmentReport"),
         "static.weights": ("compare_weights",),
         "static.weights_report": ("ComparedWeight", "ComparedWeights", "WeightsReport"),
-        "diagnostics.conditions": (
+        "diagnostics.conditions": ("conditions",),
+        "diagnostics.conditions_report": (
             "AdapterConditions",
             "ConditionedGroup",
             "ConditionedModule",
             "ConditionsReport",
-            "conditions",
         ),
         "diagnostics.correlation": ("CorrelatedGroup", "RankCorrelation", "RankPair", "rank_correlation"),
         "diagnostics.curves": ("EnergyCurve", "EnergyCurves", "MeanCurve", "energy_curves"),

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from lorakit import _lazy
 
 if TYPE_CHECKING:
-    from lorakit.cost._accounting import AccountedModule as AccountedModule
-    from lorakit.cost._accounting import Accounting as Accounting
-    from lorakit.cost._accounting import Flops as Flops
-    from lorakit.cost._accounting import Memory as Memory
     from lorakit.cost._accounting import accounting as accounting
+    from lorakit.cost._report import AccountedModule as AccountedModule
+    from lorakit.cost._report import Accounting as Accounting
+    from lorakit.cost._report import Flops as Flops
+    from lorakit.cost._report import Memory as Memory
 else:
     __getattr__, __dir__, __all__ = _lazy.attach(__name__)

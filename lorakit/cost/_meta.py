@@ -1,4 +1,4 @@
-"""A twin of a model on the meta device, adapted by PEFT and run there: shapes and operations, no memory."""
+"""A twin of a model on the meta device, adapted by PEFT and run there: shapes and operations without memory."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from lorakit.cost._private import attention_of, flash_attention, grouped_matmul, set_attention, storage_of
 from lorakit.errors import UnsupportedModelError
 
 _META = torch.device("meta")
@@ -36,7 +37,7 @@ _PER_TOKEN = (
 
 @dataclass(frozen=True, eq=False)
 class Counted:
-    """A forward and backward: their FLOPs, those of each module's forward, and what autograd saved in between."""
+    """A forward and backward pass: their FLOPs, each module's forward FLOPs, and the bytes that autograd saved."""
 
     forward: int
     step: int
@@ -45,14 +46,14 @@ class Counted:
     names: dict[nn.Module, str]
 
     def of(self, module: nn.Module | None) -> int:
-        """The forward FLOPs of a module with all in it; 0 for one that was not called."""
+        """The forward FLOPs of a module and its children; 0 if it was not called."""
         return 0 if module is None else self.by_name.get(self.names.get(module, ""), 0)
 
 
 def meta_twin(model: Any, dtype: torch.dtype | None) -> nn.Module:
     """A model of the same shapes on the meta device, in train mode.
 
-    Raises: UnsupportedModelError for quantized models and such with adapters; TypeError for what is no model.
+    Raises: UnsupportedModelError for quantized models and models with adapters; TypeError for other objects.
     """
     if isinstance(model, str | os.PathLike):
         path = Path(model)
@@ -60,7 +61,7 @@ def meta_twin(model: Any, dtype: torch.dtype | None) -> nn.Module:
             model = AutoConfig.from_pretrained(path.parent if path.name == "config.json" else model)
         except (OSError, ValueError) as error:
             raise UnsupportedModelError(
-                f"{os.fspath(model)!r} has no config of a transformers model that can be read: {error}"
+                f"`model` {os.fspath(model)!r} has no config of a transformers model that can be read: {error}"
             ) from error
     if isinstance(model, PretrainedConfig):
         twin = _from_config(model)
@@ -68,7 +69,9 @@ def meta_twin(model: Any, dtype: torch.dtype | None) -> nn.Module:
         dtype = getattr(torch, named) if isinstance(named, str) else named
     elif isinstance(model, nn.Module):
         if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-            raise UnsupportedModelError("The model has adapters already; pass the base model, or its config.")
+            raise UnsupportedModelError(
+                "`model` must be a base model; this one has adapters already. Pass the base model, or its config."
+            )
         if getattr(model, "is_quantized", False) or not all(p.is_floating_point() for p in model.parameters()):
             raise UnsupportedModelError(_QUANTIZED)
         twin = copy.deepcopy(model, _stand_ins(model))
@@ -76,12 +79,15 @@ def meta_twin(model: Any, dtype: torch.dtype | None) -> nn.Module:
         raise TypeError(f"`model` must be a transformers config, a path or a model; got {type(model).__name__}.")
     if dtype is not None:
         twin = twin.to(dtype)
+    config: Any = getattr(twin, "config", None)
+    if getattr(config, "use_cache", None) is False and not getattr(config, "is_encoder_decoder", False):
+        config.use_cache = True  # without a cache transformers looks for packed sequences, by values
     return twin.train()
 
 
 _QUANTIZED = (
-    "A quantized model's packed weights cannot be run on the meta device. Pass its config without "
-    "`quantization_config`: the weights are then counted in `dtype`."
+    "`model` must not be quantized: packed weights cannot run on the meta device. Pass its config without "
+    "`quantization_config`; the weights then count in `dtype`."
 )
 
 
@@ -89,8 +95,8 @@ def _from_config(config: PretrainedConfig) -> nn.Module:
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModelError(_QUANTIZED)
     config = copy.deepcopy(config)
-    if config._attn_implementation not in (None, "eager", "sdpa"):
-        config._attn_implementation = "sdpa"  # FLOPs and what is saved are those of the flash kernel
+    if attention_of(config) not in (None, "eager", "sdpa"):
+        set_attention(config, "sdpa")  # which saves and computes what the flash kernel does
     for name in config.architectures or ():
         if hasattr(transformers, name):
             with _META:
@@ -101,14 +107,14 @@ def _from_config(config: PretrainedConfig) -> nn.Module:
             made = AutoModelForCausalLM.from_config(config)
     except ValueError as error:
         raise UnsupportedModelError(
-            f"Which model a {type(config).__name__} is of is not known. Set its `architectures` to the model's class, "
+            f"The model class of a {type(config).__name__} is not known. Set its `architectures` to the class's name, "
             "or pass the model itself, made under `torch.device('meta')`."
         ) from error
     return made
 
 
 def _stand_ins(model: nn.Module) -> dict[int, Any]:
-    """What a deep copy shall take in the place of each tensor."""
+    """The `memo` of a deep copy that replaces each tensor by an empty one on the meta device."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=_META), parameter.requires_grad)
@@ -128,23 +134,23 @@ def attached(twin: nn.Module, config: PeftConfig) -> PeftModel:
             return get_peft_model(twin, copy.deepcopy(config)).train()
     except (NotImplementedError, RuntimeError) as error:
         raise UnsupportedModelError(
-            f"PEFT cannot make this adapter on the meta device ({error}). If its initialization needs the weights, "
-            f"pass the config with `init_lora_weights=True`: the counts are the same."
+            f"PEFT cannot make this adapter on the meta device: {error}. If its initialization needs the weights, pass "
+            f"the config with `init_lora_weights=True`; the counts are the same."
         ) from error
 
 
 def meta_inputs(
     twin: nn.Module, inputs: Mapping[str, Tensor] | None, batch_size: int, sequence_length: int
 ) -> tuple[dict[str, Any] | None, str | None]:
-    """What to call the twin with; or None, and why there is nothing."""
+    """The arguments to call the twin with; or None, and the reason."""
     if inputs is not None:
         if not (isinstance(inputs, Mapping) and inputs) or not all(
             isinstance(value, Tensor) and value.ndim for value in inputs.values()
         ):
-            raise ValueError("`inputs` must map argument names to tensors whose first dimension is the batch's.")
+            raise ValueError("`inputs` must map argument names to tensors with the batch as their first dimension.")
         return {name: torch.empty_like(value, device=_META) for name, value in inputs.items()}, None
     if getattr(twin, "main_input_name", None) != "input_ids":
-        return None, f"{type(twin).__name__} takes no token ids; pass `inputs`."
+        return None, f"{type(twin).__name__} does not take token ids; pass `inputs`."
     ids = torch.empty(batch_size, sequence_length, dtype=torch.long, device=_META)
     name = type(twin).__name__
     if name.endswith("ForSequenceClassification"):
@@ -153,22 +159,21 @@ def meta_inputs(
 
 
 def count_step(model: nn.Module, inputs: Mapping[str, Any]) -> Counted | str:
-    """Run a forward and a backward; or say why that cannot be done on the meta device."""
+    """Run a forward and a backward pass; a string if that fails on the meta device, with the reason."""
     names = {module: f"{type(model).__name__}.{name}" for name, module in model.named_modules() if name}
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     try:
         with warnings.catch_warnings(), _META, torch.enable_grad(), _Flash():
             warnings.simplefilter("ignore")
             own = [*model.parameters(), *model.buffers()]
-            saved = saved_bytes(
-                lambda: _result(model(**inputs)), own
-            )  # on its own: the counter keeps what autograd would not
+            # in a pass of its own, since the counter keeps tensors that autograd would not
+            saved = saved_bytes(lambda: _result(model(**inputs)), own)
             with counter:
                 output = _result(model(**inputs))
                 forward = counter.get_total_flops()
                 by_name = {name: sum(found.values()) for name, found in counter.get_flop_counts().items()}
                 torch.autograd.backward(output, torch.empty_like(output))
-    except Exception as error:  # of a model's own code, which may need values
+    except Exception as error:  # from the model's own code, which may need values
         return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
     finally:
         for parameter in model.parameters():
@@ -177,8 +182,8 @@ def count_step(model: nn.Module, inputs: Mapping[str, Any]) -> Counted | str:
 
 
 def saved_bytes(forward: Callable[[], Tensor], own: Iterable[Tensor]) -> int:
-    """What autograd holds after a forward, for its output's backward: each storage once, those of `own` aside."""
-    others = {_storage(tensor) for tensor in own}
+    """The bytes that autograd holds after a forward pass, each storage once, without those of `own`."""
+    others = {storage_of(tensor) for tensor in own}
     graph: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
     def keep(tensor: Tensor) -> _Saved:
@@ -188,24 +193,24 @@ def saved_bytes(forward: Callable[[], Tensor], own: Iterable[Tensor]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.tensor):
         output = forward()
-    kept = {_storage(saved.tensor): saved.tensor.untyped_storage().nbytes() for saved in graph}
+    kept = {storage_of(saved.tensor): saved.tensor.untyped_storage().nbytes() for saved in graph}
     del output
     return sum(size for storage, size in kept.items() if storage not in others)
 
 
 def _grouped_mm(a: Sequence[int], b: Sequence[int], *_: Any, out_shape: Any = None, **__: Any) -> int:
-    """FLOPs of experts' products: each row of a 2-dimensional factor meets one group of the other's."""
+    """FLOPs of the experts' products: each row of a 2-dimensional factor is multiplied by one group of the other."""
     if len(a) == 2:
         return 2 * a[0] * a[1] * b[-1]
     return 2 * a[1] * a[2] * b[1] if len(b) == 2 else 2 * a[0] * a[1] * a[2] * b[2]
 
 
-# Operations that torch has no formula for.
-_FORMULAS = {torch.ops.aten._grouped_mm: _grouped_mm} if hasattr(torch.ops.aten, "_grouped_mm") else {}
+# Operators for which torch has no formula.
+_FORMULAS = {} if grouped_matmul() is None else {grouped_matmul(): _grouped_mm}
 
 
 def _result(output: Any) -> Tensor:
-    """The loss, where there is one; else the first output that has a gradient."""
+    """The loss if there is one, otherwise the first output with a gradient."""
     if isinstance(output, Tensor):
         return output
     loss = output.get("loss") if isinstance(output, Mapping) else None
@@ -217,20 +222,16 @@ def _result(output: Any) -> Tensor:
 
 
 class _Saved:
-    """A tensor that autograd holds; it goes with the part of the graph that holds it."""
+    """A tensor that autograd holds. It is freed with the part of the graph that holds it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
 
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
 class _Flash(TorchFunctionMode):
-    """Attention as on an accelerator: without a mask by the flash kernel, which saves no scores.
+    """Attention as an accelerator computes it: without a mask by the flash kernel, which saves no scores.
 
-    Left alone the meta device, as the CPU for some dtypes, would take the implementation by matrix products.
+    Otherwise the meta device, and for some dtypes the CPU, would use the implementation by matrix products.
     """
 
     def __torch_function__(
@@ -241,7 +242,7 @@ class _Flash(TorchFunctionMode):
             query, key, value, mask, dropout, causal = (*args, None, 0.0, False)[:6] if len(args) == 3 else (*args[:6],)
             mask, dropout = kwargs.get("attn_mask", mask), kwargs.get("dropout_p", dropout)
             if mask is None:
-                return torch.ops.aten._scaled_dot_product_flash_attention(
-                    query, key, value, dropout, kwargs.get("is_causal", causal), scale=kwargs.get("scale")
-                )[0]
+                causal = kwargs.get("is_causal", causal)
+                scale = kwargs.get("scale")
+                return flash_attention(query, key, value, dropout=dropout, causal=causal, scale=scale)
         return func(*args, **kwargs)

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from lorakit.experiments._layer_sensitivity import SensitivityGroup as SensitivityGroup
     from lorakit.experiments._layer_sensitivity import layer_sensitivity as layer_sensitivity
     from lorakit.experiments._losses import MeanLoss as MeanLoss
-    from lorakit.experiments._rank_sweep import PairedDifference as PairedDifference
+    from lorakit.experiments._losses import PairedDifference as PairedDifference
     from lorakit.experiments._rank_sweep import RankSweep as RankSweep
-    from lorakit.experiments._rank_sweep import SweepRun as SweepRun
     from lorakit.experiments._rank_sweep import SweptRank as SweptRank
     from lorakit.experiments._rank_sweep import rank_sweep as rank_sweep
+    from lorakit.experiments._record import SweepRun as SweepRun
 else:
     __getattr__, __dir__, __all__ = _lazy.attach(__name__)

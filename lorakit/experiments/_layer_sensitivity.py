@@ -1,15 +1,13 @@
-"""How much each layer's adapter does: one group of modules switched off, or on, at a time.
+"""How much each group of an adapter's modules contributes: one group switched off, or on, at a time.
 
-Here of an adapter that is trained already, so that nothing is trained and the groups are those of one and the same
-adapter; `_gains` trains an adapter on each layer alone.
+The adapter is already trained, and nothing is trained here. `adapt_each_layer` trains an adapter in each layer alone.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from peft.functional import set_adapter
 from torch import nn
@@ -17,30 +15,32 @@ from tqdm.auto import tqdm
 
 from lorakit._distributed.fsdp import unwrapped
 from lorakit._figures import escape_mathtext, new_figure
+from lorakit._format import share
+from lorakit._report import Report
 from lorakit.adapters.in_model import chosen_name
 from lorakit.adapters.tuner_layers import AdaptedLayer, adapted_layers, trained_in_full
 from lorakit.calibration.state import preserved_state
 from lorakit.errors import UnsupportedModelError
+from lorakit.experiments._groups import By, draw, groups_of, place_of
 from lorakit.experiments._losses import Evaluate, MeanLoss, check_arguments, difference, losses_of, mean_of
-from lorakit.naming.roles import Role, group_of, layer_prefix
+from lorakit.experiments._private import adapter_names, preserved_switches, trained_copies
+from lorakit.naming.roles import Role
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Mode = Literal["ablate", "adapt"]
-By = Literal["layer", "module", "role"]
-Place = tuple[Role | None, int | None, tuple[str, ...]]
+_SHOWN = 5  # groups in a report's text
 
 
 @dataclass(frozen=True)
 class SensitivityGroup:
     """Modules that were switched together.
 
-    `loss` is that with the group alone off (ablate) or on (adapt); `delta` what that is above the loss of the whole
-    adapter (ablate: positive where the group helps) or of no adapter at all (adapt: negative where it helps).
-    `share` is delta as a part of what the whole adapter does, so positive where the group does the same; None where
-    the whole adapter changes nothing. Shares need not add up to 1. `params` are the adapter's parameters in the group.
+    `loss`: with the group alone off (ablate) or alone on (adapt). `delta`: that loss minus the loss of the whole
+    adapter (ablate: positive if the group helps) or minus the loss without the adapter (adapt: negative if it helps).
+    `share`: delta as a fraction of the whole adapter's effect, positive if the group acts in the same direction; None
+    if the adapter has no effect. Shares need not add up to 1. `params`: the adapter's parameters in the group.
     """
 
     name: str
@@ -53,13 +53,13 @@ class SensitivityGroup:
     share: float | None
 
 
-@dataclass(frozen=True)
-class LayerSensitivity:
-    """What switching each group of an adapter's modules off or on does to the loss of `num_examples` examples.
+@dataclass(frozen=True, repr=False)
+class LayerSensitivity(Report):
+    """How the loss of `num_examples` examples changes when each group of an adapter's modules is switched.
 
-    `whole` is the loss with all of the adapter on, `without` with all of it off, and `effect` whole − without.
-    Standard errors are over examples, of differences paired by example; None where `evaluate` returned one number.
-    `always_on` are the modules trained in full (modules_to_save, trainable tokens), which stayed on throughout.
+    `whole` is the loss with the whole adapter, `without` the loss without it, and `effect` is whole − without. Standard
+    errors are over examples, of differences paired by example; None if `evaluate` returned one number. `always_on`
+    names the modules that are trained in full (modules_to_save, trainable tokens); they stayed on throughout.
     """
 
     mode: Mode
@@ -72,67 +72,53 @@ class LayerSensitivity:
     groups: tuple[SensitivityGroup, ...]
     always_on: tuple[str, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """All of it as plain data that JSON takes."""
-        return asdict(self)
+    @property
+    def headline(self) -> str:
+        return (
+            f"adapter {self.adapter_name!r} changes the loss by {self.effect}, from {self.without} to {self.whole} "
+            f"({self.num_examples} losses)"
+        )
+
+    @property
+    def details(self) -> tuple[str, ...]:
+        done = "off" if self.mode == "ablate" else "alone on"
+        ordered = sorted(self.groups, key=lambda group: -abs(group.delta.value))
+        lines = [
+            f"{group.name} {done}: {group.delta}"
+            + ("" if group.share is None else f", {share(group.share)} of the effect")
+            for group in ordered[:_SHOWN]
+        ]
+        if len(ordered) > _SHOWN:
+            lines.append(f"{len(ordered) - _SHOWN} more, with smaller changes")
+        return tuple(lines)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a group."""
+        return [
+            {
+                "name": group.name,
+                "role": group.role,
+                "layer": group.layer,
+                "modules": len(group.modules),
+                "params": group.params,
+                "loss": group.loss.value,
+                "delta": group.delta.value,
+                "delta_stderr": group.delta.stderr,
+                "share": group.share,
+            }
+            for group in self.groups
+        ]
 
     def plot(self) -> Figure:
-        """The change of the loss with standard errors: bars by layer or role, of single modules one line a role.
-
-        Raises: MissingExtraError (an ImportError) where matplotlib, lorakit's extra `plots`, is not installed.
-        """
+        """The change of the loss with standard errors: bars by layer or role; for single modules one line a role."""
         figure = new_figure(8, 4.5)
         axes = figure.subplots()
         draw(axes, self.by, [(group, group.delta.value, group.delta.stderr) for group in self.groups])
-        done = "off" if self.mode == "ablate" else "alone on"
+        done = "switched off" if self.mode == "ablate" else "alone switched on"
         against = "the whole adapter" if self.mode == "ablate" else "no adapter"
-        axes.set(ylabel=f"loss − that of {against}", title=f"Each {self.by} {done}, {self.num_examples} losses")
+        title = f"Adapter {self.adapter_name!r}: each {self.by} {done}, {self.num_examples} losses"
+        axes.set(ylabel=f"loss − loss of {against}", title=escape_mathtext(title))
         return figure
-
-
-class Placed(Protocol):
-    """What a value is drawn for."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def layer(self) -> int | None: ...
-
-
-def draw(axes: Axes, by: By, rows: Sequence[tuple[Placed, float, float | None]]) -> None:
-    """Values with standard errors: bars by layer or role, of single modules one line a role."""
-    axes.axhline(0, color="0.6", lw=0.8)
-    if by == "module" and any(group.layer is not None for group, _, _ in rows):
-        _lines(axes, rows)
-    else:
-        _bars(axes, by, rows)
-
-
-def _bars(axes: Axes, by: By, rows: Sequence[tuple[Placed, float, float | None]]) -> None:
-    layers = [group.layer for group, _, _ in rows]
-    numbered = by == "layer" and len({layer for layer in layers if layer is not None}) == len(layers)
-    labels = [str(group.layer) if numbered else escape_mathtext(group.name) for group, _, _ in rows]
-    axes.bar(range(len(rows)), [value for _, value, _ in rows], yerr=[e or 0.0 for _, _, e in rows], capsize=2)
-    every = max(1, len(rows) // 40)
-    long = max(map(len, labels)) * len(labels) / every > 80
-    axes.set_xticks(range(0, len(rows), every), labels[::every], rotation=90 if long else 0)
-    axes.set_xlabel("layer" if numbered else by)
-
-
-def _lines(axes: Axes, rows: Sequence[tuple[Placed, float, float | None]]) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    lines: dict[str, list[tuple[Placed, float, float | None]]] = {}
-    for row in rows:
-        lines.setdefault(group_of(row[0].name), []).append(row)
-    for label, members in lines.items():
-        places = [-1 if group.layer is None else group.layer for group, _, _ in members]
-        values, errors = [value for _, value, _ in members], [error or 0.0 for _, _, error in members]
-        axes.errorbar(places, values, yerr=errors, fmt="o-", ms=4, capsize=2, label=escape_mathtext(label))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    outside = any(group.layer is None for group, _, _ in rows)
-    axes.set_xlabel("layer (−1: in none)" if outside else "layer")
-    axes.legend(fontsize=8)
 
 
 def layer_sensitivity(
@@ -144,28 +130,39 @@ def layer_sensitivity(
     adapter_name: str | None = None,
     progress: bool = True,
 ) -> LayerSensitivity:
-    """Measure what each layer's, module's or role's adapter does to a loss, one at a time.
+    """Measure how much each layer's, module's or role's adapter changes a loss, one group at a time.
 
     Args:
-        model: one with adapters of any PEFT method that adapts layers, unmerged; a PeftModel or not.
-        evaluate: ``evaluate(model)`` returns a loss, or the losses of the examples (n,), a tensor or a sequence, always
-            of the same examples in the same order: then differences are paired and have standard errors. Lower is
-            better; of a score the signs are the other way round. Called once for each group and twice more, without
-            gradients and in eval mode, each time with the same state of the random number generators.
-        mode: "ablate" switches one group off and compares with the whole adapter; "adapt" switches one group alone on
-            and compares with no adapter at all.
-        by: what makes a group: "layer" (modules in no layer each stand for themselves), "module", or "role" (query,
-            value, …; modules that have none go by the last component of their name).
-        adapter_name: which adapter; needed where not exactly one is active. Others are off meanwhile.
+        model: a model with adapters of any PEFT method that adapts layers, unmerged; a PeftModel or not.
+        evaluate: ``evaluate(model)`` returns a loss, or the losses of the examples (n,) as a tensor or sequence. They
+            must be the same examples in the same order each time, so that differences can be paired and have standard
+            errors. Lower is better; for a score, read the signs the other way round. It is called once a group and
+            twice more, without gradients, in eval mode, each time with the same state of the random generators.
+        mode: "ablate" switches one group off and compares with the whole adapter. "adapt" switches one group alone on
+            and compares with no adapter.
+        by: what forms a group: "layer" (a module outside the layers is a group of its own), "module", or "role"
+            (query, value, …; other modules go by the last component of their name).
+        adapter_name: which adapter. Needed unless exactly one is active. Others are off during the measurement.
         progress: show a progress bar on stderr.
 
-    Layers are switched by PEFT's own flag. What an adapter trains in full (modules_to_save, trainable tokens, biases of
-    the base model) stays on in every measurement, `without` included.
+    Layers are switched by PEFT's own flag. Whatever the adapter trains in full (modules_to_save, trainable tokens,
+    biases of the base model) stays on in every measurement, also in `without`.
 
     Raises: UnsupportedModelError (a ValueError) for a model without adapted layers and for merged adapters; ValueError
-    for an unknown adapter, mode or grouping; TypeError for what is no model or function; CalibrationError (a
-    ValueError) for losses that are not finite numbers. What `evaluate` raises passes through. Either way the model, its
-    flags and adapters and the random number generators are as they were.
+    for an unknown adapter, mode or grouping; TypeError if `model` is not a model or `evaluate` not a function;
+    CalibrationError (a ValueError) for losses that are not finite numbers. Errors of `evaluate` are passed on. In every
+    case the model, its flags and adapters, and the random generators are left as they were.
+
+    Example:
+        >>> import torch
+        >>> from lorakit import experiments
+        >>> from peft import LoraConfig, get_peft_model
+        >>> base = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+        >>> model = get_peft_model(base, LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False))
+        >>> x = torch.ones(3, 4)
+        >>> found = experiments.layer_sensitivity(model, lambda m: m(x).square().mean(1), by="module", progress=False)
+        >>> [group.name for group in found.groups], found.num_examples
+        (['0', '1'], 3)
     """
     for argument, given, choices in (("mode", mode, get_args(Mode)), ("by", by, get_args(By))):
         if given not in choices:
@@ -174,9 +171,9 @@ def layer_sensitivity(
     inner: nn.Module = unwrapped(model)
     every = adapted_layers(inner)
     name, switched = _resolve(every, adapter_name)
-    always_on = [path for path, module in trained_in_full(inner) if name in module._get_available_adapters()]
+    always_on = [path for path, module in trained_in_full(inner) if name in trained_copies(module)]
     groups = groups_of(switched, by)
-    with preserved_state(inner), _preserved_switches(every):
+    with preserved_state(inner), preserved_switches(layer for one in every for layer in one.layers):
         inner.eval()
         if adapter_name is not None and any(layer.active_adapters != [name] for one in every for layer in one.layers):
             set_adapter(inner, name)
@@ -194,64 +191,33 @@ def layer_sensitivity(
             losses = losses_of(model, evaluate, f"{key!r} {'off' if ablate else 'alone on'}", len(on))
             delta = difference(losses, reference)
             params = sum(p.numel() for member in members for p in member.parameters(name))
-            share = delta.value / total if total else None
-            rows.append(SensitivityGroup(key, *place_of(members, by), params, mean_of(losses), delta, share))
+            fraction = delta.value / total if total else None
+            rows.append(SensitivityGroup(key, *place_of(members, by), params, mean_of(losses), delta, fraction))
     return LayerSensitivity(
         mode, by, name, len(on), mean_of(on), mean_of(off), effect, tuple(rows), always_on=tuple(always_on)
     )
 
 
 def _resolve(layers: Sequence[AdaptedLayer], adapter_name: str | None) -> tuple[str, list[AdaptedLayer]]:
-    """The adapter meant, and the layers that have it."""
+    """The adapter to switch, and the layers that have it."""
     if not layers:
         raise UnsupportedModelError(
-            "The model has no adapted layers to switch: pass one with a LoRA or another adapter of PEFT's that changes "
-            "layers."
+            "`model` must have adapted layers to switch; it has none. Pass a model with LoRA or another PEFT method "
+            "that adapts layers."
         )
     merged = [one.name for one in layers if any(layer.merged for layer in one.layers)]
     if merged:
         raise UnsupportedModelError(
-            f"Adapters are merged into {len(merged)} modules (such as {merged[0]!r}), so that they cannot be switched "
-            f"off one by one. Call unmerge_adapter() first."
+            f"Adapters are merged into {len(merged)} modules (such as {merged[0]!r}) and cannot be switched off one by "
+            f"one. Call unmerge_adapter() first."
         )
-    known = list(dict.fromkeys(n for one in layers for part in one.layers for n in part._all_available_adapter_names()))
+    known = list(dict.fromkeys(name for one in layers for part in one.layers for name in adapter_names(part)))
     active = [name for name in known if any(name in part.active_adapters for one in layers for part in one.layers)]
     adapter_name = chosen_name(adapter_name, active, known)
     return adapter_name, [one for one in layers if one.has(adapter_name)]
-
-
-def groups_of(layers: Sequence[AdaptedLayer], by: By) -> dict[str, list[AdaptedLayer]]:
-    """Layers, modules or roles, by name, in the model's order."""
-    groups: dict[str, list[AdaptedLayer]] = {}
-    for one in layers:
-        if by == "layer":
-            key = layer_prefix(one.name) or one.name
-        elif by == "role":
-            key = one.group
-        else:
-            key = one.name
-        groups.setdefault(key, []).append(one)
-    return groups
-
-
-def place_of(members: Sequence[AdaptedLayer], by: By) -> Place:
-    """The role and the layer of a group, where all its modules have the same, and its modules."""
-    role = None if by == "layer" else members[0].role
-    layer = None if by == "role" else members[0].layer
-    return role, layer, tuple(member.name for member in members)
 
 
 def _switch(layers: Iterable[AdaptedLayer], *, on: bool) -> None:
     for one in layers:
         for layer in one.layers:
             layer.enable_adapters(on)
-
-
-@contextlib.contextmanager
-def _preserved_switches(layers: Sequence[AdaptedLayer]) -> Iterator[None]:
-    states = [(layer, layer._disable_adapters) for one in layers for layer in one.layers]
-    try:
-        yield
-    finally:
-        for layer, disabled in states:
-            layer._disable_adapters = disabled

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 from lorakit import _lazy
 
 if TYPE_CHECKING:
-    from lorakit.lens.diagnostics.conditions import AdapterConditions as AdapterConditions
-    from lorakit.lens.diagnostics.conditions import ConditionedGroup as ConditionedGroup
-    from lorakit.lens.diagnostics.conditions import ConditionedModule as ConditionedModule
-    from lorakit.lens.diagnostics.conditions import ConditionsReport as ConditionsReport
     from lorakit.lens.diagnostics.conditions import conditions as conditions
+    from lorakit.lens.diagnostics.conditions_report import AdapterConditions as AdapterConditions
+    from lorakit.lens.diagnostics.conditions_report import ConditionedGroup as ConditionedGroup
+    from lorakit.lens.diagnostics.conditions_report import ConditionedModule as ConditionedModule
+    from lorakit.lens.diagnostics.conditions_report import ConditionsReport as ConditionsReport
     from lorakit.lens.diagnostics.correlation import CorrelatedGroup as CorrelatedGroup
     from lorakit.lens.diagnostics.correlation import RankCorrelation as RankCorrelation
     from lorakit.lens.diagnostics.correlation import RankPair as RankPair

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lorakit import SpecLoRAConfig
-from lorakit.cost._accounting import OPTIMIZERS
+from lorakit.cost._optimizers import OPTIMIZERS
 from lorakit.surgery import reweight, sensitivity
 
 bnb = pytest.importorskip("bitsandbytes")

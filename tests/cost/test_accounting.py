@@ -1,4 +1,4 @@
-"""Costs counted without memory, against models that are allocated, trained and measured."""
+"""Costs counted without memory, against models that are allocated, run and measured."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ CONFIGS = {
 IDS = torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(8))
 
 
-def really(model, inputs):
-    """FLOPs of a forward and of a step, and the bytes that autograd saved, on the CPU."""
+def measured(model, inputs):
+    """On the CPU: FLOPs of a forward pass, FLOPs of a step, and the bytes that autograd saved."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     graph = weakref.WeakSet()
 
-    class Held:  # what the graph holds still when the forward pass is over
+    class Held:  # what the graph still holds after the forward pass
         def __init__(self, tensor):
             self.storage, self.tensor = tensor.untyped_storage(), tensor
             graph.add(self)
@@ -57,18 +57,18 @@ def really(model, inputs):
 
 
 def state_bytes(model, optimizer):
-    """What an optimizer holds after a step."""
+    """The bytes of an optimizer's states after a step."""
     optimizer.step()
     return sum(v.nbytes for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_against_a_model_that_is_allocated(kind, tiny_llama):
+def test_against_an_allocated_model(kind, tiny_llama):
     base = tiny_llama(attn_implementation="eager")
     found = cost.accounting(base, CONFIGS[kind], batch_size=2, sequence_length=9)
     inputs = {"input_ids": IDS, "labels": IDS}
-    full = really(copy.deepcopy(base).train().requires_grad_(True), inputs)
+    full = measured(copy.deepcopy(base).train().requires_grad_(True), inputs)
     model = get_peft_model(base, CONFIGS[kind]).train()
     trainable = [p for p in model.parameters() if p.requires_grad]
     assert found.trainable_params == sum(p.numel() for p in trainable)
@@ -87,14 +87,14 @@ def test_against_a_model_that_is_allocated(kind, tiny_llama):
     assert [row.module_name for row in found.modules if row.in_full] == (["lm_head"] if kind == "in full" else [])
     assert sum(row.params for row in found.modules) == found.trainable_params
 
-    lora = really(model, inputs)
+    lora = measured(model, inputs)
     assert found.not_run is None
     assert (found.flops.forward, found.flops.step) == lora[:2]
     assert (found.base_flops.forward, found.base_flops.step) == full[:2]
     assert found.adapter_flops == lora[0] - full[0]
     assert sum(row.multiply_adds or 0 for row in found.modules) * 2 * IDS.numel() == pytest.approx(found.adapter_flops)
     assert found.memory_full.activations == full[2]
-    # SpecLoRA copies the k × k block of a weight that it takes for an offloaded one
+    # SpecLoRA takes a weight on the meta device for an offloaded one, and copies its k × k block
     copied = 14 * 20 * 20 * 4 if kind == "speclora" else 0
     assert lora[2] <= found.memory.activations <= lora[2] + copied
 
@@ -129,7 +129,7 @@ def test_full_fine_tuning_and_other_optimizers(tiny_gpt2, dtype):
         assert found.memory_full.adapter == 0
 
 
-def test_a_model_of_linear_layers_by_hand():
+def test_linear_layers_counted_by_hand():
     n, d, h, r = 7, 12, 20, 3
     model = nn.Sequential(nn.Linear(d, h, bias=False), nn.Linear(h, d, bias=False))
     found = cost.accounting(model, LoraConfig(r=r, target_modules=["0", "1"]), inputs={"input": torch.ones(n, d)})
@@ -145,12 +145,12 @@ def test_a_model_of_linear_layers_by_hand():
 
 
 @pytest.mark.slow
-def test_attention_without_a_mask_is_the_flash_kernel(tiny_llama):
+def test_attention_without_a_mask_counts_as_the_flash_kernel(tiny_llama):
     s, heads, layers = 48, 4, 2
     eager = cost.accounting(tiny_llama(attn_implementation="eager"), CONFIGS["lora"], sequence_length=s)
     flash = cost.accounting(tiny_llama(), CONFIGS["lora"], sequence_length=s)
     assert flash.flops.forward == eager.flops.forward
-    assert flash.flops.step == eager.flops.step + layers * 2 * s * s * 32  # the scores once more
+    assert flash.flops.step == eager.flops.step + layers * 2 * s * s * 32  # the scores are computed again
     scores = 4 * layers * heads * s * s
     assert eager.memory.activations - flash.memory.activations > scores
     assert flash.memory.activations < eager.memory.activations
@@ -158,7 +158,7 @@ def test_attention_without_a_mask_is_the_flash_kernel(tiny_llama):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention"])
-def test_attention_that_is_not_installed_here(implementation):
+def test_attention_implementations_that_are_not_installed(implementation):
     plain = LlamaConfig(**SMALL)
     other = LlamaConfig(**SMALL, attn_implementation=implementation)
     assert cost.accounting(other, CONFIGS["lora"]).flops == cost.accounting(plain, CONFIGS["lora"]).flops
@@ -166,7 +166,7 @@ def test_attention_that_is_not_installed_here(implementation):
 
 
 @pytest.mark.slow
-def test_any_form_of_a_model_and_none_is_changed(tiny_llama, tmp_path):
+def test_all_forms_of_a_model_give_the_same_and_none_is_changed(tiny_llama, tmp_path):
     model = tiny_llama(torch.bfloat16)
     model.model.layers[0].requires_grad_(False)
     model.save_pretrained(tmp_path)
@@ -196,8 +196,15 @@ def test_any_form_of_a_model_and_none_is_changed(tiny_llama, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_config_without_cache_can_be_run():
+    """Trainer writes `use_cache` false into configs; transformers then looks at the values of position ids."""
+    config = LlamaConfig(**SMALL, use_cache=False)
+    assert cost.accounting(config, CONFIGS["lora"]) == cost.accounting(LlamaConfig(**SMALL), CONFIGS["lora"])
+    assert config.use_cache is False
+
+
 def test_dtypes(tiny_llama):
-    half = cost.accounting(LlamaConfig(**SMALL), CONFIGS["lora"])  # which says none
+    half = cost.accounting(LlamaConfig(**SMALL), CONFIGS["lora"])  # which names no dtype
     assert half.memory.weights == 2 * half.base_params
     assert half.memory.adapter == 4 * half.adapter_params  # PEFT keeps adapters in float32
     assert "bfloat16, of the adapter in float32" in half.assumptions[0]
@@ -214,7 +221,7 @@ def test_encoder_decoders_and_classifiers():
         config, LoraConfig(r=4, target_modules=["q"]), batch_size=2, sequence_length=9, dtype=torch.float32
     )
     model = get_peft_model(T5ForConditionalGeneration(config), LoraConfig(r=4, target_modules=["q"])).train()
-    assert (found.flops.forward, found.flops.step) == really(model, {"input_ids": IDS, "labels": IDS})[:2]
+    assert (found.flops.forward, found.flops.step) == measured(model, {"input_ids": IDS, "labels": IDS})[:2]
     config = LlamaConfig(**SMALL, architectures=["LlamaForSequenceClassification"], pad_token_id=0)
     found = cost.accounting(config, LoraConfig(r=4, target_modules=["q_proj"], task_type="SEQ_CLS"))
     assert found.model == "LlamaForSequenceClassification"
@@ -222,7 +229,7 @@ def test_encoder_decoders_and_classifiers():
 
 
 @pytest.mark.parametrize("beside", [{"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": [1, 2]}])
-def test_what_tied_modules_share_is_counted_once(beside):
+def test_shared_parameters_of_tied_modules_count_once(beside):
     lora = LoraConfig(r=4, target_modules=["q_proj"], ensure_weight_tying=True, **beside)
     found = cost.accounting(LlamaConfig(**SMALL, tie_word_embeddings=True), lora, sequence_length=4)
     tied = [row for row in found.modules if row.in_full]
@@ -251,7 +258,7 @@ def test_experts():
     assert found.trainable_params == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert sum(row.params for row in found.modules) == found.trainable_params
     assert {row.module_name.rpartition(".")[2] for row in found.modules} == {"q_proj", "gate_up_proj", "down_proj"}
-    # PEFT's parametrization asks for the device's autocast, which the meta device has not
+    # PEFT's parametrization asks for autocast, which the meta device does not have
     assert (found.flops, found.memory.activations) == (None, None)
     assert found.base_flops is not None
     assert found.not_run
@@ -284,7 +291,7 @@ def test_nothing_is_allocated(run_python):
 
 
 @pytest.mark.slow
-def test_refused(tiny_llama):
+def test_invalid_arguments_are_refused(tiny_llama):
     lora = CONFIGS["lora"]
     with pytest.raises(ValueError, match="`optimizer` must be one of adamw, adamw_8bit, sgd, sgd_momentum; got 'lion'"):
         cost.accounting(tiny_llama(), lora, optimizer="lion")
@@ -302,11 +309,13 @@ def test_refused(tiny_llama):
         cost.accounting(tiny_llama(), lora, dtype="bfloat16")
     with pytest.raises(UnsupportedModelError, match="'no/such/model' has no config"):
         cost.accounting("no/such/model", lora)
-    with pytest.raises(UnsupportedModelError, match="Which model a T5Config is of is not known. Set its `architecture"):
+    with pytest.raises(
+        UnsupportedModelError, match="The model class of a T5Config is not known. Set its `architecture"
+    ):
         cost.accounting(T5Config(), lora)
     with pytest.raises(TypeError, match="`model` must be a transformers config, a path or a model; got int"):
         cost.accounting(3, lora)
-    with pytest.raises(UnsupportedModelError, match="has adapters already"):
+    with pytest.raises(UnsupportedModelError, match="`model` must be a base model; this one has adapters already"):
         cost.accounting(get_peft_model(tiny_llama(), lora), lora)
     quantized = LlamaConfig(**SMALL, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     with pytest.raises(UnsupportedModelError, match="Pass its config without `quantization_config`"):
@@ -315,27 +324,37 @@ def test_refused(tiny_llama):
         cost.accounting(tiny_llama(), LoraConfig(target_modules=["nothing"]))
 
 
-def test_without_inputs_that_are_known():
+def test_a_model_whose_inputs_are_unknown_is_not_run():
     model = nn.Sequential(nn.Linear(4, 4))
     found = cost.accounting(model, LoraConfig(r=2, target_modules=["0"]))
     assert (found.flops, found.base_flops, found.memory.activations, found.sequence_length) == (None,) * 4
-    assert found.not_run == "Sequential takes no token ids; pass `inputs`."
+    assert found.not_run == "Sequential does not take token ids; pass `inputs`."
     assert found.modules[0].multiply_adds is None
     assert found.trainable_params == 16
 
 
-def test_text_plot_and_json(tiny_llama):
+def test_the_report(tiny_llama):
     found = cost.accounting(tiny_llama(), FisherLoRAConfig(r=8, r_q=2), sequence_length=16)
     text = found.explain()
     assert text.splitlines()[1].split() == ["query", "2", "2", "256", "256"]
     assert text.splitlines()[2].split() == ["value", "2", "8", "768", "768"]
-    assert f"FISHERLORA on LlamaForCausalLM: 1,024 trainable of {found.base_params:,} parameters" in text
-    assert "optimizer states (adamw): two moments an entry, as torch keeps them, in the dtype of the parameter" in text
+    assert (
+        f"FISHERLORA on LlamaForCausalLM: 1,024 trainable parameters, {found.base_params:,} in the base model" in text
+    )
+    assert "optimizer states (adamw): two moments an entry and one step a tensor, as torch keeps them" in text
     read = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert read["memory"]["total"] == found.memory.total
     assert read["modules"][0]["multiply_adds"] == 2 * 64
     assert read["ratio"] == pytest.approx(1024 / found.base_params)
-    left, right = found.plot().axes
+    assert found.headline.startswith("FISHERLORA on LlamaForCausalLM: 1.02k trainable of ")
+    assert found.details[0] == "batch of 1 × 16, adamw"
+    assert len(repr(found).splitlines()) <= 10
+    assert found.to_frame()["params"].sum() == 1024
+    figure = found.plot()
+    left, right = figure.axes
+    assert figure.get_suptitle() == "FISHERLORA on LlamaForCausalLM"
+    assert (left.get_xlabel(), right.get_xlabel()) == ("KiB", "trainable parameters")
     widths = [patch.get_width() for patch in left.patches]
-    assert math.fsum(widths) * 2**30 == pytest.approx(found.memory.total + found.memory_full.total)
-    assert [patch.get_width() * 1e6 for patch in right.patches] == pytest.approx([256, 768])
+    assert math.fsum(widths) * 2**10 == pytest.approx(found.memory.total + found.memory_full.total)
+    assert [patch.get_width() for patch in right.patches] == [256, 768]
+    assert [text.get_text() for text in right.texts] == ["256", "768"]

@@ -137,7 +137,9 @@ def train(name: str, where: str, size: int, *, shards: bool = False) -> Spectral
         pretend_gpus()
     model = adapted(CONFIGS[name]())
     rows = [{"input_ids": row, "labels": row} for row in ids]
-    Trainer(model, arguments, train_dataset=rows, callbacks=[callback]).train()
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    callback.attach(trainer)
+    trainer.train()
     assert isinstance(model, FSDPModule) == shards
     return callback
 

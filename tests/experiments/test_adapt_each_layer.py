@@ -1,4 +1,4 @@
-"""An adapter trained in one layer at a time: against the same training by hand, and what a config may not have."""
+"""An adapter trained in one layer at a time, against the same training by hand; configs that are refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SETTINGS = {"steps": 3, "batch_size": 2, "learning_rate": 2e-2, "progress": Fals
 
 
 def by_hand(model, layer, data, evaluate, seed):
-    """LoRA in one layer by PEFT's own `layers_to_transform`, trained on the order that the seed gives."""
+    """LoRA in one layer by PEFT's own `layers_to_transform`, trained in the seed's order."""
     set_seed(seed)
     adapted = get_peft_model(
         model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], layers_to_transform=[layer])
@@ -86,7 +86,7 @@ def test_groups(tiny_llama, data, evaluate, by, names):
     [FisherLoRAConfig(r=4, r_q=2), SpecLoRAConfig(r=2, k=5, target_modules="all-linear", task_type="CAUSAL_LM")],
     ids=["FISHERLORA", "SPECLORA"],
 )
-def test_both_tuners_keep_their_ranks(tiny_llama, data, evaluate, config):
+def test_lorakit_configs_keep_their_ranks(tiny_llama, data, evaluate, config):
     found = experiments.adapt_each_layer(tiny_llama(), config, data, evaluate, by="module", **SETTINGS)
     whole = get_peft_model(tiny_llama(), config)
     for group in found.groups:
@@ -102,12 +102,12 @@ def mixtral():
     return MixtralForCausalLM(config)
 
 
-def test_layers_of_a_model_of_experts_are_apart(data, evaluate):
+def test_layers_of_a_mixture_of_experts_are_adapted_one_by_one(data, evaluate):
     found = experiments.adapt_each_layer(mixtral(), CONFIG, data, evaluate, **SETTINGS)
     assert [group.params for group in found.groups] == [4 * (32 + 32) + 4 * (32 + 16)] * 2
 
 
-def test_parameters_of_experts_are_refused(data, evaluate):
+def test_expert_parameters_are_refused(data, evaluate):
     model, calls = mixtral(), []
     before = {name: value.clone() for name, value in model.state_dict().items()}
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -119,7 +119,7 @@ def test_parameters_of_experts_are_refused(data, evaluate):
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-def test_a_module_whose_name_ends_another_s_is_adapted_alone(data):
+def test_a_module_whose_name_is_the_end_of_another_name_is_adapted_alone(data):
     class Inner(nn.Module):
         def __init__(self):
             super().__init__()
@@ -147,7 +147,7 @@ def test_a_module_whose_name_ends_another_s_is_adapted_alone(data):
     assert [(group.name, group.params) for group in found.groups] == [("proj", 16), ("inner.proj", 16)]
 
 
-def test_an_interrupted_run_goes_on(tiny_llama, data, evaluate, tmp_path):
+def test_an_interrupted_run_continues(tiny_llama, data, evaluate, tmp_path):
     calls = []
 
     def stops(model):
@@ -165,9 +165,14 @@ def test_an_interrupted_run_goes_on(tiny_llama, data, evaluate, tmp_path):
     assert_close_reports(again, whole)
 
 
-def test_plot_and_plain_data(tiny_llama, data, evaluate):
+def test_the_report(tiny_llama, data, evaluate):
     found = experiments.adapt_each_layer(tiny_llama(), CONFIG, data, evaluate, **SETTINGS)
+    assert found.headline.startswith(f"{found.ordered[0].name} gains most alone: {found.ordered[0].gain} below the")
+    assert found.headline.endswith("(2 groups, seeds 0)")
+    assert [line.partition(":")[0] for line in found.details] == [group.name for group in found.ordered]
+    assert found.to_frame()["gain"].tolist() == [group.gain.value for group in found.groups]
     (axes,) = found.plot().axes
+    assert axes.get_title() == "LlamaForCausalLM: each layer adapted alone, 3 steps, 1 seed"
     assert [bar.get_height() for bar in axes.patches] == [group.gain.value for group in found.groups]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0", "1"]
     plain = json.loads(json.dumps(found.to_dict(), allow_nan=False))
@@ -182,12 +187,12 @@ def test_plot_and_plain_data(tiny_llama, data, evaluate):
         (LoraConfig(target_modules=["q_proj"], bias="all"), "it has bias"),
     ],
 )
-def test_configs_that_train_more_are_refused(tiny_llama, data, evaluate, config, message):
+def test_configs_that_train_more_than_adapters_are_refused(tiny_llama, data, evaluate, config, message):
     with pytest.raises(ValueError, match=message):
         experiments.adapt_each_layer(tiny_llama(), config, data, evaluate, **SETTINGS)
 
 
-def test_what_is_no_model_or_function_is_refused(tiny_llama, data, evaluate):
+def test_arguments_of_the_wrong_type_are_refused(tiny_llama, data, evaluate):
     with pytest.raises(TypeError, match="`model` must be a model .* got str"):
         experiments.adapt_each_layer("model/", CONFIG, data, evaluate, **SETTINGS)
     with pytest.raises(TypeError, match="`evaluate` must be a function of the model; got NoneType"):

@@ -1,4 +1,4 @@
-"""Switching groups of an adapter against models that are built without them, and that nothing is left changed."""
+"""Groups of an adapter switched off and on, against models built without them; the model is left as it was."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from lorakit import FisherLoRAConfig, SpecLoRAConfig, experiments
 from lorakit.allocation import allocate
-from lorakit.errors import CalibrationError, MissingExtraError, UnsupportedModelError
+from lorakit.errors import CalibrationError, UnsupportedModelError
 from lorakit.naming.roles import layer_of, role_of
 
 LINEAR = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
@@ -43,7 +43,7 @@ def losses(ids):
 
 
 def without(model, unwanted):
-    """A copy in which the adapted modules that `unwanted` names are plain ones again."""
+    """A copy whose adapted modules are replaced by their base layers, where `unwanted(name)` says so."""
     model = copy.deepcopy(model)
     base = model.get_base_model()
     for name, layer in list(base.named_modules()):
@@ -93,7 +93,7 @@ def test_layers_against_models_built_without_them(kind, mode, tiny_llama, random
         assert group.params == sum(p.numel() for m in own for p in m.parameters() if p.requires_grad)
 
 
-def test_an_ablated_layer_is_one_whose_lora_b_is_zero(tiny_llama, randomize, ids):
+def test_ablating_a_layer_equals_zeroing_its_lora_b(tiny_llama, randomize, ids):
     model = randomize(get_peft_model(tiny_llama(), CONFIGS["lora"]))
     found = experiments.layer_sensitivity(model, losses(ids))
     with torch.no_grad():
@@ -136,7 +136,7 @@ def mixtral():
     return MixtralForCausalLM(config).eval()
 
 
-def test_a_router_goes_by_its_module(ids):
+def test_a_router_is_grouped_by_its_module_name(ids):
     model = get_peft_model(mixtral(), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
     found = experiments.layer_sensitivity(model, losses(ids), by="role")
     assert [group.name for group in found.groups][4:] == ["gate", "down", "fused_gate_up"]
@@ -193,7 +193,7 @@ def test_convolutions_and_attention_with_its_projections(randomize):
         assert abs(group.delta.value) > 1e-6
 
 
-def test_stacks_of_one_index_are_apart(randomize):
+def test_layers_with_the_same_index_in_two_stacks_are_separate_groups(randomize):
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(d_model=32, d_ff=48, d_kv=8, num_layers=1, num_heads=4, vocab_size=64, decoder_start_token_id=0)
@@ -224,7 +224,7 @@ def assert_same(before, after):
 
 
 @pytest.mark.parametrize("fails_at", [None, 1, 2, 4])
-def test_the_model_comes_back_as_it_was(fails_at, tiny_llama, randomize, ids):
+def test_the_model_is_restored(fails_at, tiny_llama, randomize, ids):
     model = get_peft_model(
         tiny_llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
     )
@@ -276,7 +276,7 @@ def test_another_adapter_than_the_active_one(tiny_llama, randomize, ids):
     assert plain.base_model.model.lm_head.active_adapters == ["other"]
 
 
-def test_a_model_that_is_no_peft_model(tiny_llama, randomize, ids):
+def test_a_model_that_is_not_a_peft_model(tiny_llama, randomize, ids):
     model = tiny_llama()
     inject_adapter_in_model(CONFIGS["lora"], model)
     randomize(model)
@@ -285,7 +285,7 @@ def test_a_model_that_is_no_peft_model(tiny_llama, randomize, ids):
     assert found.groups[0].delta.stderr > 0
 
 
-def test_an_adapter_that_does_nothing_has_no_shares(tiny_llama, ids):
+def test_an_adapter_without_effect_has_no_shares(tiny_llama, ids):
     found = experiments.layer_sensitivity(get_peft_model(tiny_llama(), CONFIGS["lora"]), losses(ids))
     assert found.effect.value == 0
     assert [(group.delta.value, group.share) for group in found.groups] == [(0, None)] * 2
@@ -298,16 +298,16 @@ def test_an_adapter_that_does_nothing_has_no_shares(tiny_llama, ids):
         (torch.ones(0), r"shape \(0,\)"),
         ("loss", "returned str"),
         (None, "returned NoneType"),
-        ([1.0, math.nan], r"the whole adapter that are not finite \(1 of 2\)"),
+        ([1.0, math.nan], r"for the whole adapter 1 of 2 are NaN or infinite"),
     ],
 )
-def test_what_evaluate_may_not_return(returned, message, tiny_llama):
+def test_invalid_results_of_evaluate_are_refused(returned, message, tiny_llama):
     model = get_peft_model(tiny_llama(), CONFIGS["lora"])
     with pytest.raises(CalibrationError, match=message):
         experiments.layer_sensitivity(model, lambda m: returned)
 
 
-def test_the_examples_must_stay_the_same(tiny_llama):
+def test_evaluate_must_return_the_same_examples_each_time(tiny_llama):
     counts = iter([3, 2])
     with pytest.raises(
         CalibrationError, match="same examples each time; for the model without the adapter .* 2, before 3"
@@ -315,13 +315,13 @@ def test_the_examples_must_stay_the_same(tiny_llama):
         experiments.layer_sensitivity(get_peft_model(tiny_llama(), CONFIGS["lora"]), lambda m: torch.ones(next(counts)))
 
 
-def test_refused(tiny_llama, ids):
+def test_invalid_arguments_are_refused(tiny_llama, ids):
     evaluate = losses(ids)
     with pytest.raises(TypeError, match="`model` must be a model .* got str"):
         experiments.layer_sensitivity("model/", evaluate)
     with pytest.raises(TypeError, match="`evaluate` must be a function of the model; got float"):
         experiments.layer_sensitivity(get_peft_model(tiny_llama(), CONFIGS["lora"]), 1.0)
-    with pytest.raises(UnsupportedModelError, match="no adapted layers"):
+    with pytest.raises(UnsupportedModelError, match="`model` must have adapted layers to switch; it has none"):
         experiments.layer_sensitivity(tiny_llama(), evaluate)
     model = get_peft_model(tiny_llama(), CONFIGS["lora"])
     with pytest.raises(ValueError, match="`mode` must be one of ablate, adapt; got 'off'"):
@@ -336,7 +336,7 @@ def test_refused(tiny_llama, ids):
         experiments.layer_sensitivity(model, evaluate)
     model.set_adapter("default")
     model.merge_adapter()
-    with pytest.raises(UnsupportedModelError, match="merged into 14 modules .*unmerge_adapter"):
+    with pytest.raises(UnsupportedModelError, match="merged into 14 modules .*cannot be switched off.*unmerge_adapter"):
         experiments.layer_sensitivity(model, evaluate)
 
 
@@ -356,8 +356,14 @@ def test_plot_and_json(by, tiny_llama, randomize, ids):
         assert [bar.get_height() for bar in bars] == [group.delta.value for group in found.groups]
 
 
-def test_plots_need_matplotlib(tiny_llama, randomize, ids, monkeypatch):
-    found = experiments.layer_sensitivity(randomize(get_peft_model(tiny_llama(), CONFIGS["lora"])), losses(ids))
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(MissingExtraError, match="lorakit\\[plots\\]"):
-        found.plot()
+def test_the_report(tiny_llama, randomize, ids):
+    model = randomize(get_peft_model(tiny_llama(), CONFIGS["lora"]))
+    found = experiments.layer_sensitivity(model, losses(ids), by="module")
+    assert found.headline.startswith(f"adapter 'default' changes the loss by {found.effect}, from {found.without}")
+    assert found.headline.endswith("(5 losses)")
+    largest = max(found.groups, key=lambda group: abs(group.delta.value))
+    assert found.details[0].startswith(f"{largest.name} off: {largest.delta}, ")
+    assert found.details[-1] == "9 more, with smaller changes"
+    assert found.to_frame()["delta"].tolist() == [group.delta.value for group in found.groups]
+    assert len(repr(found).splitlines()) <= 10
+    assert found.plot().axes[0].get_title() == "Adapter 'default': each module switched off, 5 losses"

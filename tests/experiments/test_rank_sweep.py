@@ -1,4 +1,4 @@
-"""Rank sweeps: the data's order, training against a loop written out, resuming, and that the base is given back."""
+"""Rank sweeps: the order of the data, training against a plain loop, resuming, and that the base model is restored."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SETTINGS = {"steps": 3, "batch_size": 2, "learning_rate": 1e-2, "progress": Fals
 
 
 class Watched:
-    """A `train` that trains nothing and notes what it is given."""
+    """A `train` that trains nothing and records its batches and the random numbers."""
 
     def __init__(self):
         self.batches = {}
@@ -39,11 +39,11 @@ class Watched:
         for batch in batches:
             seen.append(batch["input_ids"].tolist())
             draws.append((torch.rand(()).item(), random.random(), np.random.rand()))
-            torch.rand(config.r)  # as dropout may, a rank's worth
+            torch.rand(config.r)  # dropout draws numbers, too, as many as the rank needs
 
 
 def test_all_ranks_see_the_same_batches_and_random_numbers(tiny_llama, data, evaluate):
-    def masking(examples):  # as for masked language models
+    def masking(examples):  # as a masked language model needs
         ids = torch.stack([example["input_ids"] for example in examples])
         return {"input_ids": ids.masked_fill(torch.rand(ids.shape) < 0.3, 0)}
 
@@ -71,7 +71,7 @@ def test_an_epoch_has_each_example_once(tiny_llama, data, evaluate):
     assert set(seen[:5]) == set(seen[5:]) == examples
 
 
-def test_items_that_are_batches(tiny_llama, data, evaluate):
+def test_items_may_be_batches(tiny_llama, data, evaluate):
     watched = Watched()
     batches = [{"input_ids": torch.stack([a["input_ids"], b["input_ids"]])} for a, b in itertools.pairwise(data)]
     experiments.rank_sweep(
@@ -82,8 +82,8 @@ def test_items_that_are_batches(tiny_llama, data, evaluate):
     assert all(batch in given for batch in watched.batches[2, 0])
 
 
-def written_out(model, config, data, evaluate, seed, steps, size, rate, warmup, decay):
-    """The training that `rank_sweep` does: its losses and the mean training loss at the end."""
+def plain_loop(model, config, data, evaluate, seed, steps, size, rate, warmup, decay):
+    """The training of `rank_sweep`, spelled out: held-out losses, and the training losses."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
@@ -119,13 +119,13 @@ def written_out(model, config, data, evaluate, seed, steps, size, rate, warmup, 
         return evaluate(adapted).tolist(), losses
 
 
-def test_training_against_a_loop_written_out(tiny_llama, data, evaluate):
+def test_training_against_a_plain_loop(tiny_llama, data, evaluate):
     dropped = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, lora_dropout=0.2)
     found = experiments.rank_sweep(
         tiny_llama(), {"one": dropped}, data, evaluate, steps=12, batch_size=2, learning_rate=3e-2, seeds=(5,),
         warmup_steps=2, weight_decay=0.1, progress=False,
     )  # fmt: skip
-    expected, trained = written_out(tiny_llama(), dropped, data, evaluate, 5, 12, 2, 3e-2, 2, 0.1)
+    expected, trained = plain_loop(tiny_llama(), dropped, data, evaluate, 5, 12, 2, 3e-2, 2, 0.1)
     (run,) = found.runs
     assert run.losses == pytest.approx(expected, rel=1e-5)
     assert run.train_loss == pytest.approx(trained[-1], rel=1e-5)
@@ -141,8 +141,8 @@ LOSSES = {  # by rank and seed
 }  # fmt: skip
 
 
-class Told:
-    """A `train` and an `evaluate` that give the losses of a table."""
+class Table:
+    """A `train` and an `evaluate` that return the losses of a table."""
 
     def __init__(self, table):
         self.table, self.now, self.calls = table, None, 0
@@ -157,18 +157,18 @@ class Told:
 
 
 def test_statistics(tiny_llama, data):
-    told = Told(LOSSES)
+    table = Table(LOSSES)
     found = experiments.rank_sweep(
-        tiny_llama(), LORA, data, told.evaluate, ranks=(4, 2, 8), seeds=(0, 1), train=told.train, **SETTINGS
+        tiny_llama(), LORA, data, table.evaluate, ranks=(4, 2, 8), seeds=(0, 1), train=table.train, **SETTINGS
     )
-    table = np.array([[LOSSES[name, seed] for seed in (0, 1)] for name in ("4", "2", "8")])
+    losses_by_rank = np.array([[LOSSES[name, seed] for seed in (0, 1)] for name in ("4", "2", "8")])
     assert (found.base.value, found.reference, found.num_examples) == (9.0, "8", 3)
     assert [row.rank for row in found.ranks] == [4, 2, 8]
-    for row, losses in zip(found.ranks, table, strict=True):
+    for row, losses in zip(found.ranks, losses_by_rank, strict=True):
         means = losses.mean(1)
         assert row.loss.value == pytest.approx(means.mean())
         assert row.loss.stderr == pytest.approx(means.std(ddof=1) / math.sqrt(2))
-        apart = losses - table[2]
+        apart = losses - losses_by_rank[2]
         seeds = apart.mean(1).std(ddof=1) / math.sqrt(2)
         examples = apart.mean(0).std(ddof=1) / math.sqrt(3)
         assert row.difference.value == pytest.approx(apart.mean(), abs=1e-12)
@@ -177,28 +177,36 @@ def test_statistics(tiny_llama, data):
         assert row.difference.stderr == pytest.approx(math.hypot(seeds, examples), abs=1e-12)
         assert row.params == 2 * row.rank * (32 + 32 + 32 + 16)
     assert found.best.name == "8"
-    assert found.smallest.name == "4"  # 0.0167 above the best, with a standard error of 0.12
-    assert found.difference(2, 4).value == pytest.approx((table[1] - table[0]).mean())
-    with pytest.raises(ValueError, match="The sweep has 4, 2, 8; got 16"):
+    assert found.smallest.name == "4"  # 0.0167 above the best, with a standard error of 0.094
+    assert found.difference(2, 4).value == pytest.approx((losses_by_rank[1] - losses_by_rank[0]).mean())
+    with pytest.raises(ValueError, match="`first` and `second` must be among 4, 2, 8; got 16"):
         found.difference(16, 4)
     read = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert (read["best"], read["smallest"]) == ("8", "4")
     assert read["runs"][0] == {"name": "4", "seed": 0, "params": 896, "losses": LOSSES["4", 0], "train_loss": None}
-    left, right = found.plot().axes
+    assert found.headline.startswith("lowest loss at 8: 2.217 ± 0.050, without adapter 9 ± 0;")
+    assert found.headline.endswith("smallest within one standard error: 4")
+    assert found.details[0].startswith("4: 896 parameters, loss 2.233 ± 0.033, 0.017 ± 0.094 against 8")
+    assert found.to_frame()["difference"].tolist() == [row.difference.value for row in found.ranks]
+    assert len(repr(found).splitlines()) == 4
+    figure = found.plot()
+    left, right = figure.axes
+    assert figure.get_suptitle() == "LlamaForCausalLM, 3 steps"
     assert [tick.get_text() for tick in left.get_xticklabels()] == ["2", "4", "8"]
     assert right.containers[0][0].get_ydata() == pytest.approx([found.ranks[i].difference.value for i in (1, 0, 2)])
 
 
-def test_a_single_number_and_seed_have_no_standard_error(tiny_llama, data):
-    told = Told({("2", 0): [2.0], ("4", 0): [1.0]})
+def test_one_number_and_one_seed_have_no_standard_error(tiny_llama, data):
+    table = Table({("2", 0): [2.0], ("4", 0): [1.0]})
     found = experiments.rank_sweep(
-        tiny_llama(), LORA, data, lambda m: told.evaluate(m)[0], ranks=(2, 4), seeds=(0,), train=told.train,
+        tiny_llama(), LORA, data, lambda m: table.evaluate(m)[0], ranks=(2, 4), seeds=(0,), train=table.train,
         reference=2, **SETTINGS,
     )  # fmt: skip
     assert [row.difference.value for row in found.ranks] == [0.0, -1.0]
     assert found.ranks[1].difference.stderr is None
     assert found.best.name == "4"
     assert found.smallest is None
+    assert "no standard error" in found.headline
     json.dumps(found.to_dict(), allow_nan=False)
     assert found.plot().axes
 
@@ -214,7 +222,7 @@ def test_query_ranks_alone(tiny_llama, data, evaluate):
     assert found.plot().axes[0].get_xlabel() == "config"
 
 
-def test_interrupted_sweeps_go_on(tiny_llama, data, evaluate, tmp_path):
+def test_interrupted_sweeps_continue(tiny_llama, data, evaluate, tmp_path):
     path = tmp_path / "sweep.json"
     whole = experiments.rank_sweep(tiny_llama(), LORA, data, evaluate, ranks=(2, 4), seeds=(0, 1), **SETTINGS)
     calls = []
@@ -242,7 +250,7 @@ def test_interrupted_sweeps_go_on(tiny_llama, data, evaluate, tmp_path):
     assert [child.name for child in tmp_path.iterdir()] == ["sweep.json"]
 
 
-def test_other_settings_in_the_file(tiny_llama, data, evaluate, tmp_path):
+def test_a_file_with_other_settings_is_refused(tiny_llama, data, evaluate, tmp_path):
     path = tmp_path / "sweep.json"
     settings = {"ranks": (2,), "seeds": (0,), "path": path, **SETTINGS}
     experiments.rank_sweep(tiny_llama(), LORA, data, evaluate, **settings)
@@ -260,7 +268,7 @@ def test_other_settings_in_the_file(tiny_llama, data, evaluate, tmp_path):
     assert path.read_bytes() == before
     for text in ("[]", "{", '{"settings": {}}'):
         path.write_text(text)
-        with pytest.raises(ValueError, match="must be a file that a rank sweep wrote"):
+        with pytest.raises(ValueError, match="must be a new file, or one that an earlier sweep wrote"):
             experiments.rank_sweep(tiny_llama(), LORA, data, evaluate, **settings)
     with pytest.raises(ValueError, match="directory that exists"):
         experiments.rank_sweep(
@@ -298,7 +306,7 @@ def assert_same(before, after):
     ids=["biases", "lora_only", "pissa", "olora", "speclora", "attention"],
 )
 @pytest.mark.parametrize("fails", [None, "train", "evaluate", "data"])
-def test_the_base_comes_back_as_it_was(config, fails):
+def test_the_base_model_is_restored(config, fails):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -350,7 +358,7 @@ def test_the_base_comes_back_as_it_was(config, fails):
     assert_close_outputs(model.eval()(x=x).logits, evaluated[0])
 
 
-def test_the_base_of_transformers_comes_back_and_configs_are_not_touched(tiny_gpt2, data, evaluate):
+def test_a_transformers_model_is_restored_and_configs_do_not_change(tiny_gpt2, data, evaluate):
     model = tiny_gpt2()
     config = LoraConfig(r=4, target_modules=["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True)
     before, settings = snapshot(model), config.to_dict()
@@ -368,7 +376,7 @@ def test_each_run_has_a_config_of_its_own(data, evaluate):
 
     def train(adapted, batches, seed):
         (config,) = adapted.peft_config.values()
-        seen.append(list(config.modules_to_save))  # to which PEFT adds the head
+        seen.append(list(config.modules_to_save))  # PEFT adds the head
         assert next(batches)["input_ids"].shape == (2, 6)
         assert all(parameter.grad is None for parameter in adapted.parameters())
 
@@ -405,8 +413,8 @@ def test_a_template_keeps_every_scaling(use_rslora, rank, tiny_llama):
             assert same == pytest.approx(scaling, rel=1e-6)
 
 
-def test_templates_that_cannot_be_had_at_a_rank():
-    with pytest.raises(ValueError, match="`r_q` 4 at r = 16 would be 0.5 at rank 2, which is no integer"):
+def test_templates_that_cannot_be_scaled_to_a_rank():
+    with pytest.raises(ValueError, match="`r_q` 4 at r = 16 would be 0.5 at rank 2, which is not an integer"):
         at_rank(FisherLoRAConfig(r=16, r_q=4), 2)
     with pytest.raises(ValueError, match=r"`rank_pattern\['q_proj'\]` 3 at r = 4 would be 1.5 at rank 2"):
         at_rank(LoraConfig(r=4, rank_pattern={"q_proj": 3}), 2)
@@ -414,37 +422,37 @@ def test_templates_that_cannot_be_had_at_a_rank():
         at_rank(IA3Config(), 2)
 
 
-def test_refused(tiny_llama, data, evaluate):
+def test_invalid_arguments_are_refused(tiny_llama, data, evaluate):
     def sweep(configs=LORA, examples=data, model=None, **changes):
         experiments.rank_sweep(model or tiny_llama(), configs, examples, evaluate, **SETTINGS | changes)
 
     for changes, message in (
-        ({"ranks": ()}, "`ranks` must be different positive integers"),
-        ({"ranks": (4, 4)}, "`ranks` must be different positive integers"),
-        ({"ranks": (0,)}, "`ranks` must be different positive integers"),
-        ({"ranks": 8}, "`ranks` must be different positive integers, at least one; got 8"),
-        ({"seeds": 3}, "`seeds` must be different integers, at least one; got 3"),
-        ({"seeds": ()}, "`seeds` must be different integers"),
-        ({"seeds": (1, 1)}, "`seeds` must be different integers"),
-        ({"steps": 0}, "`steps` must be an integer of at least 1; got 0"),
-        ({"batch_size": 0}, "`batch_size` must be an integer of at least 1; got 0"),
-        ({"warmup_steps": -1}, "`warmup_steps` must be an integer of at least 0; got -1"),
-        ({"learning_rate": 0}, "`learning_rate` must be a positive number; got 0"),
+        ({"ranks": ()}, "`ranks` must be distinct positive integers"),
+        ({"ranks": (4, 4)}, "`ranks` must be distinct positive integers"),
+        ({"ranks": (0,)}, "`ranks` must be distinct positive integers"),
+        ({"ranks": 8}, "`ranks` must be distinct positive integers, at least one; got 8"),
+        ({"seeds": 3}, "`seeds` must be distinct integers, at least one; got 3"),
+        ({"seeds": ()}, "`seeds` must be distinct integers"),
+        ({"seeds": (1, 1)}, "`seeds` must be distinct integers"),
+        ({"steps": 0}, "`steps` must be a positive integer; got 0"),
+        ({"batch_size": 0}, "`batch_size` must be a positive integer; got 0"),
+        ({"warmup_steps": -1}, "`warmup_steps` must be a non-negative integer; got -1"),
+        ({"learning_rate": 0}, "`learning_rate` must be a finite number above 0; got 0"),
         ({"reference": 5}, "`reference` must be one of 4, 8, 16, 32, 64; got 5"),
-        ({"examples": []}, "`train_data` must be a dataset with a length"),
-        ({"examples": iter(data)}, "`train_data` must be a dataset with a length"),
+        ({"examples": []}, "`train_data` must be a non-empty dataset with a length"),
+        ({"examples": iter(data)}, "`train_data` must be a non-empty dataset with a length"),
         ({"configs": {}}, "`configs` must map names to PEFT configs"),
         ({"configs": {"a": 4}}, r"`configs` must map names to PEFT configs, at least one; got \['a'\]"),
         ({"configs": {2: LORA, "2": LORA}}, "`configs` must have different names"),
         ({"configs": 4}, "must be a PEFT config or a mapping of them; got int"),
-        ({"configs": {"a": LORA}, "ranks": (2,)}, "`ranks` are for a template"),
-        ({"model": get_peft_model(tiny_llama(), LORA)}, "needs a base model"),
+        ({"configs": {"a": LORA}, "ranks": (2,)}, "`ranks` scale a template config"),
+        ({"model": get_peft_model(tiny_llama(), LORA)}, "`model` must be a base model, since each run attaches"),
     ):
         with pytest.raises((ValueError, UnsupportedModelError), match=message):
             sweep(**changes)
 
 
-def test_what_is_no_model_or_function_is_refused(tiny_llama, data, evaluate):
+def test_arguments_of_the_wrong_type_are_refused(tiny_llama, data, evaluate):
     settings = {"steps": 1, "batch_size": 1, "learning_rate": 1e-3, "ranks": (2,)}
     with pytest.raises(TypeError, match="`model` must be a model .* got NoneType"):
         experiments.rank_sweep(None, LoraConfig(r=2), data, evaluate, **settings)
@@ -452,7 +460,7 @@ def test_what_is_no_model_or_function_is_refused(tiny_llama, data, evaluate):
         experiments.rank_sweep(tiny_llama(), LoraConfig(r=2), data, "loss", **settings)
 
 
-def test_losses_that_are_not_finite(tiny_llama, data, evaluate):
+def test_non_finite_losses_are_refused(tiny_llama, data, evaluate):
     model = tiny_llama()
     before = snapshot(model)
     calls = []
@@ -463,10 +471,10 @@ def test_losses_that_are_not_finite(tiny_llama, data, evaluate):
         return {"inputs_embeds": embeddings, "labels": torch.stack([example["labels"] for example in examples])}
 
     with pytest.raises(
-        CalibrationError, match="of 4 with seed 0 is not finite from step 2 on: lower the learning rate"
+        CalibrationError, match="of 4 with seed 0 is not finite from step 2 on: lower the learning rate or check"
     ):
         experiments.rank_sweep(model, LORA, data, evaluate, ranks=(4,), collate_fn=collate, **SETTINGS | {"steps": 8})
     assert_same(before, snapshot(model))
     unlabelled = [{"input_ids": example["input_ids"]} for example in data]
-    with pytest.raises(CalibrationError, match="no loss for a training batch; give the examples labels"):
+    with pytest.raises(CalibrationError, match="no loss for a training batch. Give the examples labels"):
         experiments.rank_sweep(model, LORA, unlabelled, evaluate, ranks=(4,), **SETTINGS)

@@ -1,4 +1,4 @@
-"""Capacity utilization before training, at random, and after training.
+"""Capacity utilization before training, of random factors, and after training.
 
 Reference: LoRA-Lens, section 2.1 and Figure 1.
 """
@@ -9,181 +9,61 @@ import math
 import statistics
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from lorakit._figures import escape_mathtext, new_figure
-from lorakit._report import Report, ordered
+from lorakit._checks import check_integer
+from lorakit._report import ordered
 from lorakit.adapters import Adapter, AdapterModule, open_adapter
 from lorakit.errors import Finding
 from lorakit.lens._rows import grouped, mean
 from lorakit.lens._sources import Source, about_bases, about_low_rank_part, of_adapter, open_all
+from lorakit.lens.diagnostics.conditions_report import (
+    CONDITIONS,
+    AdapterConditions,
+    ConditionedGroup,
+    ConditionedModule,
+    ConditionsReport,
+)
 from lorakit.lens.diagnostics.random_adapter import random_adapter
 from lorakit.lens.static.spectra import AuditedModule, measure
-from lorakit.naming.roles import Role, group_of
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-# Of PEFT's inits those that see neither the base weight, nor data, nor gradients in what they make of ΔW.
+# PEFT's initializations for which ΔW depends neither on the base weight, nor on data, nor on gradients.
 DATA_FREE = ("gaussian", "orthogonal", "eva")
-_CANCELLED = 1e-5  # of ‖B‖ ‖A‖: an orthogonal start is 0 but for the rounding of its float32 factors
-CONDITIONS = ("init", "random", "trained")
-
-
-@dataclass(frozen=True)
-class ConditionedModule:
-    """One module's capacity utilization r̂ / r under the three conditions; times `rank` it is the effective rank.
-
-    `init` is None where the init cannot be made without the base weight or data. `random` is the mean over draws, with
-    its standard deviation over them (n − 1 below), None for a single draw.
-    """
-
-    module_name: str
-    role: Role | None
-    layer: int | None
-    rank: int
-    low_rank_part_only: bool
-    init: float | None
-    random: float
-    random_std: float | None
-    trained: float
-
-    @property
-    def group(self) -> str:
-        return group_of(self.module_name)
-
-
-@dataclass(frozen=True)
-class ConditionedGroup:
-    """Modules of one role, or all: means of their capacity utilization.
-
-    `trained_std`: over modules (n − 1 below). `random_std`: of the group's mean over draws. None where there is one.
-    """
-
-    name: str
-    modules: int
-    init: float | None
-    random: float
-    random_std: float | None
-    trained: float
-    trained_std: float | None
-
-
-@dataclass(frozen=True)
-class AdapterConditions:
-    """One adapter. `init_reason` says why there is no init condition, where there is none.
-
-    `total` is None where no module is finite. `qv_gap`: the mean capacity utilization of the query projections less
-    that of the value projections, by condition; None where one of them is missing.
-    """
-
-    path: str
-    peft_type: str
-    ranks: tuple[int, int] | None
-    init_reason: str | None
-    modules: tuple[ConditionedModule, ...]
-    total: ConditionedGroup | None
-    roles: tuple[ConditionedGroup, ...]
-    qv_gap: dict[str, float | None]
-
-    @property
-    def mean_rank(self) -> float:
-        return statistics.fmean(module.rank for module in self.modules)
-
-
-@dataclass(frozen=True)
-class ConditionsReport(Report):
-    """What `lorakit.lens.conditions` found, one entry an adapter, in the order given."""
-
-    seed: int
-    draws: int
-    adapters: tuple[AdapterConditions, ...]
-    findings: tuple[Finding, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """`adapters`, `seed`, `draws` and `findings` as JSON has them: no NaN, no infinity."""
-        return asdict(self)
-
-    def plot(self, adapter: int | None = None) -> Figure:
-        """LoRA-Lens's Figure 1. Left: CU under the conditions against rank, a point an adapter. Right: effective rank
-        by layer and role of one adapter, trained against random (dashed).
-
-        Args:
-            adapter: the index in `adapters` of the one on the right; that of the middle rank unless given.
-        Raises: MissingExtraError (an ImportError) where matplotlib, lorakit's extra `plots`, is not installed;
-            IndexError for an adapter that is not there.
-        """
-        shown = sorted((one for one in self.adapters if one.modules), key=lambda one: one.mean_rank)
-        chosen = self.adapters[adapter] if adapter is not None else shown[len(shown) // 2] if shown else None
-        figure = new_figure(11, 4.5)
-        left, right = figure.subplots(1, 2)
-        _draw_utilization(left, shown)
-        if chosen is not None:
-            _draw_layers(right, chosen)
-        return figure
-
-
-def _draw_utilization(axes: Any, adapters: Sequence[AdapterConditions]) -> None:
-    for condition, colour in zip(CONDITIONS, ("C7", "C0", "C3"), strict=True):
-        points = [
-            (one.mean_rank, value, getattr(one.total, f"{condition}_std", None) or 0.0)
-            for one in adapters
-            if (value := getattr(one.total, condition)) is not None
-        ]
-        if points:
-            x, y, spread = zip(*points, strict=True)
-            axes.errorbar(x, y, yerr=spread, fmt="o-", ms=5, capsize=2, color=colour, label=condition)
-    ranks = sorted({one.mean_rank for one in adapters})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ranks, [f"{rank:g}" for rank in ranks])
-    axes.set(xlabel="rank r", ylabel="capacity utilization r̂ / r", ylim=(-0.03, 1.08))
-    axes.set_title("Mean over modules")
-    if adapters:
-        axes.legend(fontsize=8)
-
-
-def _draw_layers(axes: Any, adapter: AdapterConditions) -> None:
-    groups, _ = grouped(module for module in adapter.modules if module.layer is not None)
-    for i, (name, modules) in enumerate(groups.items()):
-        layers = sorted({module.layer for module in modules if module.layer is not None})
-        at = [[module for module in modules if module.layer == layer] for layer in layers]
-        trained = [mean(module.trained * module.rank for module in each) for each in at]
-        random = [mean(module.random * module.rank for module in each) for each in at]
-        axes.plot(layers, trained, "o-", ms=3, color=f"C{i}", label=escape_mathtext(name))
-        axes.plot(layers, random, "--", lw=1, color=f"C{i}")
-    axes.locator_params(axis="x", integer=True)
-    low, high = adapter.ranks or (0, 0)
-    title = f"r = {low}" if low == high else f"r from {low} to {high}"
-    axes.set(xlabel="layer", ylabel="effective rank r̂", ylim=(0, (high or 1) * 1.05), title=f"By layer, {title}")
-    if groups:
-        axes.plot([], [], "--", lw=1, color="k", label="random")
-        axes.legend(fontsize=8, ncols=2)
+_CANCELLED = 1e-5  # relative to ‖B‖ ‖A‖: an orthogonal start is 0 up to the rounding of its float32 factors
 
 
 def conditions(adapters: Source | Sequence[Source], *, seed: int = 0, draws: int = 4) -> ConditionsReport:
-    """Capacity utilization CU = r̂ / r of trained adapters beside what it was before training and is at random.
+    """Capacity utilization CU = r̂ / r of trained adapters, compared with before training and with random factors.
 
-    "init": ΔW as PEFT initializes it, made anew with PEFT's own layers under the adapter's `init_lora_weights`, one
-    draw; 0 for PEFT's default, B = 0. None for inits that need the base weight, data or gradients (PiSSA, OLoRA, …).
-    "random": entries of B and A independent and normal, in the factors' own shapes; their standard deviation, 1/√r in
-    the paper, does not matter to CU. "trained": the adapter as it is; 0 where ΔW = 0. Modules that are not finite are
-    left out of all conditions, and among the findings. Of DoRA and SPECLORA it is the low-rank part.
+    "init" is ΔW as PEFT initializes it: PEFT's own layers are made once under the adapter's `init_lora_weights`. It is
+    0 for PEFT's default, B = 0, and None for initializations that need the base weight, data or gradients (PiSSA,
+    OLoRA, …). "random" has independent normal entries in factors of the same shapes; their standard deviation, 1/√r in
+    the paper, does not affect CU. "trained" is the adapter as it is, 0 if ΔW = 0. Modules that are not finite are left
+    out of all conditions, with a finding. For DoRA and SPECLORA the low-rank part is measured.
 
     Args:
-        adapters: directories, files, Hub ids, PeftModels or open adapters; of several adapters in one model
+        adapters: directories, files, Hub ids, PeftModels or open adapters. For several adapters in one model:
             ``[lorakit.adapters.open_adapter(model, adapter_name=name) for name in names]``.
-        seed: of what is drawn, anew for each adapter; torch's own generators stay as they are.
-        draws: how many random adapters.
-    Raises: AdapterFileError, UnsupportedModelError for what cannot be read; ValueError for no adapters, or `draws`
-        below 1.
+        seed: of the random draws, the same for each adapter. torch's own generators are not used.
+        draws: the number of random adapters.
+    Raises: AdapterFileError, UnsupportedModelError for an adapter that cannot be read; ValueError for no adapters, or
+        `draws` below 1.
+
+    Example:
+        >>> import torch
+        >>> from lorakit import lens
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+        >>> report = lens.conditions(get_peft_model(model, LoraConfig(r=2, target_modules=["0"])))
+        >>> total = report.adapters[0].total
+        >>> total.init, total.random > 0.9, total.trained  # B = 0 before training
+        (0.0, True, 0.0)
     """
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-        raise ValueError(f"`draws` must be a positive integer; got {draws!r}.")
+    check_integer("draws", draws)
     views = open_all(adapters)
     findings = list(about_bases(views))
     found = []
@@ -205,7 +85,7 @@ def _conditions(
     init, reason = _initial(view, seed)
     advance()
     if reason is not None:
-        findings.append(Finding("info", "no_init", None, f"There is no condition before training: {reason}."))
+        findings.append(Finding("info", "no_init", None, f"The init condition is missing: {reason}."))
     generator = torch.Generator("cpu").manual_seed(seed)
     drawn = []
     for _ in range(draws):
@@ -268,12 +148,12 @@ def _utilization(rows: Sequence[AuditedModule]) -> dict[str, float]:
 
 
 def _initial(view: Adapter, seed: int) -> tuple[dict[str, float], str | None]:
-    """Capacity utilization by module as PEFT initializes the adapter; or none, and the reason."""
+    """Capacity utilization by module as PEFT initializes the adapter, or an empty dict and the reason."""
     init = view.settings.raw.get("init_lora_weights", True)
     if view.settings.r is None:
-        return {}, "without its config the adapter's init is not known"
+        return {}, "the adapter has no config, so its initialization is not known"
     if view.settings.peft_type == "ADALORA":
-        return {}, "AdaLoRA's own start, at other ranks, is not made here"
+        return {}, "AdaLoRA's initialization, at other ranks, is not reproduced"
     if not isinstance(init, bool) and str(init).lower() not in DATA_FREE:
         return {}, f"init_lora_weights={init!r} needs the base weight, data or gradients"
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), warnings.catch_warnings():
@@ -281,7 +161,7 @@ def _initial(view: Adapter, seed: int) -> tuple[dict[str, float], str | None]:
         torch.default_generator.manual_seed(seed)
         try:
             start = _initialized(view.modules, init)
-        except ValueError as error:  # PEFT's: an init that these modules cannot have
+        except ValueError as error:  # PEFT refuses this initialization for these modules
             return {}, f"init_lora_weights={init!r}: {error}"
     found = _utilization(measure(start, {}, [], description="init"))
     places = {str(i): module.name for i, module in enumerate(view.modules)}
@@ -289,18 +169,20 @@ def _initial(view: Adapter, seed: int) -> tuple[dict[str, float], str | None]:
 
 
 def _initialized(modules: Sequence[AdapterModule], init: bool | str) -> Adapter:
-    """PEFT's fresh LoRA over layers of the modules' shapes, which are named by their places."""
+    """A fresh LoRA by PEFT on layers of the modules' shapes, named by their index."""
     from peft import LoraConfig, get_peft_model
 
     layers = nn.ModuleDict({str(i): _layer(module) for i, module in enumerate(modules)})
-    r = statistics.mode(module.rank for module in modules)  # PEFT tries all of a pattern's keys for each module
+    r = statistics.mode(
+        module.rank for module in modules
+    )  # PEFT tries every key of a pattern for each module, so the pattern should be short
     others = {str(i): module.rank for i, module in enumerate(modules) if module.rank != r}
     config = LoraConfig(r=r, lora_alpha=r, rank_pattern=others, target_modules=r"\d+", init_lora_weights=init)
     return open_adapter(get_peft_model(layers, config))
 
 
 def _layer(module: AdapterModule) -> Any:
-    """A layer of the module's kind and shape whose weight takes no memory."""
+    """A layer of the module's kind and shape; its weight takes no memory."""
     kernel = module.A.shape[2:]
     layer: Any
     if module.kind == "embedding":

@@ -1,4 +1,4 @@
-"""Whether modules whose pretrained weight has a high effective rank get adapters of a high one.
+"""Whether modules whose pretrained weight has a high effective rank get updates of a high effective rank.
 
 Reference: LoRA-Lens, section 2.1 and Figure 2.
 """
@@ -10,17 +10,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from lorakit._checks import preview
 from lorakit._figures import escape_mathtext, new_figure
+from lorakit._format import number
 from lorakit._report import Report, ordered
 from lorakit.adapters import AdapterModule, open_adapter
 from lorakit.adapters.base_weights import ModuleWeights, open_module_weights
 from lorakit.errors import Finding
 from lorakit.lens._rows import grouped, mean
 from lorakit.lens._sources import Source, about_low_rank_part
+from lorakit.lens.diagnostics._next_steps import on_disk, short_name
 from lorakit.lens.diagnostics.random_adapter import random_adapter
 from lorakit.lens.static.spectra import measure
 from lorakit.naming.roles import Role, group_of
@@ -31,16 +34,15 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-_BATCH = 1 << 20  # entries of weights decomposed together
+_BATCH = 1 << 20  # entries of weights that are decomposed in one batch
 _SAME = 1e-6  # a relative spread within the rounding of float32 singular values
 
 
 @dataclass(frozen=True)
 class RankPair:
-    """One module: the effective rank of its pretrained weight, (d_out, d_in), of its ΔW, and of random factors of the
-    shapes of its own.
+    """One module: the effective ranks of its pretrained weight, of its ΔW, and of random factors of the same shapes.
 
-    None where the weight, or the update, is missing or not finite, as the findings say; 0 for what is zero.
+    A rank is None if the weight or update is missing or not finite, which a finding says, and 0 if it is zero.
     """
 
     module_name: str
@@ -60,16 +62,16 @@ class RankPair:
 
     @property
     def counts(self) -> bool:
-        """Whether it enters correlation and means: neither is missing nor zero."""
+        """Whether the module enters the correlation and the means: both ranks are known and not zero."""
         return bool(self.pretrained_effective_rank and self.adapter_effective_rank)
 
 
 @dataclass(frozen=True)
 class CorrelatedGroup:
-    """The modules of one role, or all, of which both effective ranks are there and not zero.
+    """The modules of one role, or all, whose two effective ranks are known and not zero.
 
-    `pearson` is None where it is undefined, and `reason` says why. `random_pearson` is its control: what an adapter of
-    random factors gives with the same weights, by their widths and ranks alone.
+    If `pearson` is undefined it is None, and `reason` says why. `random_pearson` is the control: the correlation for an
+    adapter with random factors and the same weights, which comes from widths and ranks alone.
     """
 
     name: str
@@ -81,10 +83,16 @@ class CorrelatedGroup:
     random_mean: float | None
     reason: str | None = None
 
+    def __str__(self) -> str:
+        if self.pearson is None:
+            return f"no correlation: {self.reason}"
+        control = "" if self.random_pearson is None else f" (random factors: {self.random_pearson:.2f})"
+        return f"Pearson r = {self.pearson:.2f}{control}"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class RankCorrelation(Report):
-    """What `lorakit.lens.rank_correlation` found; `dequantized` says that base weights were."""
+    """The result of `lorakit.lens.rank_correlation`. `dequantized`: whether base weights were dequantized."""
 
     path: str
     base: str
@@ -95,34 +103,46 @@ class RankCorrelation(Report):
     roles: tuple[CorrelatedGroup, ...]
     findings: tuple[Finding, ...]
 
+    @property
+    def headline(self) -> str:
+        return f"{self.path} on {self.base}: {self.total} over {self.total.modules} modules"
+
+    @property
+    def details(self) -> tuple[str, ...]:
+        lines = [
+            f"{group.name} ({group.modules}): {group}; mean effective rank of weights {number(group.pretrained_mean)}, "
+            f"of updates {number(group.adapter_mean)}"
+            for group in self.roles
+        ]
+        return (*lines, *(finding.message for finding in self.findings if finding.severity == "error"))
+
+    @property
+    def next_steps(self) -> tuple[str, ...]:
+        path = on_disk(self.path)
+        return () if path is None else (f"lorakit audit {path} --suggest-ranks",)
+
     def to_dict(self) -> dict[str, Any]:
-        """`modules`, `summary` and `findings` as JSON has them: no NaN, no infinity."""
+        """`modules`, `summary` and `findings` as plain data for JSON, without NaN and infinity."""
         return super().to_dict()
 
     def plot(self) -> Figure:
-        """One point a module, one colour a role: effective rank of ΔW against that of the pretrained weight.
+        """Effective rank of ΔW against that of the pretrained weight: one point a module, one colour a role.
 
-        Raises: MissingExtraError (an ImportError) where matplotlib, lorakit's extra `plots`, is not installed.
+        Grey crosses are the same modules with random factors: the control.
         """
         figure = new_figure(7, 5)
         axes = figure.subplots()
-        groups, _ = grouped(row for row in self.modules if row.counts)
+        counted = [row for row in self.modules if row.counts]
+        groups, _ = grouped(counted)
         for name, rows in groups.items():
             x = [row.pretrained_effective_rank or 0.0 for row in rows]
-            axes.plot(
-                x,
-                [row.adapter_effective_rank or 0.0 for row in rows],
-                "o",
-                ms=4,
-                alpha=0.7,
-                label=escape_mathtext(name),
-            )
-        r, control = self.total.pearson, self.total.random_pearson
+            y = [row.adapter_effective_rank or 0.0 for row in rows]
+            axes.plot(x, y, "o", ms=4, alpha=0.7, label=escape_mathtext(name))
+        x = [row.pretrained_effective_rank or 0.0 for row in counted]
+        axes.plot(x, [row.random_effective_rank for row in counted], "x", ms=4, color="0.6", label="random factors")
         axes.set(xlabel="effective rank of the pretrained weight", ylabel="effective rank of ΔW")
-        title = f"{self.total.modules} modules"
-        if r is not None:
-            title += f", Pearson r = {r:.2f}" + ("" if control is None else f" (random factors: {control:.2f})")
-        axes.set_title(title)
+        title = f"{short_name(self.path)}: {self.total.modules} modules"
+        axes.set_title(escape_mathtext(title if self.total.pearson is None else f"{title}, {self.total}"), fontsize=10)
         if groups:
             axes.legend(fontsize=8)
         return figure
@@ -138,25 +158,35 @@ def rank_correlation(
     adapter_name: str | None = None,
     device: torch.device | str | None = None,
 ) -> RankCorrelation:
-    """Correlate the effective ranks of pretrained weights and of an adapter's updates, over modules.
+    """Correlate the effective ranks of pretrained weights with those of an adapter's updates, over modules.
 
-    A full set of singular values of every adapted weight is computed, in float32: minutes for a large model on a CPU;
-    `device` is there for that. Effective ranks on both sides also follow widths, and ranks where these differ: what
-    that alone makes of the correlation is measured by an adapter of random factors of the same shapes. Modules that the
-    base lacks, and those that are zero or not finite on either side, are left out and among the findings. Of DoRA and
-    SPECLORA it is the low-rank part of the update.
+    All singular values of every adapted weight are computed, in float32. On a CPU that takes minutes for a large model;
+    `device` can name an accelerator. Effective ranks also depend on widths, and on ranks if these differ. An adapter
+    with random factors of the same shapes shows how much of the correlation comes from that alone. Modules that the
+    base lacks, and modules that are zero or not finite on either side, are left out, with a finding. For DoRA and
+    SPECLORA the low-rank part of the update is measured.
 
     Args:
         adapter: a directory, a file, a Hub id, a PeftModel or an open adapter.
         base: the pretrained model: a directory with model.safetensors or its shards, a .safetensors file, or a module,
-            with modules named as in the adapter. None for a PeftModel, which has the weights in its own base layers.
-        dequantize: take quantized weights as what PEFT dequantizes them to (bitsandbytes, HQQ, torchao), of models in
-            memory. Their effective rank is then that of the rounded weight.
+            with modules named as in the adapter. None for a PeftModel, whose base layers hold the weights.
+        dequantize: for models in memory, dequantize weights by PEFT's functions (bitsandbytes, HQQ, torchao). The
+            effective rank is then that of the rounded weight.
         seed: of the random factors.
         adapter_name: which adapter of a PeftModel, if not the active one.
-        device: where to decompose weights; where they are unless given.
-    Raises: AdapterFileError, UnsupportedModelError for what cannot be read, is quantized, or has an adapter merged into
-        it; ValueError for an adapter without its base.
+        device: where to decompose weights; by default where they are.
+    Raises: AdapterFileError, UnsupportedModelError for weights that cannot be read, are quantized, or have an adapter
+        merged into them; ValueError for an adapter without its base.
+
+    Example:
+        >>> import torch
+        >>> from lorakit import lens
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = torch.nn.Sequential(*(torch.nn.Linear(d, d) for d in (8, 16, 32)))
+        >>> config = LoraConfig(r=4, target_modules=["0", "1", "2"], init_lora_weights=False)
+        >>> report = lens.rank_correlation(get_peft_model(model, config))
+        >>> report.total.modules, -1 <= report.total.pearson <= 1
+        (3, True)
     """
     view = open_adapter(adapter, adapter_name=adapter_name)
     if base is None and isinstance(adapter, nn.Module):
@@ -165,7 +195,7 @@ def rank_correlation(
         known = f", {view.settings.base_model!r}" if view.settings.base_model else ""
         raise ValueError(
             f"`base` must be the adapter's base model{known}: a directory with its safetensors, or the model in "
-            "memory. Only a PeftModel has it with it."
+            "memory. Only a PeftModel brings its own."
         )
     weights = open_module_weights(base, view.modules, dequantize=dequantize)
     findings = list(view.findings)
@@ -208,11 +238,11 @@ def rank_correlation(
 def _about(pairs: Sequence[RankPair]) -> Iterator[Finding]:
     zero = [p.module_name for p in pairs if 0 in (p.pretrained_effective_rank, p.adapter_effective_rank)]
     if zero:
-        message = f"{len(zero)} modules have an update or a weight that is zero, and are left out: {preview(zero)}"
+        message = f"{len(zero)} modules with a zero update or weight are left out: {preview(zero)}"
         yield Finding("warning", "left_out", None, message)
     ranks = sorted({pair.rank for pair in pairs if pair.counts})
     if len(ranks) > 1:
-        message = f"The modules have ranks from {ranks[0]} to {ranks[-1]}, which their effective ranks follow."
+        message = f"The modules have ranks from {ranks[0]} to {ranks[-1]}, which affect their effective ranks."
         yield Finding("warning", "mixed_ranks", None, message)
 
 
@@ -221,9 +251,9 @@ def _correlated(name: str, pairs: Sequence[RankPair]) -> CorrelatedGroup:
     y = [pair.adapter_effective_rank or 0.0 for pair in pairs]
     reason = None
     if len(pairs) < 2:
-        reason = f"a correlation needs two modules; there {'is one' if pairs else 'are none'}"
+        reason = f"it needs two modules; there {'is one' if pairs else 'are none'}"
     elif _constant(x) or _constant(y):
-        reason = f"the effective rank of {'the weights' if _constant(x) else 'the updates'} is one and the same"
+        reason = f"all {'weights' if _constant(x) else 'updates'} have the same effective rank"
     random = [pair.random_effective_rank for pair in pairs]
     return CorrelatedGroup(
         name=name,
@@ -247,12 +277,12 @@ def _effective_ranks(
     device: torch.device | str | None,
     findings: list[Finding],
 ) -> dict[str, float]:
-    """Effective ranks of the base weights, by module; what is missing or unfit is added to `findings`."""
+    """Effective ranks of the base weights by module; adds findings for weights that are missing or do not fit."""
     missing = [module.name for module in modules if module.name not in weights.read]
     if missing:
         message = (
-            f"{len(missing)} of {len(modules)} adapted modules are not in the base: {preview(missing)}. Does it name "
-            "its modules as the adapter does? The model in memory that the adapter was made for does."
+            f"{len(missing)} of {len(modules)} adapted modules are not in the base: {preview(missing)}. Its modules "
+            "must have the names that the adapter uses; the model in memory that the adapter was made for has them."
         )
         findings.append(Finding("error" if not weights.read else "warning", "base_missing", None, message))
     shapes: dict[tuple[int, int], list[AdapterModule]] = {}
@@ -280,10 +310,10 @@ def _effective_ranks(
 def _matrix(
     module: AdapterModule, weight: Tensor, device: torch.device | str | None, findings: list[Finding]
 ) -> Tensor | None:
-    """The weight as (d_out, d_in) or its transpose, which has the same singular values, made (d_out, d_in) again."""
+    """The weight (d_out, d_in), float32, transposed if needed; None, with a finding, if it does not fit."""
     shape = tuple(weight.shape)
     weight = weight.to(device=device, dtype=torch.float32)
-    weight = weight.flatten(1) if weight.ndim > 2 else weight
+    weight = rearrange(weight, "o i ... -> o (i ...)") if weight.ndim > 2 else weight
     if weight.shape != (module.d_out, module.d_in) and weight.ndim == 2:
         weight = weight.mT
     if weight.shape != (module.d_out, module.d_in):

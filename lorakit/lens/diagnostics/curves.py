@@ -1,4 +1,4 @@
-"""How much of each update its leading components hold, and what is lost by keeping no more.
+"""How much of each update its leading components hold, and how much is lost by keeping only those.
 
 References: "LoRA's Low-Rank Assumption: When It Holds, When It Breaks", 2026: the energy curve
 C(k) = Σ_{i≤k} σ² / Σ σ²; Eckart & Young 1936: the errors of the best approximation of rank k.
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import reduce
 from torch import Tensor
 
 from lorakit._figures import escape_mathtext, new_figure
@@ -19,6 +20,7 @@ from lorakit.adapters import open_adapter
 from lorakit.errors import Finding
 from lorakit.lens._rows import grouped
 from lorakit.lens._sources import Source, about_low_rank_part
+from lorakit.lens.diagnostics._next_steps import beside, on_disk, short_name
 from lorakit.lens.static.spectra import AuditedModule, measure
 from lorakit.naming.roles import Role
 from lorakit.spectral import energy_curve, spectral_truncation_error, truncation_error
@@ -32,11 +34,11 @@ _BAND = (0.1, 0.9)  # quantiles over modules
 
 @dataclass(frozen=True)
 class EnergyCurve:
-    """One module's ΔW, scaling included. The tuples are for k = 1, 2, … up to the number of its singular values, which
-    is `rank`, or min(d_out, d_in) where that is less.
+    """One module's ΔW, scaling included. The tuples are for k = 1, 2, … up to min(rank, d_out, d_in).
 
-    `energy`: C(k), 0 throughout for ΔW = 0. `truncation_error`: Σ_{i>k} σ², the squared Frobenius norm of what is left
-    out. `spectral_error`: σ_{k+1}, its spectral norm. `energy_rank`: the smallest k that keeps .9, .95 and .99.
+    `energy`: C(k), the fraction of ‖ΔW‖_F² in the k leading components; all 0 if ΔW = 0. `truncation_error`:
+    Σ_{i>k} σ², the squared Frobenius norm of the rest. `spectral_error`: σ_{k+1}, the spectral norm of the rest.
+    `energy_rank`: the smallest k with C(k) of at least .9, .95 and .99.
     """
 
     module_name: str
@@ -52,11 +54,11 @@ class EnergyCurve:
 
 @dataclass(frozen=True)
 class MeanCurve:
-    """The curves of one role, or of all modules, for k = 1, 2, … up to the largest rank; a curve stays 1 past its end.
+    """The curves of one role, or of all modules, for k = 1, 2, … up to the largest rank. Shorter curves end with ones.
 
-    `low` and `high`: what a tenth of the modules is below and above (quantiles by linear interpolation). `energy_rank`:
-    the smallest k at which the mean reaches .9, .95 and .99; `energy_rank_of_all`: the smallest at which every module
-    does. Updates that are zero have no share of anything and are not among the `modules`.
+    `low` and `high` are the 10th and 90th percentile over modules (linear interpolation). `energy_rank` is the smallest
+    k at which the mean reaches .9, .95 and .99, and `energy_rank_of_all` the smallest at which every module does.
+    Updates of zero are not among the `modules`.
     """
 
     name: str
@@ -68,9 +70,9 @@ class MeanCurve:
     energy_rank_of_all: dict[str, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EnergyCurves(Report):
-    """What `lorakit.lens.energy_curves` found; `total` is None, and `roles` empty, where every update is zero."""
+    """The result of `lorakit.lens.energy_curves`. If every update is zero, `total` is None and `roles` is empty."""
 
     path: str
     peft_type: str
@@ -79,43 +81,86 @@ class EnergyCurves(Report):
     roles: tuple[MeanCurve, ...]
     findings: tuple[Finding, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """`modules`, `summary` and `findings` as JSON has them: no NaN, no infinity."""
-        return super().to_dict()
+    @property
+    def headline(self) -> str:
+        if self.total is None:
+            return f"{self.path}: every update is zero"
+        ranks = ", ".join(f"{k} ({float(q):.0%})" for q, k in self.total.energy_rank.items())
+        return f"{self.path}: mean energy of {self.total.modules} updates reached at rank {ranks}"
+
+    @property
+    def details(self) -> tuple[str, ...]:
+        lines = [] if self.total is None else [f"every module keeps 90% at rank {self.total.energy_rank_of_all['0.9']}"]
+        lines += [f"{curve.name} ({curve.modules}): 90% at rank {curve.energy_rank['0.9']}" for curve in self.roles]
+        return (*lines, *(finding.message for finding in self.findings if finding.severity == "error"))
+
+    @property
+    def next_steps(self) -> tuple[str, ...]:
+        path = on_disk(self.path)
+        needed = max((curve.energy_rank["0.9"] for curve in self.modules), default=0)
+        if path is None or self.has_errors or self.total is None:
+            return ()
+        if needed == max(curve.rank for curve in self.modules):
+            return (f"lorakit audit {path} --suggest-ranks",)
+        return (f"lorakit compress {path} {beside(self.path, '-energy-90')} --energy 0.9",)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a module."""
+        return [
+            {
+                "module_name": row.module_name,
+                "role": row.role,
+                "layer": row.layer,
+                "rank": row.rank,
+                **{f"energy_rank_{q}": k for q, k in row.energy_rank.items()},
+                "energy": list(row.energy),
+            }
+            for row in self.modules
+        ]
 
     def plot(self) -> Figure:
-        """The mean curve of each role over k, and of all modules; shaded between the tenth below and that above.
-
-        Raises: MissingExtraError (an ImportError) where matplotlib, lorakit's extra `plots`, is not installed.
-        """
+        """The mean curve of each role and of all modules. The grey band is the 10th to 90th percentile of all."""
         figure = new_figure(8, 5)
         axes = figure.subplots()
-        for curve in self.roles:
-            k = range(1, len(curve.mean) + 1)
-            (line,) = axes.plot(k, curve.mean, "o-", ms=3, label=f"{escape_mathtext(curve.name)} ({curve.modules})")
-            axes.fill_between(k, curve.low, curve.high, color=line.get_color(), alpha=0.12, linewidth=0)
-        if self.total is not None:
-            k = range(1, len(self.total.mean) + 1)
-            axes.plot(k, self.total.mean, "k--", lw=1.5, label=f"all ({self.total.modules})")
         for threshold in THRESHOLDS:
             axes.axhline(threshold, color="0.85", lw=0.8, zorder=0)
-        axes.set(xlabel="components kept k", ylabel="share of ‖ΔW‖_F² kept, C(k)", ylim=(0, 1.02))
-        axes.set_title("Energy curves: mean over modules, 10 to 90 % shaded")
-        axes.locator_params(axis="x", integer=True)
+        for curve in self.roles:
+            axes.plot(_ranks(curve), curve.mean, "o-", ms=3, label=escape_mathtext(curve.name))
         if self.total is not None:
+            k = _ranks(self.total)
+            axes.plot(k, self.total.mean, "k--", lw=1.5, label="all")
+            axes.fill_between(k, self.total.low, self.total.high, color="0.9", linewidth=0, label="10–90 % of modules")
             axes.legend(fontsize=8, loc="lower right")
+        axes.set(xlabel="components kept k", ylabel="fraction of ‖ΔW‖_F² kept, C(k)", ylim=(0, 1.02))
+        axes.set_title(escape_mathtext(f"Energy curves of {short_name(self.path)}: means over modules"))
+        axes.locator_params(axis="x", integer=True, min_n_ticks=1)
         return figure
 
 
-def energy_curves(adapter: Source, *, adapter_name: str | None = None) -> EnergyCurves:
-    """Energy curves and truncation errors of an adapter: a directory, a file, a Hub id, a PeftModel or an open adapter.
+def _ranks(curve: MeanCurve) -> range:
+    return range(1, len(curve.mean) + 1)
 
-    Of ΔW, scaling included; of DoRA and SPECLORA it is the low-rank part, which the findings say. Modules that are not
-    finite are left out, and among the findings as errors; updates of zero are among `modules`, and left out of means.
+
+def energy_curves(adapter: Source, *, adapter_name: str | None = None) -> EnergyCurves:
+    """Energy curves and truncation errors of an adapter.
+
+    They are of ΔW, scaling included; for DoRA and SPECLORA of the low-rank part, which a finding says. Modules that are
+    not finite are left out, each with a finding of severity error. Updates of zero are in `modules`, but in no mean.
 
     Args:
+        adapter: a directory, a file, a Hub id, a PeftModel or an open adapter.
         adapter_name: which adapter of a PeftModel, if not the active one.
-    Raises: AdapterFileError, UnsupportedModelError for what cannot be read.
+    Raises: AdapterFileError, UnsupportedModelError for an adapter that cannot be read.
+
+    Example:
+        >>> import torch
+        >>> from lorakit import lens
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> model = get_peft_model(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+        >>> report = lens.energy_curves(model)
+        >>> len(report.modules[0].energy), round(report.modules[0].energy[-1], 6)
+        (2, 1.0)
     """
     view = open_adapter(adapter, adapter_name=adapter_name)
     findings = list(view.findings)
@@ -136,7 +181,7 @@ def energy_curves(adapter: Source, *, adapter_name: str | None = None) -> Energy
 
 
 def _curves(rows: Sequence[AuditedModule]) -> dict[str, EnergyCurve]:
-    """By module; computed for all spectra of one length at a time."""
+    """Curves by module, computed for all spectra of one length at once."""
     lengths: dict[int, list[AuditedModule]] = {}
     for row in rows:
         lengths.setdefault(len(row.singular_values), []).append(row)
@@ -170,7 +215,7 @@ def _mean(name: str, rows: Sequence[AuditedModule], curves: dict[str, EnergyCurv
         [[*curve.energy, *[1.0] * (length - len(curve.energy))] for curve in members], dtype=torch.float64
     )
     low, high = torch.quantile(stacked, torch.tensor(_BAND, dtype=torch.float64), dim=0)
-    mean = stacked.mean(0)
+    mean = reduce(stacked, "module k -> k", "mean")
     return MeanCurve(
         name=name,
         modules=len(members),
@@ -183,6 +228,6 @@ def _mean(name: str, rows: Sequence[AuditedModule], curves: dict[str, EnergyCurv
 
 
 def _reaches(mean: Tensor, threshold: float) -> int:
-    """The first k at which the mean curve is there, rounding aside."""
+    """The smallest k at which the mean curve reaches the threshold, up to rounding."""
     slack = len(mean) * torch.finfo(mean.dtype).eps
     return int((mean < threshold * (1 - slack)).sum()) + 1

@@ -1,4 +1,4 @@
-"""Adapters of random factors, beside which trained ones are seen."""
+"""Adapters with random factors, as a control for trained ones."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lorakit.adapters.adapter import row_slices
 
 
 def random_adapter(view: Adapter, generator: torch.Generator) -> Adapter:
-    """An adapter of the same shapes whose factors have independent standard normal entries, drawn when they are read.
+    """An adapter of the same shapes with independent standard normal entries in its factors, drawn when they are read.
 
-    Nothing is beside its updates, and its scaling is 1. Its effective ranks are those of factors of any variance.
+    It has no other tensors, and its scaling is 1. The variance of the entries does not affect effective ranks.
     """
     modules = tuple(
         replace(

@@ -1,4 +1,4 @@
-"""The factors of an adapter in training: as they are, on their devices, also where processes share them out."""
+"""The factors of an adapter in training, on their devices, sharded over processes or not."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lorakit.adapters.in_model import LiveModule, read_weight
 from lorakit.errors import UnsupportedModelError
 from lorakit.naming.roles import Role, layer_of
 
-_BATCH = 1 << 20  # entries of stacked factors: past this, stacking gains a CPU nothing more
+_BATCH = 1 << 20  # entries of stacked factors; larger stacks are no faster on a CPU
 _BATCH_ELSEWHERE = 1 << 26
 
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """One module's ΔW = scaling · B A, B (d_out, r) and A (r, d_in) detached; both, one or none of them sharded."""
+    """One module's ΔW = scaling · B A: B (d_out, r) and A (r, d_in), detached. Either may be sharded."""
 
     module: LiveModule
     B: Tensor
@@ -49,9 +49,9 @@ class Factors:
 
 
 def factors_of(module: LiveModule) -> Factors | None:
-    """None for what has no one pair of factors: expert weights, and convolutions in groups.
+    """A module's factors, or None for modules with more than one pair: expert weights and grouped convolutions.
 
-    Raises: UnsupportedModelError for weights that DeepSpeed has partitioned.
+    Raises: UnsupportedModelError for weights that DeepSpeed ZeRO-3 has partitioned.
     """
     layer, name = module.layer, module.adapter_name
     if isinstance(layer, ParamWrapper):
@@ -69,14 +69,14 @@ def _weight(module: Any, name: str) -> Tensor:
     weight: Tensor = module.weight
     if hasattr(weight, "ds_id") and not weight.numel():
         raise UnsupportedModelError(
-            f"{name!r} is partitioned by DeepSpeed ZeRO-3, whose weights are only there within its own passes. Use "
-            f"ZeRO-2 or fully_shard (FSDP2), or look at saved checkpoints with lorakit.lens.audit."
+            f"{name!r} is partitioned by DeepSpeed ZeRO-3, which gathers weights only during its own passes. Use "
+            f"ZeRO-2 or fully_shard (FSDP2), or audit saved checkpoints with lorakit.lens.audit."
         )
     return read_weight(module) if weight.is_meta else weight.detach()
 
 
 def batches(factors: Sequence[Factors]) -> Iterator[list[Factors]]:
-    """Factors that can be stacked: of the same shapes, dtypes and devices, sharded alike."""
+    """Batches that can be stacked: equal shapes, dtypes, devices and sharding."""
     groups: dict[Any, list[Factors]] = {}
     for one in factors:
         kinds = [(x.shape, x.dtype, x.device, _sharding(x)) for x in (one.B, one.A)]
@@ -92,10 +92,10 @@ def _sharding(tensor: Any) -> Any:
 
 
 def scalings(batch: Sequence[Factors]) -> Tensor:
-    """(n,), float64, where the factors are."""
+    """Scalings (n,), float64, on the factors' device."""
     return torch.tensor([one.module.scaling for one in batch], dtype=torch.float64, device=batch[0].B.device)
 
 
 def grams(batch: Sequence[Factors]) -> tuple[Tensor, Tensor]:
-    """BᵀB and A Aᵀ (n, r, r) in float64, whole. Of sharded factors all processes must ask together."""
+    """BᵀB and A Aᵀ (n, r, r), float64, unsharded. If the factors are sharded, all processes must call this together."""
     return gram([one.B for one in batch], 0), gram([one.A for one in batch], 1)

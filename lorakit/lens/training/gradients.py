@@ -1,9 +1,9 @@
-"""How much of the loss's gradient lies in an adapter's subspaces, seen while a training step's passes run.
+"""How much of the loss's gradient lies in an adapter's subspaces, watched while a training step runs.
 
-κ = ‖UᵀGV‖_F / ‖G‖_F, G = Σ_t δ_t x_tᵀ being the gradient with respect to a module's weight as it is in effect, δ and x
-its output gradients and inputs, U and V the singular vectors of its ΔW. G is never formed: with ΔW = scaling · B A,
-UᵀGV comes from BᵀGAᵀ = Σ_t (Bᵀδ_t)(A x_t)ᵀ, and ‖G‖_F² is the mean of ‖Gω‖² over vectors ω of random signs
-(Hutchinson). Both are sums over tokens, so they add up over micro-batches and processes as G does.
+κ = ‖UᵀGV‖_F / ‖G‖_F. G = Σ_t δ_t x_tᵀ is the gradient with respect to a module's effective weight; δ and x are its
+output gradients and inputs; U and V are the singular vectors of its ΔW. G is never formed. With ΔW = scaling · B A,
+UᵀGV follows from BᵀGAᵀ = Σ_t (Bᵀδ_t)(A x_t)ᵀ, and ‖G‖_F² is the mean of ‖Gω‖² over random sign vectors ω (Hutchinson).
+Both are sums over tokens, so they add up over micro-batches and processes as G does.
 
 Reference: "LoRA's Low-Rank Assumption: When It Holds, When It Breaks", 2026, gradient-subspace overlap metric.
 """
@@ -18,10 +18,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
+from einops import rearrange
 from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
 
+from lorakit._checks import check_integer
 from lorakit._distributed.fsdp import is_distributed, unwrapped
+from lorakit.lens._private import is_compiled
 from lorakit.spectral.gram import svd_from_grams
 
 if TYPE_CHECKING:
@@ -31,7 +34,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Of one module: ‖UᵀGV‖_F, an estimate of ‖G‖_F, and their ratio κ with its standard error; None where ΔW is 0."""
+    """One module's ‖UᵀGV‖_F (`seen_norm`), an estimate of ‖G‖_F, and their ratio κ with its standard error.
+
+    `kappa` and `kappa_stderr` are None if ΔW is 0.
+    """
 
     seen_norm: float
     gradient_norm: float
@@ -41,7 +47,7 @@ class Overlap:
 
 @dataclass
 class GradientWatch:
-    """What `watch_gradients` saw: one `Overlap` for every module that a gradient reached, once the block has ended."""
+    """The result of `watch_gradients`: an `Overlap` for every module that a gradient reached, filled at block end."""
 
     overlaps: dict[str, Overlap] = field(default_factory=dict)
 
@@ -50,33 +56,44 @@ class GradientWatch:
 def watch_gradients(
     model: nn.Module, *, projections: int = 8, seed: int = 0, adapter_name: str | None = None
 ) -> Iterator[GradientWatch]:
-    """Watch the gradients of whatever forward and backward passes run in the block, for `lorakit.lens.snapshot`.
+    """Watch the gradients of all forward and backward passes in the block, for `lorakit.lens.snapshot`.
 
-    Put it around one training step's passes, all its micro-batches, and end it before the optimizer's step. It costs
-    two products with (r + projections) columns a token and module. ‖G‖_F² is estimated with a relative standard
-    deviation of √(2 / projections) or less. Linear modules only; nothing of the passes changes, with gradient
-    checkpointing, mixed precision, a loss that is scaled, and fully_shard too. In half precision the products are in
-    bfloat16 where the gradients are, in float32 otherwise.
+    Put the block around all micro-batches of one training step, and end it before the optimizer's step. It costs two
+    products with (r + projections) columns per token and module. ‖G‖_F² is estimated with a relative standard
+    deviation of at most √(2 / projections).
 
-    Of several processes all must do this together, each with its part of the batch: what they see is summed.
-    Modules that torch.compile has compiled do not let themselves be watched: they have no overlap.
-    Raises: as `lorakit.lens.snapshot`; ValueError for `projections` below 2.
+    Only linear modules are watched. The passes themselves do not change, also under gradient checkpointing, mixed
+    precision, loss scaling and fully_shard. bfloat16 gradients are multiplied in bfloat16, all others in float32 or
+    better. With several processes, all must call this together, each with its part of the batch; the sums are taken
+    over processes. Modules that torch.compile has compiled have no overlap.
+
+    Raises: what `lorakit.lens.snapshot` raises; ValueError for `projections` below 2.
+
+    Example:
+        >>> import torch
+        >>> from lorakit import lens
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(6, 4)), LoraConfig(r=2, target_modules=["0"]))
+        >>> _ = torch.nn.init.normal_(model.base_model.model[0].lora_B["default"].weight)
+        >>> with lens.watch_gradients(model) as gradients:
+        ...     model(torch.ones(3, 6)).sum().backward()
+        >>> 0 < gradients.overlaps["0"].kappa <= 1
+        True
     """
-    taps = GradientTaps(model, projections=projections, seed=seed, adapter_name=adapter_name)
+    probes = GradientProbes(model, projections=projections, seed=seed, adapter_name=adapter_name)
     watch = GradientWatch()
     try:
         yield watch
     finally:
-        taps.remove()
-    watch.overlaps = taps.overlaps()
+        probes.remove()
+    watch.overlaps = probes.overlaps()
 
 
-class GradientTaps:
-    """Hooks that watch, from when this is made until `remove`."""
+class GradientProbes:
+    """Hooks on a model's adapted linear modules that sum what κ needs, until `remove`."""
 
     def __init__(self, model: nn.Module, *, projections: int, seed: int, adapter_name: str | None) -> None:
-        if isinstance(projections, bool) or not isinstance(projections, int) or projections < 2:
-            raise ValueError(f"`projections` must be an integer of at least 2; got {projections!r}.")
+        check_integer("projections", projections, least=2)
         from lorakit.adapters.in_model import find_adapter
 
         _, modules = find_adapter(unwrapped(model), adapter_name)
@@ -84,30 +101,30 @@ class GradientTaps:
             modules = []
         self._projections = projections
         signs = _Signs(projections, seed)
-        self._taps = [_Tap(module, signs) for module in modules if module.is_linear()]
-        handles = [tap.module.layer.register_forward_hook(tap.see, with_kwargs=True) for tap in self._taps]
-        self._removal = weakref.finalize(self, _remove, handles)  # at the latest with this, where training broke off
+        self._probes = [_Probe(module, signs) for module in modules if module.is_linear()]
+        handles = [probe.module.layer.register_forward_hook(probe.see, with_kwargs=True) for probe in self._probes]
+        self._removal = weakref.finalize(self, _remove, handles)  # also if training was interrupted
 
     def remove(self) -> None:
-        """Take the hooks out."""
+        """Remove the hooks."""
         self._removal()
 
     @torch.no_grad()
     def overlaps(self) -> dict[str, Overlap]:
-        """What was seen until now, of every module that a gradient reached. Of several processes all must ask."""
+        """Overlaps so far, of every module that a gradient reached. With several processes all must call this."""
         from lorakit.lens.training.factors import batches, factors_of, grams
 
-        taps = {tap.module.name: tap for tap in self._taps}
-        factors = [pair for tap in self._taps if (pair := factors_of(tap.module)) is not None]
+        probes = {probe.module.name: probe for probe in self._probes}
+        factors = [pair for probe in self._probes if (pair := factors_of(probe.module)) is not None]
         if factors and is_distributed():
-            _sum_over_processes(self._taps, factors, self._projections)
+            _sum_over_processes(self._probes, factors, self._projections)
         by_rank: dict[int, list[_Seen]] = {}
         for batch in batches(factors):
             for one, of_B, of_A in zip(batch, *grams(batch), strict=True):
-                tap = taps[one.name]
-                if tap.core is not None and tap.sketch is not None:
-                    of_B = of_B if tap.module.scaling else torch.zeros_like(of_B)  # ΔW is 0
-                    by_rank.setdefault(one.rank, []).append(_Seen(one.name, of_B, of_A, tap.core, tap.sketch))
+                probe = probes[one.name]
+                if probe.core is not None and probe.sketch is not None:
+                    of_B = of_B if probe.module.scaling else torch.zeros_like(of_B)  # ΔW is 0
+                    by_rank.setdefault(one.rank, []).append(_Seen(one.name, of_B, of_A, probe.core, probe.sketch))
         parts = [_numbers(seen) for seen in by_rank.values()]
         found = {}
         for seen, columns in zip(by_rank.values(), parts, strict=True):
@@ -118,26 +135,18 @@ class GradientTaps:
         return found
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """Whether torch.compile compiled it, or a module in it: hooks that come later are not called."""
-    return any(
-        "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
-        for module in model.modules()
-    )
-
-
 def _remove(handles: Sequence[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
 
 
 def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    enabled = torch.is_autocast_enabled(device_type)  # the context takes longer than what is asked here
+    enabled = torch.is_autocast_enabled(device_type)  # asking is faster than entering the context
     return torch.autocast(device_type, enabled=False) if enabled else contextlib.nullcontext()
 
 
 class _Signs:
-    """Random signs (projections, d), the same for all modules of one width and in all processes."""
+    """Random signs (projections, d), equal for all modules of one width and in all processes."""
 
     def __init__(self, projections: int, seed: int) -> None:
         self.projections, self.seed = projections, seed
@@ -153,8 +162,8 @@ class _Signs:
         return self._made[key]
 
 
-class _Tap:
-    """Sums BᵀGAᵀ (r, r) and (GΩ)ᵀ (projections, d_out) of one module over whatever runs."""
+class _Probe:
+    """Sums one module's BᵀGAᵀ (r, r) and (GΩ)ᵀ (projections, d_out) over all passes."""
 
     def __init__(self, module: LiveModule, signs: _Signs) -> None:
         self.module, self.signs = module, signs
@@ -169,7 +178,7 @@ class _Tap:
 
         with torch.no_grad(), _no_autocast(x.device.type):
             dtype = output.dtype if output.dtype == torch.bfloat16 else torch.promote_types(output.dtype, torch.float32)
-            x = x.detach().flatten(0, -2).to(dtype)
+            x = rearrange(x.detach(), "... d -> (...) d").to(dtype)
             A = read_weight(self.module.down)
             projected = x @ torch.cat([A.to(x.dtype), self.signs.of(x)]).mT
         cast(Any, output).register_hook(lambda gradient: self._receive(projected, gradient))
@@ -180,8 +189,8 @@ class _Tap:
 
         with _no_autocast(gradient.device.type):
             B = read_weight(self.module.up)
-            delta = gradient.flatten(0, -2).to(projected.dtype)
-            sums = projected.mT @ delta  # (G Aᵀ)ᵀ and (G Ω)ᵀ: this way round the product is faster
+            delta = rearrange(gradient, "... d -> (...) d").to(projected.dtype)
+            sums = projected.mT @ delta  # (G Aᵀ)ᵀ and (G Ω)ᵀ: faster than the products untransposed
             sums = sums.to(torch.promote_types(sums.dtype, torch.float32))
             core = (sums[: B.shape[1]] @ B.to(sums.dtype)).mT
         sketch = sums[B.shape[1] :]
@@ -190,7 +199,7 @@ class _Tap:
 
 
 class _Seen(NamedTuple):
-    """Of one module: BᵀB, A Aᵀ, BᵀGAᵀ (r, r) and (GΩ)ᵀ (projections, d_out)."""
+    """One module's BᵀB, A Aᵀ and BᵀGAᵀ (r, r), and (GΩ)ᵀ (projections, d_out)."""
 
     name: str
     up: Tensor
@@ -200,7 +209,7 @@ class _Seen(NamedTuple):
 
 
 def _numbers(seen: Sequence[_Seen]) -> Tensor:
-    """‖UᵀGV‖_F, the mean of ‖Gω‖² and its standard error, and whether ΔW has any direction: (n, 4)."""
+    """‖UᵀGV‖_F, the mean of ‖Gω‖², its standard error, and whether ΔW is not 0: (n, 4), float64."""
     device = seen[0].up.device
     stacks = zip(*((one.up, one.down, one.core) for one in seen), strict=True)
     of_B, of_A, cores = (torch.stack([part.to(device) for part in parts]).double() for parts in stacks)
@@ -214,26 +223,26 @@ def _numbers(seen: Sequence[_Seen]) -> Tensor:
 def _overlap(seen: float, mean: float, spread: float, defined: float) -> Overlap | None:
     if not all(map(math.isfinite, (seen, mean, spread))) or mean == 0:
         return None
-    norm = max(math.sqrt(mean), seen)  # G is at least as large as what is seen of it
+    norm = max(math.sqrt(mean), seen)  # the norm of a projection is at most that of G
     if not defined:
         return Overlap(0.0, norm, None, None)
     return Overlap(seen, norm, seen / norm, seen / norm * spread / (2 * mean))
 
 
-def _sum_over_processes(taps: list[_Tap], factors: list[Factors], projections: int) -> None:
-    """One exchange for all modules; a module that did not run in one process counts as 0 there."""
+def _sum_over_processes(probes: list[_Probe], factors: list[Factors], projections: int) -> None:
+    """Sum over processes, in one exchange for all modules. A module that a process did not run counts as 0."""
     device = factors[0].B.device
     dtype = torch.promote_types(factors[0].B.dtype, torch.float32)
     shapes = {one.name: ((one.rank, one.rank), (projections, one.B.shape[0])) for one in factors}
     pieces = []
-    for tap in taps:
-        core, sketch = shapes[tap.module.name]
-        pieces.append(torch.zeros(core) if tap.core is None else tap.core)
-        pieces.append(torch.zeros(sketch) if tap.sketch is None else tap.sketch)
-    ran = torch.tensor([float(tap.core is not None) for tap in taps])
+    for probe in probes:
+        core, sketch = shapes[probe.module.name]
+        pieces.append(torch.zeros(core) if probe.core is None else probe.core)
+        pieces.append(torch.zeros(sketch) if probe.sketch is None else probe.sketch)
+    ran = torch.tensor([float(probe.core is not None) for probe in probes])
     total = torch.cat([piece.flatten().to(device, dtype) for piece in (ran, *pieces)])
     distributed.all_reduce(total)
-    somewhere, *sums = torch.split(total, [len(taps), *(piece.numel() for piece in pieces)])
-    for i, (tap, ran_somewhere) in enumerate(zip(taps, somewhere.tolist(), strict=True)):
+    somewhere, *sums = torch.split(total, [len(probes), *(piece.numel() for piece in pieces)])
+    for i, (probe, ran_somewhere) in enumerate(zip(probes, somewhere.tolist(), strict=True)):
         if ran_somewhere:
-            tap.core, tap.sketch = (sums[2 * i + j].view(pieces[2 * i + j].shape) for j in range(2))
+            probe.core, probe.sketch = (sums[2 * i + j].view(pieces[2 * i + j].shape) for j in range(2))

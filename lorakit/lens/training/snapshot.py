@@ -1,4 +1,4 @@
-"""What an adapter looks like at one step of its training: its spectra by module and role, and the Q-V gap.
+"""An adapter at one step of its training: spectra by module and role, and the Q–V gap.
 
 Reference: "LoRA-Lens: Training Induces Spectral Compression in Low-Rank Adapters", section 2.
 """
@@ -7,33 +7,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from lorakit._distributed.fsdp import unwrapped
+from lorakit._figures import escape_mathtext, new_figure
+from lorakit._format import number
+from lorakit._report import Report
 from lorakit.lens._rows import grouped, mean
 from lorakit.naming.roles import Role, group_of
 from lorakit.spectral import LowRank, effective_rank, stable_rank
 from lorakit.spectral.gram import svd_from_grams
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch import nn
 
     from lorakit.lens.training.factors import Factors
     from lorakit.lens.training.gradients import GradientWatch
 
+Detail = Literal["summary", "roles", "modules"]
+
 
 @dataclass(frozen=True)
 class SnapshotModule:
-    """One module's ΔW, scaling included. Where it is not finite the numbers are None.
+    """One module's ΔW, scaling included. All numbers are None if it is not finite.
 
-    `gradient_norm`: ‖G‖_F of the loss's gradient G with respect to the module's weight, in units of the loss as it was
-    gone back from. `kappa`: ‖UᵀGV‖_F / ‖G‖_F, the part of it that lies in the subspaces of ΔW, U and V its singular
-    vectors; with a standard error. Both are estimates by random projections; None where gradients were not watched,
-    or ΔW or G is 0.
+    `gradient_norm`: ‖G‖_F of the loss's gradient G with respect to the module's effective weight, in units of the loss
+    passed to `backward()`. `kappa`: ‖UᵀGV‖_F / ‖G‖_F, the part of G that lies in the subspaces of ΔW (U and V are its
+    singular vectors), with a standard error. Both norms are estimated by random projections. They are None if gradients
+    were not watched, or if ΔW or G is 0. `kappa_chance`: the root mean square of κ for random subspaces of the same
+    dimensions, √(r_out r_in / (d_out d_in)).
     """
 
     module_name: str
@@ -48,6 +55,7 @@ class SnapshotModule:
     gradient_norm: float | None = None
     kappa: float | None = None
     kappa_stderr: float | None = None
+    kappa_chance: float | None = None
 
     @property
     def group(self) -> str:
@@ -56,9 +64,9 @@ class SnapshotModule:
 
 @dataclass(frozen=True)
 class SnapshotGroup:
-    """Modules of one role, or all: means over those that are finite, None where there are none.
+    """The modules of one role, or all of them: means over the finite ones, None if there are none.
 
-    `kappa` is √(Σ ‖UᵀGV‖² / Σ ‖G‖²) over the modules that have one.
+    `kappa` is √(Σ ‖UᵀGV‖² / Σ ‖G‖²) over the modules that have one, and `kappa_chance` its value by chance.
     """
 
     name: str
@@ -67,14 +75,15 @@ class SnapshotGroup:
     stable_rank: float | None
     capacity_utilization: float | None
     kappa: float | None
+    kappa_chance: float | None = None
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """An adapter at one step. `unmeasured` are modules that have no one pair of factors, such as expert weights.
+@dataclass(frozen=True, repr=False)
+class Snapshot(Report):
+    """An adapter at one training step.
 
-    `qv_gap` is the mean capacity utilization of the query projections less that of the value projections; None where
-    one of them is missing.
+    `qv_gap` is the mean capacity utilization of the query projections minus that of the value projections; None if
+    the adapter lacks either. `unmeasured` names modules without a single pair of factors, such as expert weights.
     """
 
     step: int | None
@@ -84,35 +93,56 @@ class Snapshot:
     qv_gap: float | None
     unmeasured: tuple[str, ...] = ()
 
+    @property
+    def headline(self) -> str:
+        step = "" if self.step is None else f"step {self.step}: "
+        return f"{step}{_numbers_of(self.total)} over {self.total.modules} modules"
+
+    @property
+    def details(self) -> tuple[str, ...]:
+        gap = () if self.qv_gap is None else (f"Q–V gap {self.qv_gap:+.3f}",)
+        lines = tuple(f"{group.name} ({group.modules}): {_numbers_of(group)}" for group in self.roles)
+        unmeasured = (f"not measured: {len(self.unmeasured)} modules",) if self.unmeasured else ()
+        return (*gap, *lines, *unmeasured)
+
     def role(self, name: str) -> SnapshotGroup | None:
-        """The group of one role; None where the adapter has no such module."""
+        """The group of one role; None if the adapter has no such module."""
         return next((group for group in self.roles if group.name == name), None)
 
-    def metrics(self, *, modules: bool = False) -> dict[str, float]:
-        """Flat numbers under names such as ``spectral/cu_query``, as loggers take them; of every module on request."""
-        found: dict[str, float | None] = {"spectral/qv_gap": self.qv_gap}
-        for group in (self.total, *self.roles):
-            ending = "" if group is self.total else f"_{group.name}"
-            for label, value in _labelled(group):
-                found[f"spectral/{label}{ending}"] = value
-        if modules:
+    def metrics(self, detail: Detail = "summary") -> dict[str, float]:
+        """Flat numbers for loggers; numbers that are None are left out.
+
+        "summary" has ``spectral/cu``, ``spectral/qv_gap`` and ``spectral/kappa``. "roles" adds effective and stable
+        rank, and each number by role, as ``spectral/cu_query``. "modules" adds each number by module, as
+        ``spectral/cu/model.layers.0.self_attn.q_proj``.
+        """
+        found = {
+            "spectral/cu": self.total.capacity_utilization,
+            "spectral/qv_gap": self.qv_gap,
+            "spectral/kappa": self.total.kappa,
+        }
+        if detail != "summary":
+            for group in (self.total, *self.roles):
+                ending = "" if group is self.total else f"_{group.name}"
+                found |= {f"spectral/{label}{ending}": value for label, value in _labelled(group)}
+        if detail == "modules":
             for module in self.modules:
-                for label, value in _labelled(module):
-                    found[f"spectral/{label}/{module.module_name}"] = value
+                found |= {f"spectral/{label}/{module.module_name}": value for label, value in _labelled(module)}
         return {key: value for key, value in found.items() if value is not None}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data as JSON has it: no NaN, no infinity."""
-        return vars(self) | {
-            "modules": [dict(vars(module)) for module in self.modules],
-            "roles": [dict(vars(group)) for group in self.roles],
-            "total": dict(vars(self.total)),
+        """Plain data for JSON, without NaN and infinity; `from_dict` reads it."""
+        return {
+            **vars(self),
+            "modules": [asdict(module) for module in self.modules],
+            "roles": [asdict(group) for group in self.roles],
+            "total": asdict(self.total),
             "unmeasured": list(self.unmeasured),
         }
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Snapshot:
-        """What `to_dict` gave. Raises: ValueError for anything else."""
+        """The snapshot that `to_dict` turned into `plain`. Raises: ValueError for any other data."""
         try:
             return cls(
                 step=plain["step"],
@@ -123,7 +153,35 @@ class Snapshot:
                 unmeasured=tuple(plain["unmeasured"]),
             )
         except (KeyError, TypeError) as error:
-            raise ValueError(f"This is no snapshot of an adapter: {error!r}.") from None
+            raise ValueError(f"This is not a snapshot of an adapter: {error!r}.") from None
+
+    def plot(self) -> Figure:
+        """Capacity utilization by layer, one line a role; modules outside numbered layers are left out."""
+        figure = new_figure(7, 4)
+        axes = figure.subplots()
+        groups, _ = grouped(row for row in self.modules if row.layer is not None)
+        for name, rows in groups.items():
+            _, layers = grouped(rows)
+            means = [mean(row.capacity_utilization for row in members) for members in layers.values()]
+            values = [math.nan if value is None else value for value in means]
+            axes.plot([int(layer) for layer in layers], values, "o-", ms=3, label=escape_mathtext(name))
+        axes.locator_params(axis="x", integer=True, min_n_ticks=1)
+        title = "Capacity utilization by layer" + ("" if self.step is None else f", step {self.step}")
+        axes.set(xlabel="layer", ylabel="capacity utilization (effective rank / r)", ylim=(0, 1.02), title=title)
+        if groups:
+            axes.legend(fontsize=8)
+        return figure
+
+
+def _numbers_of(group: SnapshotGroup) -> str:
+    chance = "" if group.kappa_chance is None else f" (chance {number(group.kappa_chance)})"
+    parts = [
+        ("CU ", group.capacity_utilization, ""),
+        ("effective rank ", group.effective_rank, ""),
+        ("stable rank ", group.stable_rank, ""),
+        ("κ ", group.kappa, chance),
+    ]
+    return ", ".join(f"{label}{number(value)}{end}" for label, value, end in parts if value is not None) or "not finite"
 
 
 def _labelled(row: SnapshotGroup | SnapshotModule) -> list[tuple[str, float | None]]:
@@ -143,19 +201,28 @@ def snapshot(
     gradients: GradientWatch | None = None,
     adapter_name: str | None = None,
 ) -> Snapshot:
-    """Effective and stable rank and capacity utilization of every module of an adapter in a model, by role and in all.
+    """Measure effective rank, stable rank and capacity utilization of every module of an adapter in a model.
+
+    The model is not changed. For DoRA and SPECLORA the low-rank part is measured.
 
     Args:
-        model: a PeftModel with a LORA, FISHERLORA or SPECLORA adapter, or a model that has one by transformers'
-            `add_adapter`; also wrapped for training by DistributedDataParallel or torch.compile, or sharded by
-            fully_shard (FSDP2): then all processes must call this, and r × r Gram matrices are exchanged where the
-            sharding allows it, else single factors; ΔW is never formed. Otherwise one process can call it alone.
-        step: what the snapshot is to carry as its step.
-        gradients: what `lorakit.lens.watch_gradients` saw, for κ.
-        adapter_name: needed where not exactly one adapter is active.
-    Of DoRA and SPECLORA it is the low-rank part. Nothing of the model changes.
+        model: a PeftModel with a LORA, FISHERLORA or SPECLORA adapter, or a model with transformers' `add_adapter`. It
+            may be wrapped by DistributedDataParallel or torch.compile, or sharded by fully_shard (FSDP2). If it is
+            sharded, all processes must call this together; they exchange r × r Gram matrices or, if the sharding does
+            not allow that, single factors. Otherwise one process can call it alone. ΔW is never formed.
+        step: the step to note in the snapshot.
+        gradients: the result of `lorakit.lens.watch_gradients`, for κ.
+        adapter_name: which adapter to measure. Needed unless exactly one is active.
     Raises: TypeError, ValueError, UnsupportedModelError for a model without such an adapter; CalibrationError for one
-    wrapped by FullyShardedDataParallel (FSDP1).
+    wrapped in FullyShardedDataParallel (FSDP1).
+
+    Example:
+        >>> import torch
+        >>> from lorakit import lens
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(6, 4)), LoraConfig(r=2, target_modules=["0"]))
+        >>> lens.snapshot(model, step=0).total.capacity_utilization  # B = 0 before training
+        0.0
     """
     from lorakit.adapters.in_model import find_adapter
     from lorakit.lens.training.factors import batches, factors_of
@@ -169,7 +236,7 @@ def snapshot(
         else:
             factors.append(pair)
     numbers: dict[str, list[float]] = {}
-    parts = [_columns(batch) for batch in batches(factors)]  # all under way on the device before any is waited for
+    parts = [_columns(batch) for batch in batches(factors)]  # start all work on the device before waiting for any
     for names, columns in parts:
         numbers |= dict(zip(names, columns.tolist(), strict=True))
     rows = tuple(_row(one, numbers[one.name], gradients) for one in factors)
@@ -182,7 +249,7 @@ def snapshot(
 
 
 def _columns(batch: Sequence[Factors]) -> tuple[list[str], Tensor]:
-    """Largest singular value, stable and effective rank of each module, (n, 3); NaN where it is not finite."""
+    """Largest singular value, stable rank and effective rank of each module: (n, 3), float64, NaN if not finite."""
     from lorakit.lens.training.factors import grams, scalings
 
     if batch[0].sharded:
@@ -215,18 +282,25 @@ def _row(one: Factors, numbers: list[float], gradients: GradientWatch | None) ->
         gradient_norm=None if seen is None else seen.gradient_norm,
         kappa=None if seen is None else seen.kappa,
         kappa_stderr=None if seen is None else seen.kappa_stderr,
+        kappa_chance=None if seen is None or seen.kappa is None else _chance(one),
     )
+
+
+def _chance(one: Factors) -> float:
+    """√(E‖UᵀGV‖² / ‖G‖²) for a fixed G and random U (d_out, r) and V (d_in, r)."""
+    d_out, d_in = one.B.shape[0], one.A.shape[1]
+    return math.sqrt(min(one.rank, d_out) * min(one.rank, d_in) / (d_out * d_in))
 
 
 def _group(name: str, rows: Sequence[SnapshotModule], gradients: GradientWatch | None) -> SnapshotGroup:
-    kappa = None
-    watched = (
-        [] if gradients is None else [gradients.overlaps[row.module_name] for row in rows if row.kappa is not None]
-    )
-    if watched:
-        seen = math.hypot(*(one.seen_norm for one in watched))
-        total = math.hypot(*(one.gradient_norm for one in watched))
-        kappa = min(1.0, seen / total)
+    kappa = chance = None
+    watched = [] if gradients is None else [row for row in rows if row.kappa is not None]
+    if gradients is not None and watched:
+        overlaps = [gradients.overlaps[row.module_name] for row in watched]
+        norm = math.hypot(*(one.gradient_norm for one in overlaps))
+        kappa = min(1.0, math.hypot(*(one.seen_norm for one in overlaps)) / norm)
+        by_chance = ((row.kappa_chance or 0.0) * (row.gradient_norm or 0.0) for row in watched)
+        chance = math.hypot(*by_chance) / norm
     return SnapshotGroup(
         name=name,
         modules=len(rows),
@@ -234,4 +308,5 @@ def _group(name: str, rows: Sequence[SnapshotModule], gradients: GradientWatch |
         stable_rank=mean(row.stable_rank for row in rows),
         capacity_utilization=mean(row.capacity_utilization for row in rows),
         kappa=kappa,
+        kappa_chance=chance,
     )

@@ -1,4 +1,4 @@
-"""How an adapter's spectra go while it is trained: snapshots in a JSONL file, and the plot of the two phases.
+"""How an adapter's spectra change while it trains: snapshots in a JSONL file, and a figure of them.
 
 Reference: "LoRA-Lens: Training Induces Spectral Compression in Low-Rank Adapters", section 2.2, Fig. 3.
 """
@@ -6,130 +6,183 @@ Reference: "LoRA-Lens: Training Induces Spectral Compression in Low-Rank Adapter
 from __future__ import annotations
 
 import json
+import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit._figures import new_figure
+from lorakit._figures import escape_mathtext, new_figure
+from lorakit._format import number
+from lorakit._report import Report
 from lorakit.lens.training.snapshot import Snapshot
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-@dataclass(frozen=True)
-class Trajectory:
-    """Snapshots of one training, in the order of their steps."""
+@dataclass(frozen=True, repr=False)
+class Trajectory(Report):
+    """The snapshots of one training, in the order of their steps, and the file that holds them, if any."""
 
     snapshots: tuple[Snapshot, ...]
+    path: str | None = field(default=None, compare=False)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Trajectory:
-        """Snapshots from a JSONL file, as `SpectralCallback` writes it, one a line.
+        """Snapshots from a JSONL file that `SpectralCallback` wrote, one a line.
 
-        A last line that was cut off in writing is left out. Raises: FileNotFoundError; ValueError for a file that has
-        anything else in it.
+        A last line that is cut off is ignored.
+        Raises: FileNotFoundError; ValueError for a file with other content.
         """
         lines = Path(path).read_text(encoding="utf-8").splitlines()
         snapshots = []
-        for number, line in enumerate(lines, 1):
+        for line_number, line in enumerate(lines, 1):
             try:
                 snapshots.append(Snapshot.from_dict(json.loads(line)))
             except ValueError as error:
-                if number == len(lines) and isinstance(error, json.JSONDecodeError):
+                if line_number == len(lines) and isinstance(error, json.JSONDecodeError):
                     break
-                raise ValueError(f"{path}, line {number}: {error}") from None
-        return cls(tuple(sorted(snapshots, key=lambda one: -1 if one.step is None else one.step)))
+                raise ValueError(f"{path}, line {line_number}: {error}") from None
+        return cls(tuple(sorted(snapshots, key=lambda one: -1 if one.step is None else one.step)), os.fspath(path))
+
+    @property
+    def headline(self) -> str:
+        if not self.snapshots:
+            return "no snapshots"
+        first, last = self.snapshots[0], self.snapshots[-1]
+        return f"{len(self.snapshots)} snapshots, steps {first.step} to {last.step}"
+
+    @property
+    def details(self) -> tuple[str, ...]:
+        names = {"spectral/cu": "CU", "spectral/qv_gap": "Q–V gap", "spectral/kappa": "κ"}
+        lines = []
+        for metric, label in names.items():
+            values = [found[metric] for one in self.snapshots if metric in (found := one.metrics())]
+            if values:
+                lines.append(f"{label}: {number(values[0])} at first, {number(values[-1])} at last")
+        return tuple(lines)
+
+    @property
+    def next_steps(self) -> tuple[str, ...]:
+        if self.path is None or not self.snapshots:
+            return ()
+        return (f'lorakit.lens.Trajectory.read({self.path!r}).plot().savefig("spectra.png")',)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a step: the metrics by role."""
+        return [{"step": one.step, **one.metrics("roles")} for one in self.snapshots]
 
     def series(self, metric: str) -> tuple[list[int], list[float]]:
-        """Steps and values of one of `Snapshot.metrics`, such as ``spectral/cu_query``, where it is there.
+        """Steps and values of one metric of `Snapshot.metrics`, such as ``spectral/cu_query``.
 
+        Snapshots without the metric are skipped.
         Raises: ValueError for a metric that no snapshot has.
         """
-        found = [(one.step or 0, values[metric]) for one in self.snapshots if metric in (values := one.metrics())]
+        found = [
+            (one.step or 0, values[metric]) for one in self.snapshots if metric in (values := one.metrics("modules"))
+        ]
         if not found:
-            known = sorted({name for one in self.snapshots for name in one.metrics()})
-            raise ValueError(f"`metric` must be one of {', '.join(known)}; got {metric!r}.")
+            known = sorted({name for one in self.snapshots for name in one.metrics("roles")})
+            raise ValueError(
+                f"`metric` must be one of {', '.join(known)}, or one of these for a module, such as "
+                f"spectral/cu/MODULE; got {metric!r}."
+            )
         return [step for step, _ in found], [value for _, value in found]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data as JSON has it."""
-        return {"snapshots": [one.to_dict() for one in self.snapshots]}
+        """Plain data for JSON."""
+        return {"path": self.path, "snapshots": [one.to_dict() for one in self.snapshots]}
 
     def plot(self) -> Figure:
-        """Capacity utilization of each role against steps, beside the Q-V gap, and κ where it was watched.
+        """Capacity utilization by role, the Q–V gap and, if gradients were watched, κ, each against steps.
 
-        Bands are the 10th to 90th percentile over a role's modules.
-        Raises: MissingExtraError without matplotlib; ValueError where there is no snapshot.
+        Roles have the same colours in all panels. The grey band is the 10th to 90th percentile over all modules; the
+        dotted lines are κ by chance.
+        Raises: ValueError if there is no snapshot.
         """
         if not self.snapshots:
             raise ValueError("There is no snapshot to plot.")
         watched = any(one.total.kappa is not None for one in self.snapshots)
         panels = 3 if watched else 2
-        figure = new_figure(4.6 * panels, 3.8)
+        figure = new_figure(4.6 * panels, 4)
         axes = figure.subplots(1, panels)
-        for panel in axes:
-            panel.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)  # steps
-        names = list(dict.fromkeys(group.name for one in self.snapshots for group in one.roles))
-        for name in names:
-            steps, means, low, high = self._band(name)
-            (line,) = axes[0].plot(steps, means, "o-", ms=3, label=name)
-            axes[0].fill_between(steps, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
-        axes[0].set(xlabel="step", ylabel="capacity utilization", ylim=(0, 1.02), title="CU by role")
-        axes[0].legend(fontsize=8)
-        gaps = [(one.step or 0, one.qv_gap) for one in self.snapshots if one.qv_gap is not None]
-        axes[1].axhline(0, color="0.7", lw=1)
-        axes[1].plot([step for step, _ in gaps], [gap for _, gap in gaps], "o-", ms=3, color="C3")
-        axes[1].set(xlabel="step", ylabel="CU of Q − CU of V", title="Q–V gap" if gaps else "Q–V gap: no Q and V")
+        self._draw_utilization(axes[0])
+        self._draw_gap(axes[1])
         if watched:
-            for name in names:
-                kappas = [
-                    (one.step or 0, group.kappa)
-                    for one in self.snapshots
-                    if (group := one.role(name)) is not None and group.kappa is not None
-                ]
-                axes[2].plot([step for step, _ in kappas], [kappa for _, kappa in kappas], "o-", ms=3, label=name)
-            axes[2].set(xlabel="step", ylabel="κ = ‖UᵀGV‖ / ‖G‖", title="Gradient in the adapter's subspaces")
-            axes[2].legend(fontsize=8)
+            self._draw_kappa(axes[2])
+        for panel in axes:
+            panel.set_xlabel("step")
+            panel.locator_params(axis="x", integer=True, min_n_ticks=1)
+        name = "" if self.path is None else f" of {Path(self.path).parent.name or self.path}"
+        figure.suptitle(escape_mathtext(f"Spectra during the training{name}"))
         return figure
 
-    def _band(self, role: str) -> tuple[list[int], list[float], list[float], list[float]]:
-        steps, means, low, high = [], [], [], []
+    def _draw_utilization(self, axes: Axes) -> None:
+        steps, low, high = self._band()
+        axes.fill_between(steps, low, high, color="0.9", linewidth=0, label="10–90 % of modules")
+        for name in self._roles():
+            axes.plot(*self.series(f"spectral/cu_{name}"), "o-", ms=3, label=escape_mathtext(name))
+        axes.set(ylabel="capacity utilization (effective rank / r)", ylim=(0, 1.02), title="Capacity utilization")
+        axes.legend(fontsize=8)
+
+    def _draw_gap(self, axes: Axes) -> None:
+        gaps = [(one.step or 0, one.qv_gap) for one in self.snapshots if one.qv_gap is not None]
+        axes.axhline(0, color="0.7", lw=1)
+        axes.plot([step for step, _ in gaps], [gap for _, gap in gaps], "o-", ms=3, color="C3")
+        title = "Q–V gap" if gaps else "Q–V gap: the adapter lacks Q or V"
+        axes.set(ylabel="utilization of query − that of value", title=title)
+
+    def _draw_kappa(self, axes: Axes) -> None:
+        for i, name in enumerate(self._roles()):
+            seen = [(one.step or 0, group) for one in self.snapshots if (group := one.role(name)) and group.kappa]
+            steps = [step for step, _ in seen]
+            axes.plot(steps, [group.kappa or 0.0 for _, group in seen], "o-", ms=3, color=f"C{i}")
+            chance = [math.nan if group.kappa_chance is None else group.kappa_chance for _, group in seen]
+            axes.plot(steps, chance, ":", lw=1, color=f"C{i}")
+        axes.plot([], [], ":", lw=1, color="k", label="chance, by role")
+        axes.set(ylabel="κ = ‖UᵀGV‖ / ‖G‖", title="Gradient in the adapter's subspaces")
+        axes.set_ylim(bottom=0)
+        axes.legend(fontsize=8)
+
+    def _roles(self) -> list[str]:
+        """Roles that have a finite utilization in some snapshot, in order of appearance."""
+        found = (group for one in self.snapshots for group in one.roles)
+        return list(dict.fromkeys(group.name for group in found if group.capacity_utilization is not None))
+
+    def _band(self) -> tuple[list[int], list[float], list[float]]:
+        steps, low, high = [], [], []
         for one in self.snapshots:
-            values = sorted(
-                module.capacity_utilization
-                for module in one.modules
-                if module.group == role and module.capacity_utilization is not None
-            )
+            found = (module.capacity_utilization for module in one.modules)
+            values = sorted(value for value in found if value is not None)
             if values:
                 steps.append(one.step or 0)
-                means.append(sum(values) / len(values))
                 low.append(values[round(0.1 * (len(values) - 1))])
                 high.append(values[round(0.9 * (len(values) - 1))])
-        return steps, means, low, high
+        return steps, low, high
 
 
 def append(path: Path, snapshot: Snapshot) -> None:
-    """Add one line."""
+    """Append one snapshot to the file."""
     with path.open("a", encoding="utf-8") as file:
         file.write(_line(snapshot))
 
 
 def begin(path: Path, step: int) -> list[Snapshot]:
-    """Make a file ready for snapshots after `step`, and give those it has: what is of later steps goes, as training
-    goes over them again.
+    """Prepare the file for snapshots after `step`, and return the ones it holds up to there.
 
-    A training from step 0 begins a new file; one that is there is kept, under a name with a number.
-    Raises: OSError where it cannot be written; ValueError as `Trajectory.read`.
+    Snapshots of later steps are dropped, since training repeats these steps. At step 0 a file that exists is renamed,
+    with a number added to its name, and a new one is started.
+    Raises: OSError if the file cannot be written; ValueError as in `Trajectory.read`.
     """
     if path.exists() and not path.is_file():
-        raise FileExistsError(f"`path` must be that of a file, new or old; {path} is something else.")
+        raise FileExistsError(f"`path` must be a file, new or existing; {path} is not a file.")
     before: list[Snapshot] = []
     if path.exists() and step == 0:
-        number = 1
-        while (kept := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
-            number += 1
+        suffix = 1
+        while (kept := path.with_name(f"{path.stem}-{suffix}{path.suffix}")).exists():
+            suffix += 1
         path.rename(kept)
     elif path.exists():
         before = [one for one in Trajectory.read(path).snapshots if one.step is not None and one.step <= step]

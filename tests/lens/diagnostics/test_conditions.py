@@ -1,10 +1,10 @@
-"""Capacity utilization before training, at random and trained, against numpy's spectra and PEFT's own fresh adapters."""
+"""Capacity utilization before training, at random and trained, against numpy's spectra and PEFT's fresh adapters."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
+import shlex
 import statistics
 
 import numpy
@@ -18,7 +18,6 @@ from torch import nn
 from lorakit import FisherLoRAConfig, SpecLoRAConfig
 from lorakit.lens import conditions
 
-needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 TARGETS = ["q_proj", "v_proj"]
 
 
@@ -32,7 +31,7 @@ def utilization(update, rank):
 
 
 def gaussian(d_out, d_in, rank, draws=300):
-    """The mean and the standard deviation of the utilization at random, by numpy."""
+    """Mean and standard deviation of the utilization of random factors, by numpy."""
     rng = numpy.random.default_rng(0)
     values = [
         utilization(rng.normal(0, rank**-0.25, (d_out, rank)) @ rng.normal(0, rank**-0.25, (rank, d_in)), rank)
@@ -77,7 +76,7 @@ def test_the_three_conditions(tmp_path, randomize, tiny_llama, updates, dtype):
     assert [found.ranks for found in reports[0].adapters] == [(2, 6), (4, 6)]
 
 
-def test_at_random_narrow_adapters_use_all_of_their_rank_and_query_and_value_alike(in_memory):
+def test_random_factors_of_low_rank_have_full_utilization_and_no_qv_gap(in_memory):
     names = [f"layers.{i}.{leaf}" for i in range(6) for leaf in TARGETS]
     zero = {name: (torch.zeros(800, 4), torch.zeros(4, 800)) for name in names}
     (found,) = conditions(in_memory(zero)).adapters
@@ -86,7 +85,7 @@ def test_at_random_narrow_adapters_use_all_of_their_rank_and_query_and_value_ali
     assert found.total.trained == 0
 
 
-def test_draws_follow_the_seed_and_nothing_else(from_spectrum, in_memory):
+def test_draws_depend_on_the_seed_alone(from_spectrum, in_memory):
     adapters = [in_memory({"q_proj": from_spectrum([1.0] * r)}, init_lora_weights=False) for r in (2, 5)]
     state = torch.get_rng_state()
     both = conditions(adapters)
@@ -103,7 +102,7 @@ def test_draws_follow_the_seed_and_nothing_else(from_spectrum, in_memory):
 
 @settings(deadline=None, max_examples=15)
 @given(st.integers(1, 5), st.floats(1e-3, 1e3), st.integers(0, 100))
-def test_every_condition_is_a_share_and_does_not_follow_the_scale(in_memory, r, scale, seed):
+def test_every_condition_is_in_0_1_and_does_not_depend_on_the_scale(in_memory, r, scale, seed):
     generator = torch.Generator().manual_seed(seed)
     B, A = torch.randn(9, r, generator=generator), torch.randn(r, 7, generator=generator)
     one, other = (conditions(in_memory({"q": (B * s, A)}), seed=seed).adapters[0].modules[0] for s in (1.0, scale))
@@ -124,7 +123,7 @@ class Layers(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:.*eva")
 @pytest.mark.parametrize("init", [True, "gaussian", "Gaussian", "orthogonal", "eva", False])
-def test_before_training_it_is_as_peft_made_it(randomize, tiny_llama, updates, init):
+def test_init_is_what_peft_makes(randomize, tiny_llama, updates, init):
     config = LoraConfig(
         r=6, target_modules="all-linear", rank_pattern={"v_proj": 4, "up_proj": 2}, init_lora_weights=init
     )
@@ -169,7 +168,7 @@ def test_embeddings_and_convolutions(randomize, init):
     assert grouped.random == pytest.approx(statistics.fmean(values), abs=3 * statistics.stdev(values))
 
 
-def test_before_training_every_module_has_its_own_rank(in_memory):
+def test_init_has_every_modules_own_rank(in_memory):
     shapes = {"a": (9, 2, 8), "b": (9, 2, 8), "narrow": (3, 12, 8)}
     factors = {name: (torch.ones(d_out, r), torch.ones(r, d_in)) for name, (d_out, r, d_in) in shapes.items()}
     (found,) = conditions(in_memory(factors, init_lora_weights=False)).adapters
@@ -179,7 +178,7 @@ def test_before_training_every_module_has_its_own_rank(in_memory):
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "mica", "other"])
-def test_inits_that_need_the_base_weight_have_no_condition_before_training(from_spectrum, in_memory, init):
+def test_inits_that_need_the_base_weight_have_no_init_condition(from_spectrum, in_memory, init):
     adapter = in_memory({"q_proj": from_spectrum([2.0, 1.0]), "v_proj": from_spectrum([1.0])}, init_lora_weights=init)
     report = conditions(adapter)
     (found,) = report.adapters
@@ -191,7 +190,7 @@ def test_inits_that_need_the_base_weight_have_no_condition_before_training(from_
     json.dumps(report.to_dict(), allow_nan=False)
 
 
-def test_inits_that_peft_refuses_or_that_are_not_known(tmp_path, from_spectrum, in_memory, write_adapter, tiny_llama):
+def test_inits_that_peft_refuses_or_that_are_unknown(tmp_path, from_spectrum, in_memory, write_adapter, tiny_llama):
     odd = conditions(in_memory({"q_proj": from_spectrum([1.0] * 3)}, init_lora_weights="orthogonal")).adapters[0]
     assert "rank to be even" in odd.init_reason
     bare = write_adapter("bare", {"q_proj": from_spectrum([1.0] * 3)})
@@ -205,7 +204,7 @@ def test_inits_that_peft_refuses_or_that_are_not_known(tmp_path, from_spectrum, 
     assert ada.total.random > 0.5
 
 
-def test_updates_that_are_zero_or_not_finite(from_spectrum, in_memory):
+def test_zero_and_non_finite_updates(from_spectrum, in_memory):
     factors = {f"layers.{i}.{leaf}": from_spectrum([2.0, 1.0], seed=i) for i in range(3) for leaf in TARGETS}
     factors["layers.1.q_proj"][0].zero_()
     factors["layers.2.v_proj"][0][0, 0] = math.nan
@@ -230,19 +229,20 @@ def test_updates_that_are_zero_or_not_finite(from_spectrum, in_memory):
     json.dumps(nothing.to_dict(), allow_nan=False)
 
 
-def test_a_scaling_of_zero_makes_no_update_but_the_random_one(from_spectrum, in_memory):
+def test_a_scaling_of_zero_makes_the_trained_update_zero(from_spectrum, in_memory):
     report = conditions(in_memory({"q_proj": from_spectrum([1.0] * 3)}, lora_alpha=0, alpha_pattern={}))
     (row,) = report.adapters[0].modules
     assert (row.trained, row.random > 0.7) == (0.0, True)
     assert [finding.code for finding in report.findings] == ["zero_update"]
 
 
-def test_lorakit_s_own_types(tmp_path, randomize, tiny_llama, updates):
+def test_lorakit_methods(tmp_path, randomize, tiny_llama, updates):
     spec = randomize(get_peft_model(tiny_llama(), SpecLoRAConfig(r=4, k=8, target_modules=TARGETS)))
     fisher = randomize(get_peft_model(tiny_llama(), FisherLoRAConfig(r=6, r_q=2, r_v=6, target_modules=TARGETS)))
     fisher.save_pretrained(tmp_path)
     report = conditions([spec, tmp_path])
     assert [finding.code for finding in report.findings] == ["low_rank_part_only"]
+    assert report.next_steps == (f"lorakit audit {shlex.quote(str(tmp_path))} --suggest-ranks",)
     assert [found.peft_type for found in report.adapters] == ["SPECLORA", "FISHERLORA"]
     assert [found.total.init for found in report.adapters] == [0, 0]
     assert [found.ranks for found in report.adapters] == [(4, 4), (2, 6)]
@@ -252,7 +252,7 @@ def test_lorakit_s_own_types(tmp_path, randomize, tiny_llama, updates):
             assert row.trained == pytest.approx(utilization(expected[row.module_name], row.rank), rel=1e-5)
 
 
-def test_bad_input(from_spectrum, in_memory):
+def test_invalid_arguments(from_spectrum, in_memory):
     with pytest.raises(ValueError, match="`adapters` must have at least one"):
         conditions([])
     for draws in (0, True, 1.5):
@@ -260,11 +260,16 @@ def test_bad_input(from_spectrum, in_memory):
             conditions(in_memory({"q_proj": from_spectrum([1.0])}), draws=draws)
 
 
-@needs_matplotlib
 def test_the_figure(from_spectrum, in_memory):
     names = [f"layers.{i}.{leaf}" for i in range(3) for leaf in TARGETS]
     adapters = [in_memory({name: from_spectrum(range(r, 0, -1), seed=r) for name in names}) for r in (8, 2, 4)]
     report = conditions(adapters)
+    below = sum(one.total.trained < one.total.random for one in report.adapters)
+    assert report.headline == f"{below} of 3 adapters use less of their rank than random factors do"
+    first = report.adapters[0].total
+    assert f"CU init 0, random {first.random:.3g}, trained {first.trained:.3g}; Q–V gap +0.000" in report.details[0]
+    assert [row["name"] for row in report.rows()] == ["all", "query", "value"] * 3
+    assert report.next_steps == ()
     left, right = report.plot().axes
     assert [text.get_text() for text in left.get_legend().get_texts()] == ["init", "random", "trained"]
     trained = left.containers[2].lines[0]

@@ -1,9 +1,8 @@
-"""Effective ranks of weights and of updates, against numpy's float64 SVDs."""
+"""Effective ranks of weights and updates, against numpy's float64 SVDs."""
 
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import math
 
@@ -20,8 +19,6 @@ from torch import nn
 from lorakit import SpecLoRAConfig
 from lorakit.errors import AdapterFileError, UnsupportedModelError
 from lorakit.lens import rank_correlation
-
-needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 
 
 def effective_rank(matrix):
@@ -48,7 +45,7 @@ def check_group(group, rows, pairs):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_number_is_numpy_s_wherever_weights_and_adapter_are(tmp_path, randomize, tiny_llama, updates, dtype):
+def test_numbers_against_numpy_for_all_sources_of_weights_and_adapters(tmp_path, randomize, tiny_llama, updates, dtype):
     config = LoraConfig(r=3, target_modules="all-linear", use_rslora=True)
     base = tiny_llama(dtype)
     base.save_pretrained(tmp_path / "base", max_shard_size="20kB")
@@ -127,7 +124,7 @@ def test_weights_of_every_layout(tmp_path, randomize, tiny_gpt2):
 
 @settings(deadline=None, max_examples=20)
 @given(st.lists(st.integers(0, 9), min_size=2, max_size=6), st.integers(0, 50))
-def test_the_correlation_is_numpy_s(tmp_path_factory, from_spectrum, in_memory, tails, seed):
+def test_the_correlation_against_numpy(tmp_path_factory, from_spectrum, in_memory, tails, seed):
     factors, tensors = {}, {}
     for i, tail in enumerate(tails):
         factors[f"m{i}"] = from_spectrum([1.0, 0.1 * tail, 0.05], d_out=6, d_in=5, seed=seed + i)
@@ -143,7 +140,7 @@ def test_the_correlation_is_numpy_s(tmp_path_factory, from_spectrum, in_memory, 
     assert report.total.pearson == pytest.approx(numpy.corrcoef(x, y)[0, 1], abs=1e-3)
 
 
-def test_what_is_missing_or_unfit_is_among_the_findings(tmp_path, from_spectrum, in_memory):
+def test_findings_for_missing_and_unfit_weights(tmp_path, from_spectrum, in_memory):
     names = [f"layers.{i}.q_proj" for i in range(7)]
     factors = {name: from_spectrum([2.0, 1.0 + i], d_out=6, d_in=5, seed=i) for i, name in enumerate(names)}
     factors[names[4]][0][0, 0] = math.nan
@@ -179,7 +176,7 @@ def test_what_is_missing_or_unfit_is_among_the_findings(tmp_path, from_spectrum,
     json.dumps(elsewhere.to_dict(), allow_nan=False)
 
 
-def test_where_it_is_undefined_it_says_why(tmp_path, from_spectrum, in_memory):
+def test_an_undefined_correlation_has_a_reason(tmp_path, from_spectrum, in_memory):
     B, A = from_spectrum([1.0, 0.5], d_out=6, d_in=5)
     generator = torch.Generator().manual_seed(0)
     one, other = (torch.randn(6, 5, generator=generator) for _ in range(2))
@@ -189,16 +186,16 @@ def test_where_it_is_undefined_it_says_why(tmp_path, from_spectrum, in_memory):
     )
     report = rank_correlation(in_memory({"a.q_proj": (B, A), "b.q_proj": (B, A), "c.v_proj": (B, A)}), tmp_path)
     roles = {group.name: group for group in report.roles}
-    assert (roles["value"].pearson, roles["value"].reason) == (None, "a correlation needs two modules; there is one")
+    assert (roles["value"].pearson, roles["value"].reason) == (None, "it needs two modules; there is one")
     assert roles["query"].pearson is None
-    assert "of the updates is one and the same" in roles["query"].reason
+    assert "all updates have the same effective rank" in roles["query"].reason
     three = from_spectrum([1.0, 0.5, 0.1], d_out=6, d_in=5)
     report = rank_correlation(in_memory({"a.q_proj": (B, A), "c.v_proj": three}), tmp_path)
-    assert "of the weights is one and the same" in report.total.reason
+    assert "all weights have the same effective rank" in report.total.reason
     assert codes(report) == [("warning", "mixed_ranks")]
 
 
-def test_speclora_s_low_rank_part_and_its_own_base(randomize, tiny_llama, updates):
+def test_speclora_low_rank_part_on_its_own_base(randomize, tiny_llama, updates):
     model = randomize(get_peft_model(tiny_llama(), SpecLoRAConfig(r=4, k=8, target_modules=["q_proj", "v_proj"])))
     report = rank_correlation(model)
     assert codes(report) == [("info", "low_rank_part_only")]
@@ -209,7 +206,7 @@ def test_speclora_s_low_rank_part_and_its_own_base(randomize, tiny_llama, update
         assert row.adapter_effective_rank == pytest.approx(effective_rank(expected[row.module_name]), rel=1e-4)
 
 
-def test_which_base_is_asked_for(tmp_path, randomize, tiny_llama, from_spectrum, in_memory):
+def test_the_base_that_is_needed(tmp_path, randomize, tiny_llama, from_spectrum, in_memory):
     with pytest.raises(ValueError, match="`base` must be the adapter's base model, 'some/model': a directory"):
         rank_correlation(in_memory({"q_proj": from_spectrum([1.0])}, base_model_name_or_path="some/model"))
     with pytest.raises(AdapterFileError, match="nowhere"):
@@ -233,7 +230,7 @@ def test_quantized_checkpoints_are_refused(tmp_path, from_spectrum, in_memory):
             rank_correlation(adapter, tmp_path)
 
 
-def test_widths_alone_make_a_correlation_which_the_control_shows(tmp_path, in_memory):
+def test_the_control_shows_a_correlation_from_widths_alone(tmp_path, in_memory):
     generator = torch.Generator().manual_seed(0)
     shapes = {f"layers.{i}.q_proj": (8 + 8 * i, 96) for i in range(8)}
     factors = {
@@ -261,7 +258,7 @@ def test_widths_alone_make_a_correlation_which_the_control_shows(tmp_path, in_me
 
 
 class Codes(nn.Module):
-    """A layer that holds codes, as quantized ones do, of a kind that PEFT has no function for."""
+    """A quantized layer of a kind that PEFT cannot dequantize."""
 
     def __init__(self, name):
         super().__init__()
@@ -278,15 +275,19 @@ def test_quantized_layers_that_peft_cannot_dequantize_are_refused(from_spectrum,
         rank_correlation(adapter, base, dequantize=True)
 
 
-@needs_matplotlib
 def test_the_figure(tmp_path, randomize, tiny_llama):
     model = randomize(get_peft_model(tiny_llama(), LoraConfig(r=3, target_modules=["q_proj", "v_proj"])))
     report = rank_correlation(model)
+    r, control = report.total.pearson, report.total.random_pearson
+    text = f"Pearson r = {r:.2f} (random factors: {control:.2f})"
+    assert report.headline == f"{report.path} on {report.base}: {text} over 4 modules"
+    assert report.details[0].startswith("query (2): Pearson r = ")
+    assert report.to_frame()["random_effective_rank"].tolist() == [row.random_effective_rank for row in report.modules]
     (axes,) = report.plot().axes
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["query", "value"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["query", "value", "random factors"]
     x, y = axes.lines[0].get_data()
     rows = [row for row in report.modules if row.role == "query"]
     assert list(x) == [row.pretrained_effective_rank for row in rows]
     assert list(y) == [row.adapter_effective_rank for row in rows]
-    r, control = report.total.pearson, report.total.random_pearson
-    assert axes.get_title() == f"4 modules, Pearson r = {r:.2f} (random factors: {control:.2f})"
+    assert list(axes.lines[2].get_ydata()) == [row.random_effective_rank for row in report.modules]
+    assert axes.get_title() == f"{report.path}: 4 modules, {text}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
-import importlib.util
 import json
 import math
 
@@ -15,15 +13,14 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 from lorakit import SpecLoRAConfig
-from lorakit.errors import AdapterFileError, MissingExtraError
+from lorakit.errors import AdapterFileError
 from lorakit.lens import energy_curves
 
-needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 THRESHOLDS = ("0.9", "0.95", "0.99")
 
 
 def reference(sigma):
-    """C(k), Σ_{i>k} σ², σ_{k+1} and k@q, written out."""
+    """C(k), Σ_{i>k} σ² and σ_{k+1} by their definitions."""
     energy, tail, following = [], [], []
     for k in range(1, len(sigma) + 1):
         energy.append(sum(s**2 for s in sigma[:k]) / sum(s**2 for s in sigma))
@@ -33,7 +30,7 @@ def reference(sigma):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_number_is_numpy_s(tmp_path, randomize, tiny_llama, updates, dtype):
+def test_numbers_against_numpy(tmp_path, randomize, tiny_llama, updates, dtype):
     config = LoraConfig(
         r=5, lora_alpha=3, target_modules="all-linear", rank_pattern={"down_proj": 8, "v_proj": 2}, use_rslora=True
     )
@@ -71,7 +68,7 @@ def test_every_number_is_numpy_s(tmp_path, randomize, tiny_llama, updates, dtype
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.floats(1e-3, 10), min_size=1, max_size=8), st.floats(1e-3, 1e3))
-def test_curves_of_any_spectrum_rise_to_one_and_do_not_follow_the_scale(from_spectrum, in_memory, sigma, scale):
+def test_curves_rise_to_one_and_do_not_depend_on_the_scale(from_spectrum, in_memory, sigma, scale):
     sigma = sorted(sigma, reverse=True)
     B, A = from_spectrum(sigma)
     (row,) = energy_curves(in_memory({"q_proj": (B, A)})).modules
@@ -86,8 +83,8 @@ def test_curves_of_any_spectrum_rise_to_one_and_do_not_follow_the_scale(from_spe
     assert scaled.truncation_error == pytest.approx([scale**2 * value for value in tail], rel=1e-6, abs=1e-9 * scale**2)
 
 
-def test_the_rank_needed_is_met_exactly(from_spectrum, in_memory):
-    B, A = from_spectrum([3.0, 1.0])  # 0.9 of the energy at once
+def test_a_threshold_that_is_met_exactly(from_spectrum, in_memory):
+    B, A = from_spectrum([3.0, 1.0])  # C(1) = 0.9
     report = energy_curves(in_memory({"q_proj": (B, A), "k_proj": from_spectrum([1.0])}))
     assert report.modules[0].module_name == "k_proj"
     assert report.modules[1].energy_rank == {"0.9": 1, "0.95": 2, "0.99": 2}
@@ -95,14 +92,14 @@ def test_the_rank_needed_is_met_exactly(from_spectrum, in_memory):
     assert report.total.energy_rank == {"0.9": 1, "0.95": 1, "0.99": 2}
 
 
-def test_rounding_does_not_cost_a_rank(from_spectrum, in_memory):
+def test_rounding_does_not_raise_the_rank(from_spectrum, in_memory):
     curve = [math.sqrt(0.9), math.sqrt(0.1)]
     for n in range(1, 20):
         modules = {f"layers.{i}.q_proj": from_spectrum(curve, seed=i) for i in range(n)}
         assert energy_curves(in_memory(modules)).total.energy_rank["0.9"] == 1
 
 
-def test_a_rank_above_the_dimensions_has_as_many_components_as_there_are(from_spectrum, in_memory):
+def test_a_rank_above_the_dimensions_has_min_of_dimensions_components(from_spectrum, in_memory):
     B, A = from_spectrum([2.0, 1.0, 1.0], d_out=3, d_in=9)
     wide = torch.cat([B, B], 1) / 2, torch.cat([A, A])
     (row,) = energy_curves(in_memory({"x": wide})).modules
@@ -110,7 +107,7 @@ def test_a_rank_above_the_dimensions_has_as_many_components_as_there_are(from_sp
     assert row.energy == pytest.approx([4 / 6, 5 / 6, 1.0])
 
 
-def test_updates_that_are_zero_or_not_finite(from_spectrum, in_memory):
+def test_zero_and_non_finite_updates(from_spectrum, in_memory):
     modules = {f"layers.{i}.q_proj": from_spectrum([2.0, 1.0], seed=i) for i in range(4)}
     modules["layers.1.q_proj"][0].zero_()
     modules["layers.2.q_proj"][1][0, 0] = math.nan
@@ -134,7 +131,7 @@ def test_updates_that_are_zero_or_not_finite(from_spectrum, in_memory):
     json.dumps(alone.to_dict(), allow_nan=False)
 
 
-def test_of_speclora_it_is_said_to_be_the_low_rank_part(tmp_path, randomize, tiny_llama, updates):
+def test_speclora_has_a_finding_for_its_low_rank_part(tmp_path, randomize, tiny_llama, updates):
     model = randomize(get_peft_model(tiny_llama(), SpecLoRAConfig(r=4, k=8, target_modules=["q_proj"])))
     model.save_pretrained(tmp_path)
     for source in (model, tmp_path):
@@ -146,7 +143,7 @@ def test_of_speclora_it_is_said_to_be_the_low_rank_part(tmp_path, randomize, tin
             assert row.energy == pytest.approx(reference(sigma)[0], abs=1e-6)
 
 
-def test_the_result_is_plain_data(from_spectrum, in_memory):
+def test_the_report(from_spectrum, in_memory):
     report = energy_curves(in_memory({"layers.0.q_proj": from_spectrum([2.0, 1.0])}))
     content = report.to_dict()
     assert json.loads(json.dumps(content, allow_nan=False))["modules"][0]["energy"] == pytest.approx([0.8, 1.0])
@@ -154,44 +151,41 @@ def test_the_result_is_plain_data(from_spectrum, in_memory):
     assert content["summary"]["roles"][0]["name"] == "query"
     with pytest.raises(AttributeError):
         report.total = None
+    assert report.headline.endswith("mean energy of 1 updates reached at rank 2 (90%), 2 (95%), 2 (99%)")
+    assert report.details == ("every module keeps 90% at rank 2", "query (1): 90% at rank 2")
+    assert report.next_steps == ()  # in memory
+    assert report.to_frame()["energy_rank_0.9"].tolist() == [2]
 
 
-def test_bad_input(tmp_path):
+def test_next_steps_are_commands_for_the_adapter_on_disk(write_adapter, from_spectrum):
+    low = write_adapter("a b", {"layers.0.q_proj": from_spectrum([9.0, 1.0, 0.1])})
+    (step,) = energy_curves(low).next_steps
+    assert step == f"lorakit compress '{low}' '{low}-energy-90' --energy 0.9"
+    full = write_adapter("full", {"layers.0.q_proj": from_spectrum([1.0, 1.0])})
+    assert energy_curves(full).next_steps == (f"lorakit audit {full} --suggest-ranks",)
+
+
+def test_invalid_arguments(tmp_path):
     with pytest.raises(AdapterFileError):
         energy_curves(tmp_path / "nowhere")
     with pytest.raises(TypeError, match="adapter_name"):
         energy_curves(tmp_path, adapter_name="default")
 
 
-@needs_matplotlib
-def test_the_figure_has_a_line_a_role_and_one_for_all(from_spectrum, in_memory):
+def test_the_figure(from_spectrum, in_memory):
     modules = {f"layers.{i}.{leaf}": from_spectrum([2.0, 1.0, i + 1]) for i in range(3) for leaf in ("q_proj", "$x$")}
     report = energy_curves(in_memory(modules))
     (axes,) = report.plot().axes
     labelled = [line for line in axes.lines if not line.get_label().startswith("_")]
-    assert [line.get_label() for line in labelled] == [r"\$x\$ (3)", "query (3)", "all (6)"]
+    assert [line.get_label() for line in labelled] == [r"\$x\$", "query", "all"]
     assert labelled[1].get_ydata() == pytest.approx(report.roles[1].mean)
-    assert len(axes.collections) == 2
+    assert len(axes.collections) == 1  # one band
     empty = energy_curves(in_memory({"q_proj": tuple(0 * half for half in from_spectrum([1.0]))}))
     assert empty.plot().axes[0].get_legend() is None
 
 
-def test_without_matplotlib_it_says_what_to_install(from_spectrum, in_memory, monkeypatch):
-    report = energy_curves(in_memory({"q_proj": from_spectrum([1.0])}))
-    imports = builtins.__import__
-
-    def without(name, *rest):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return imports(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(MissingExtraError, match=r"pip install lorakit\[plots\]"):
-        report.plot()
-
-
 @pytest.mark.slow
-def test_diagnostics_of_a_file_import_neither_peft_nor_matplotlib(write_adapter, from_spectrum, run_python):
+def test_diagnostics_of_files_import_neither_peft_nor_matplotlib(write_adapter, from_spectrum, run_python):
     directories = [str(write_adapter(f"r{r}", {"layers.0.q_proj": from_spectrum([2.0] * r)})) for r in (2, 3)]
     code = f"""
         import sys

@@ -1,8 +1,7 @@
-"""Effective rank against rank, against numpy's polyfit of numpy's float64 spectra."""
+"""The scaling law of effective ranks, against numpy's polyfit of numpy's float64 spectra."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from dataclasses import replace
@@ -18,8 +17,6 @@ from lorakit import SpecLoRAConfig
 from lorakit.adapters import open_adapter
 from lorakit.errors import AdapterFileError
 from lorakit.lens import scaling_law
-
-needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 
 
 def effective_rank(update):
@@ -39,7 +36,7 @@ def fitted(ranks, values):
 
 
 def check(fit, points):
-    """`points`: rank → effective ranks of its modules."""
+    """Compare a fit with `points`: rank → effective ranks of its modules."""
     ranks = sorted(points)
     assert [point.rank for point in fit.points] == ranks
     for point in fit.points:
@@ -56,7 +53,7 @@ def check(fit, points):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_number_is_numpy_s(tmp_path, randomize, tiny_llama, updates, dtype):
+def test_numbers_against_numpy(tmp_path, randomize, tiny_llama, updates, dtype):
     models, paths = [], []
     for r in (2, 4, 8, 16):
         config = LoraConfig(r=r, target_modules=["q_proj", "v_proj"], use_rslora=r == 8)
@@ -75,7 +72,7 @@ def test_every_number_is_numpy_s(tmp_path, randomize, tiny_llama, updates, dtype
 
 
 def law_adapters(from_spectrum, in_memory, a=1.0, beta=0.5, ranks=(4, 9, 16), names=("layers.0.q_proj",)):
-    """Adapters whose effective ranks follow a law: of equal singular values and one more."""
+    """Adapters whose effective ranks follow a law."""
     found = []
     for r in ranks:
         target = a * r**beta
@@ -84,7 +81,7 @@ def law_adapters(from_spectrum, in_memory, a=1.0, beta=0.5, ranks=(4, 9, 16), na
 
 
 def spectrum(target, r):
-    """r singular values with a given effective rank in [1, r]: geometric, by bisection."""
+    """A geometric sequence of r singular values with a given effective rank, by bisection."""
     low, high = 0.0, 1.0
     for _ in range(200):
         q = (low + high) / 2
@@ -117,13 +114,13 @@ def test_modules_of_one_adapter_count_at_their_own_ranks(from_spectrum, in_memor
     assert [finding.code for finding in report.findings] == ["mixed_modules", "mixed_modules"]
 
 
-def test_a_role_at_one_rank_has_no_fit_and_says_why(from_spectrum, in_memory):
+def test_a_role_with_one_rank_has_no_fit_but_a_reason(from_spectrum, in_memory):
     one = in_memory({"q_proj": from_spectrum([1.0] * 2), "v_proj": from_spectrum([1.0] * 4)})
     other = in_memory({"q_proj": from_spectrum([1.0] * 8), "v_proj": from_spectrum([1.0] * 4)})
     report = scaling_law([one, other])
     fits = {fit.name: fit for fit in report.roles}
     assert fits["value"].law is None
-    assert fits["value"].reason == "all modules have rank 4; a law needs adapters of two ranks or more"
+    assert fits["value"].reason == "all modules have rank 4, and a law needs two ranks or more"
     assert fits["value"].points[0].modules == 2
     assert fits["query"].law.beta == pytest.approx(1.0)
     assert fits["query"].beta_stderr is None
@@ -136,7 +133,7 @@ def test_a_role_at_one_rank_has_no_fit_and_says_why(from_spectrum, in_memory):
     json.dumps(report.to_dict(), allow_nan=False)
 
 
-def test_updates_that_are_zero_or_not_finite_are_left_out(from_spectrum, in_memory):
+def test_zero_and_non_finite_updates_are_left_out(from_spectrum, in_memory):
     names = [f"layers.{i}.q_proj" for i in range(3)]
     adapters = []
     for r in (2, 4, 8):
@@ -151,11 +148,11 @@ def test_updates_that_are_zero_or_not_finite_are_left_out(from_spectrum, in_memo
     assert [f.message.partition(":")[0] for f in report.findings if f.code == "left_out"] == ["r2", "r4", "r8"]
     nothing = scaling_law([replace(adapter, modules=adapter.modules[1:]) for adapter in adapters])
     assert (nothing.total.law, nothing.total.points, nothing.roles) == (None, (), ())
-    assert "not zero" in nothing.total.reason
+    assert "non-zero" in nothing.total.reason
     json.dumps(nothing.to_dict(), allow_nan=False)
 
 
-def test_several_adapters_of_one_model_and_of_speclora(randomize, tiny_llama, updates):
+def test_several_speclora_adapters_in_one_model(randomize, tiny_llama, updates):
     model = get_peft_model(tiny_llama(), SpecLoRAConfig(r=2, k=8, target_modules=["q_proj"]), adapter_name="r2")
     model.add_adapter("r6", SpecLoRAConfig(r=6, k=8, target_modules=["q_proj"]))
     model.add_adapter("r4", SpecLoRAConfig(r=4, k=8, target_modules=["q_proj"]))
@@ -167,7 +164,7 @@ def test_several_adapters_of_one_model_and_of_speclora(randomize, tiny_llama, up
     assert [finding.code for finding in report.findings] == ["low_rank_part_only"] * 3
 
 
-def test_different_bases_are_said(from_spectrum, in_memory):
+def test_different_bases_are_a_finding(from_spectrum, in_memory):
     adapters = [
         in_memory({"q_proj": from_spectrum([1.0] * r)}, base_model_name_or_path=base)
         for r, base in ((2, "one"), (4, "other"), (8, None))
@@ -177,7 +174,7 @@ def test_different_bases_are_said(from_spectrum, in_memory):
     assert "one, other" in report.findings[0].message
 
 
-def test_bad_input(tmp_path):
+def test_invalid_arguments(tmp_path):
     with pytest.raises(TypeError, match="`adapters` must be an adapter or several: .* got NoneType"):
         scaling_law(None)
     with pytest.raises(ValueError, match="`adapters` must have at least one"):
@@ -186,17 +183,19 @@ def test_bad_input(tmp_path):
         scaling_law(str(tmp_path / "nowhere"))
 
 
-@needs_matplotlib
 def test_the_figure(from_spectrum, in_memory):
     adapters = law_adapters(from_spectrum, in_memory, names=("layers.0.q_proj", "layers.0.v_proj", "layers.1.v_proj"))
     report = scaling_law(adapters)
+    assert report.headline.startswith("effective rank = a · r^β over 3 adapters: a = 1, β = 0.500 ± ")
+    assert report.details[0].startswith("query: a = 1, β = 0.500 ± ")
+    assert [row["name"] for row in report.rows()] == ["all", "query", "value"]
     (axes,) = report.plot().axes
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert [label.partition(":")[0] for label in labels] == ["query", "value", "all"]
-    assert all("r^0.500" in label and "R² = 1.0000" in label for label in labels)
+    assert [label.partition(":")[0] for label in labels] == ["r̂ = r", "query", "value", "all"]
+    assert all("r^0.500" in label and "R² = 1.0000" in label for label in labels[1:])
     lines = [line for line in axes.lines if len(line.get_xdata()) == 2]
     assert len(lines) == len(axes.containers) == 3
     assert lines[-1].get_ydata() == pytest.approx([2.0, 4.0], rel=1e-4)
     assert [text.get_text() for text in axes.get_xticklabels()] == ["4", "9", "16"]
     without = scaling_law(adapters[0]).plot().axes[0]
-    assert "r^" not in without.get_legend().get_texts()[0].get_text()
+    assert not any("r^" in text.get_text() for text in without.get_legend().get_texts())

@@ -7,9 +7,11 @@ import json
 
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from peft import LoraConfig, get_peft_model
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
+import lorakit
 from lorakit import FisherLoRAConfig, SpecLoRAConfig, lens
 from lorakit.lens import SpectralCallback, Trajectory
 
@@ -21,7 +23,7 @@ CONFIGS = {
 
 
 class Logger(TrainerCallback):
-    """Stands for TensorBoard's and the like, which Trainer calls before callbacks of its user."""
+    """Stands for TensorBoard's callback and the like, which Trainer calls before the user's callbacks."""
 
     def __init__(self):
         self.seen = []
@@ -52,8 +54,10 @@ def make_trainer(tiny_llama, tmp_path):
             TrainingArguments(**defaults | options),
             train_dataset=[{"input_ids": row, "labels": row} for row in ids],
             eval_dataset=[{"input_ids": row, "labels": row} for row in ids[:2]],
-            callbacks=[*first, *callbacks],
+            callbacks=list(first),
         )
+        for callback in callbacks:
+            callback.attach(trainer) if isinstance(callback, SpectralCallback) else trainer.add_callback(callback)
         return trainer
 
     return make
@@ -63,7 +67,7 @@ def steps(trajectory):
     return [one.step for one in trajectory.snapshots]
 
 
-def test_it_looks_at_the_start_at_every_n_steps_and_at_the_end(make_trainer, tmp_path):
+def test_it_measures_at_the_start_every_n_steps_and_at_the_end(make_trainer, tmp_path):
     callback = SpectralCallback(every=3, also=[1])
     trainer = make_trainer([callback])
     trainer.train()
@@ -79,19 +83,70 @@ def test_it_looks_at_the_start_at_every_n_steps_and_at_the_end(make_trainer, tmp
     assert all(0 < row.kappa <= 1 for row in last.modules)
 
 
-def test_loggers_see_it_and_the_trainer_logs_as_without_it(make_trainer):
+@pytest.mark.parametrize("detail", ["summary", "roles", "modules"])
+def test_loggers_get_the_metrics_and_the_trainers_own_logs_do_not_change(make_trainer, detail):
     logger = Logger()
-    callback = SpectralCallback(every=2)
+    callback = SpectralCallback(every=2, log=detail)
     trainer = make_trainer([callback], first=[logger])
+    assert callback in trainer.callback_handler.callbacks
     trainer.train()
     spectral = [(step, logs) for step, logs in logger.seen if "spectral/cu" in logs]
     assert [step for step, _ in spectral] == [0, 2, 4, 6, 7]
     for (_, logs), seen in zip(spectral, callback.trajectory.snapshots, strict=True):
-        assert {key: value for key, value in logs.items() if key != "epoch"} == seen.metrics()
+        assert {key: value for key, value in logs.items() if key != "epoch"} == seen.metrics(detail)
+    last = set(spectral[-1][1]) - {"epoch"}
+    assert {"spectral/cu", "spectral/qv_gap", "spectral/kappa"} <= last
+    assert (len(last) == 3) == (detail == "summary")
+    assert any("q_proj" in key for key in last) == (detail == "modules")
     assert [step for step, logs in logger.seen if "loss" in logs] == [2, 4, 6]
     history = [row for row in trainer.state.log_history if "spectral/cu" in row]
     assert [row["step"] for row in history] == [0, 2, 4, 6, 7]
     assert history[-1]["spectral/qv_gap"] == callback.trajectory.snapshots[-1].qv_gap
+    assert all(row["epoch"] == pytest.approx(row["step"] / 8) for row in history)
+
+
+def test_passed_in_callbacks_it_writes_file_and_history_and_says_once_how_to_reach_the_loggers(make_trainer, tmp_path):
+    logger, callback = Logger(), SpectralCallback(every=3)
+    trainer = make_trainer(first=[logger, callback])
+
+    def train_twice():
+        trainer.train()
+        trainer.train()
+
+    with pytest.warns(UserWarning, match=r"call SpectralCallback\(...\).attach\(trainer\) before trainer") as told:
+        train_twice()
+    assert sum("attach" in str(warning.message) for warning in told) == 1
+    assert steps(Trajectory.read(tmp_path / "run" / "spectra.jsonl")) == [0, 3, 6, 7]
+    assert [row["step"] for row in trainer.state.log_history if "spectral/cu" in row] == [0, 3, 6, 7]
+    assert not any("spectral/cu" in logs for _, logs in logger.seen)
+    assert [step for step, logs in logger.seen if "loss" in logs] == [2, 4, 6] * 2
+
+
+def test_attach_returns_the_callback_and_adds_it_once(make_trainer):
+    callback = SpectralCallback(every=100)
+    trainer = make_trainer(first=[callback])
+    assert callback.attach(trainer) is callback
+    assert callback.attach(trainer) is callback
+    assert sum(one is callback for one in trainer.callback_handler.callbacks) == 1
+    with pytest.raises(ValueError, match="attached to another trainer. Make a new SpectralCallback for each"):
+        callback.attach(make_trainer())
+    with pytest.raises(TypeError, match="`trainer` must be a transformers Trainer; got str"):
+        SpectralCallback().attach("trainer")
+
+
+def test_tensorboard_files_have_the_metrics(make_trainer, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    callback = SpectralCallback(every=2)
+    make_trainer([callback], report_to="tensorboard").train()
+    (events,) = (tmp_path / "run").rglob("events.out.tfevents*")
+    found = EventAccumulator(str(events)).Reload()
+    (tag,) = [tag for tag in found.Tags()["scalars"] if tag.endswith("spectral/cu")]
+    values = {event.step: event.value for event in found.Scalars(tag)}
+    assert values == pytest.approx(
+        {one.step: one.total.capacity_utilization for one in callback.trajectory.snapshots}, rel=1e-6
+    )
 
 
 @pytest.mark.slow
@@ -111,8 +166,8 @@ def test_training_is_bit_for_bit_as_without_it(make_trainer, kind, options):
 
 
 @pytest.mark.slow
-def test_the_overlap_is_of_all_micro_batches(make_trainer):
-    """Accumulated over two micro-batches, it is that of the two as one batch."""
+def test_kappa_covers_all_micro_batches(make_trainer):
+    """Two accumulated micro-batches give the κ of one batch of both."""
     found = []
     for number, (size, accumulated) in enumerate(((4, 1), (2, 2))):
         callback = SpectralCallback(every=1)
@@ -136,22 +191,13 @@ def test_without_gradients_there_is_no_kappa(make_trainer):
 
 
 @pytest.mark.slow
-def test_log_modules(make_trainer):
-    callback = SpectralCallback(every=2, log_modules=True)
-    trainer = make_trainer([callback])
-    trainer.train()
-    name = callback.trajectory.snapshots[-1].modules[0].module_name
-    assert any(f"spectral/cu/{name}" in row for row in trainer.state.log_history)
-
-
-@pytest.mark.slow
-def test_resuming_goes_on_in_the_same_file(make_trainer, tmp_path):
+def test_resuming_continues_the_same_file(make_trainer, tmp_path):
     options = {"save_strategy": "steps", "save_steps": 4}
     whole = SpectralCallback(every=1)
     make_trainer([whole], **options).train()
     path = tmp_path / "run" / "spectra.jsonl"
     with path.open("a") as file:
-        file.write('{"step": 8, "mod')  # cut off in writing
+        file.write('{"step": 8, "mod')  # a line that was cut off
     assert steps(Trajectory.read(path)) == list(range(8))
     resumed = SpectralCallback(every=1)
     make_trainer([resumed], **options).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
@@ -162,14 +208,14 @@ def test_resuming_goes_on_in_the_same_file(make_trainer, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_new_training_keeps_the_file_that_is_there(make_trainer, tmp_path):
+def test_a_new_training_keeps_the_existing_file(make_trainer, tmp_path):
     for _ in range(2):
         make_trainer([SpectralCallback(every=4)]).train()
     assert steps(Trajectory.read(tmp_path / "run" / "spectra.jsonl")) == [0, 4, 7]
     assert steps(Trajectory.read(tmp_path / "run" / "spectra-1.jsonl")) == [0, 4, 7]
 
 
-def test_it_looks_where_training_stopped_early(make_trainer):
+def test_the_last_step_is_measured_when_training_stops_early(make_trainer):
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = state.global_step == 5
@@ -181,8 +227,8 @@ def test_it_looks_where_training_stopped_early(make_trainer):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])
-def test_the_end_is_the_last_step_and_not_the_best_checkpoint(make_trainer, strategy):
-    """Trainer loads the best one, and loggers close, before it says that training has ended."""
+def test_the_last_measurement_is_the_last_step_not_the_best_checkpoint(make_trainer, strategy):
+    """Trainer loads the best checkpoint, and loggers close, before `on_train_end`."""
     seen = {}
 
     class Follow(TrainerCallback):
@@ -240,9 +286,9 @@ def test_an_interrupted_training_leaves_no_hooks_once_the_callback_is_gone(make_
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("logs", "`path` must be that of a file, new or old; .*logs is something else"), ("file/x.jsonl", "File exists")],
+    [("logs", "`path` must be a file, new or existing; .*logs is not a file"), ("file/x.jsonl", "File exists")],
 )
-def test_a_file_that_cannot_be_written_is_said_before_training(make_trainer, tmp_path, path, message):
+def test_a_file_that_cannot_be_written_stops_training_before_it_starts(make_trainer, tmp_path, path, message):
     (tmp_path / "file").write_text("")
     (tmp_path / "logs").mkdir()
     trainer = make_trainer([SpectralCallback(path=tmp_path / path)])
@@ -253,7 +299,7 @@ def test_a_file_that_cannot_be_written_is_said_before_training(make_trainer, tmp
 
 
 @pytest.mark.slow
-def test_a_file_that_cannot_be_written_any_more_costs_no_training(make_trainer, tmp_path):
+def test_a_file_that_fails_later_does_not_stop_training(make_trainer, tmp_path):
     class Full(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 3:
@@ -271,7 +317,7 @@ def test_a_file_that_cannot_be_written_any_more_costs_no_training(make_trainer, 
 
 
 @pytest.mark.slow
-def test_an_adapter_of_which_nothing_is_finite_is_not_logged(make_trainer):
+def test_an_adapter_without_finite_modules_is_not_logged(make_trainer):
     class Spoil(TrainerCallback):
         def on_step_begin(self, args, state, control, model=None, **kwargs):
             for name, parameter in model.named_parameters():
@@ -286,7 +332,7 @@ def test_an_adapter_of_which_nothing_is_finite_is_not_logged(make_trainer):
 
 
 @pytest.mark.slow
-def test_a_compiled_model_has_no_kappa_and_says_so(make_trainer):
+def test_a_compiled_model_has_no_kappa_and_warns(make_trainer):
     callback = SpectralCallback(every=2)
     trainer = make_trainer([callback], max_steps=2)
     trainer.model.get_base_model().model.layers[0].mlp.compile(backend="eager")
@@ -312,25 +358,38 @@ def test_sft_trainer(tiny_llama, tokenizer, tmp_path):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    callback = SpectralCallback(every=2)
-    trainer = SFTTrainer(
-        tiny_llama(),
-        args=SFTConfig(
-            output_dir=str(tmp_path), max_steps=4, report_to="none", use_cpu=True, disable_tqdm=True, bf16=False
-        ),
-        train_dataset=Dataset.from_dict({"text": ["a b a b", "b b a"] * 8}),
-        processing_class=tokenizer,
-        peft_config=CONFIGS["FISHERLORA"](),
-        callbacks=[callback],
-    )
-    trainer.train()
-    assert steps(Trajectory.read(tmp_path / "spectra.jsonl")) == [0, 2, 4]
+    logged = []
+    for number, watched in enumerate((False, True)):
+        logger = Logger()
+        trainer = SFTTrainer(
+            tiny_llama(),
+            args=SFTConfig(
+                output_dir=str(tmp_path / str(number)), max_steps=4, logging_steps=2, report_to="none", use_cpu=True,
+                disable_tqdm=True, bf16=False,
+            ),
+            train_dataset=Dataset.from_dict({"text": ["a b a b", "b b a"] * 8}),
+            processing_class=tokenizer,
+            peft_config=CONFIGS["FISHERLORA"](),
+            callbacks=[logger],
+        )  # fmt: skip
+        callback = SpectralCallback(every=1)
+        if watched:
+            callback.attach(trainer)
+        trainer.train()
+        logged.append(logger.seen)
+    assert steps(Trajectory.read(tmp_path / "1" / "spectra.jsonl")) == [0, 1, 2, 3, 4]
     assert callback.trajectory.snapshots[-1].role("query").kappa > 0
+    assert [step for step, logs in logged[1] if "spectral/cu" in logs] == [0, 1, 2, 3, 4]
+    plain, beside = ([(step, logs) for step, logs in seen if "mean_token_accuracy" in logs] for seen in logged)
+    assert [step for step, _ in plain[:2]] == [2, 4]
+    for (step, logs), (same_step, others) in zip(plain, beside, strict=True):  # TRL's averages are still of all steps
+        assert step == same_step
+        assert others["mean_token_accuracy"] == logs["mean_token_accuracy"]
 
 
 @pytest.mark.slow
 def test_dpo_trainer(tiny_llama, tokenizer, tmp_path):
-    """Its reference passes are without the adapter, or with a copy of it: they count for nothing."""
+    """Its reference passes run without the adapter, or with a copy of it, and do not count."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
@@ -342,8 +401,8 @@ def test_dpo_trainer(tiny_llama, tokenizer, tmp_path):
         ),
         train_dataset=Dataset.from_dict({"prompt": ["a b"] * 16, "chosen": [" a a"] * 16, "rejected": [" b"] * 16}),
         processing_class=tokenizer,
-        callbacks=[callback],
     )
+    callback.attach(trainer)
     trainer.train()
     assert steps(Trajectory.read(tmp_path / "spectra.jsonl")) == [0, 2, 4]
     assert callback.trajectory.snapshots[-1].role("query").kappa > 0
@@ -352,12 +411,13 @@ def test_dpo_trainer(tiny_llama, tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"every": 0}, "`every` must be an integer of at least 1; got 0"),
-        ({"every": 2.5}, "`every` must be an integer of at least 1; got 2.5"),
+        ({"every": 0}, "`every` must be a positive integer; got 0"),
+        ({"every": 2.5}, "`every` must be a positive integer; got 2.5"),
+        ({"log": "all"}, "`log` must be one of summary, roles, modules; got 'all'"),
         ({"projections": 1}, "`projections` must be an integer of at least 2; got 1"),
     ],
 )
-def test_settings_that_make_no_sense(options, message):
+def test_invalid_settings(options, message):
     with pytest.raises(ValueError, match=message):
         SpectralCallback(**options)
 
@@ -384,19 +444,27 @@ def test_series(trajectory):
     at, values = trajectory.series("spectral/cu_value")
     assert at == [0, 2, 4, 6, 7]
     assert values == [one.role("value").capacity_utilization for one in trajectory.snapshots]
+    first = trajectory.snapshots[0].modules[0].module_name
+    assert trajectory.series(f"spectral/cu/{first}")[1] == [
+        one.modules[0].capacity_utilization for one in trajectory.snapshots
+    ]
     with pytest.raises(ValueError, match="`metric` must be one of spectral/cu, .*got 'cu'"):
         trajectory.series("cu")
 
 
 @pytest.mark.slow
-def test_the_plot_shows_roles_gap_and_overlap(trajectory):
+def test_the_plot_shows_utilization_gap_and_kappa(trajectory):
     left, middle, right = trajectory.plot().axes
-    assert [text.get_text() for text in left.get_legend().get_texts()] == ["query", "value", "down"]
+    assert [text.get_text() for text in left.get_legend().get_texts()] == [
+        "10–90 % of modules", "query", "value", "down",
+    ]  # fmt: skip
     query = left.lines[0]
     assert list(query.get_xdata()) == [0, 2, 4, 6, 7]
     assert list(query.get_ydata()) == pytest.approx(trajectory.series("spectral/cu_query")[1])
     assert list(middle.lines[1].get_ydata()) == [one.qv_gap for one in trajectory.snapshots]
     assert list(right.lines[0].get_ydata()) == trajectory.series("spectral/kappa_query")[1]
+    assert list(right.lines[1].get_ydata()) == [one.role("query").kappa_chance for one in trajectory.snapshots[1:]]
+    assert len({to_rgb(line.get_color()) for line in (left.lines[0], *right.lines[:2])}) == 1
     short = Trajectory(tuple(trajectory.snapshots[:2])).plot()
     assert all(tick.is_integer() for panel in short.axes for tick in panel.get_xticks())
     assert len(Trajectory(tuple(trajectory.snapshots[:1])).plot().axes) == 2  # κ was not there yet
@@ -404,13 +472,26 @@ def test_the_plot_shows_roles_gap_and_overlap(trajectory):
         Trajectory(()).plot()
 
 
+def test_the_report(trajectory, tmp_path):
+    again = Trajectory.read(tmp_path / "run" / "spectra.jsonl")
+    assert again.headline == "5 snapshots, steps 0 to 7"
+    assert [line.partition(":")[0] for line in again.details] == ["CU", "Q–V gap", "κ"]
+    (step,) = again.next_steps
+    assert eval(step.partition(".plot")[0], {"lorakit": lorakit}) == trajectory
+    assert [row["step"] for row in again.rows()] == [0, 2, 4, 6, 7]
+    assert again.to_frame()["spectral/cu_query"].iloc[-1] == again.series("spectral/cu_query")[1][-1]
+    assert "run" in again.plot().get_suptitle()
+    assert repr(again).splitlines()[0] == "Trajectory: 5 snapshots, steps 0 to 7"
+    assert repr(Trajectory(())) == "Trajectory: no snapshots"
+
+
 def test_trajectories_as_plain_data(trajectory):
     plain = json.loads(json.dumps(trajectory.to_dict(), allow_nan=False))
     assert [one["step"] for one in plain["snapshots"]] == [0, 2, 4, 6, 7]
 
 
-def test_a_file_with_something_else_in_it(tmp_path, trajectory):
+def test_a_file_with_other_content(tmp_path, trajectory):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"loss": 1}\n' + json.dumps(trajectory.snapshots[0].to_dict()) + "\n")
-    with pytest.raises(ValueError, match=r"bad.jsonl, line 1: .*no snapshot"):
+    with pytest.raises(ValueError, match=r"bad.jsonl, line 1: .*not a snapshot"):
         Trajectory.read(path)

@@ -1,4 +1,4 @@
-"""Snapshots of an adapter in training, and the gradients watched beside them, against dense references."""
+"""Snapshots of an adapter in training and the gradients watched with them, against dense references."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def numpy_update(layer, adapter="default"):
 
 
 def reference(update, rank):
-    """Effective and stable rank and capacity utilization as the papers write them."""
+    """Effective rank, stable rank and capacity utilization by the papers' formulas."""
     sigma = np.linalg.svd(update, compute_uv=False)[:rank]
     p = sigma / sigma.sum()
     effective = math.exp(-sum(x * math.log(x) for x in p if x > 0))
@@ -68,7 +68,7 @@ def reference(update, rank):
 
 
 def dense_gradient(layer, model, batch):
-    """∂ loss / ∂ W of the base layer, formed in full; of the weight as it is in effect, where that is not W + ΔW."""
+    """∂ loss / ∂ W, formed in full: of the base weight, or of the effective weight if that is not W + ΔW."""
     if layer.use_dora["default"] or hasattr(layer, "lora_spec"):
         seen = []
         handle = layer.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
@@ -106,7 +106,7 @@ def test_numbers_of_every_module_against_the_formulas(adapted):
     assert seen.qv_gap == pytest.approx(means["query"] - means["value"])
 
 
-def test_fresh_adapters_use_none_of_their_rank(tiny_llama):
+def test_fresh_adapters_have_no_utilization(tiny_llama):
     seen = lens.snapshot(get_peft_model(tiny_llama(), CONFIGS["LORA"]()))
     assert {row.capacity_utilization for row in seen.modules} == {0.0}
     assert seen.qv_gap == 0
@@ -120,7 +120,7 @@ def test_no_gap_without_queries(tiny_llama, randomize):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_module_that_is_not_finite_has_no_numbers_and_hurts_no_other(tiny_llama, randomize, bad):
+def test_a_non_finite_module_has_no_numbers_and_does_not_affect_others(tiny_llama, randomize, bad):
     model = randomize(get_peft_model(tiny_llama(), CONFIGS["LORA"]()))
     whole = lens.snapshot(model)
     name, layer = next(iter(layers_of(model).items()))
@@ -170,7 +170,7 @@ def test_embeddings_convolutions_and_conv1d(randomize):
     assert set(gradients.overlaps) == {"lin"}
 
 
-def test_expert_weights_are_named_as_unmeasured(randomize):
+def test_expert_weights_are_listed_as_unmeasured(randomize):
     class Experts(nn.Module):
         def __init__(self):
             super().__init__()
@@ -214,7 +214,7 @@ def test_one_of_several_adapters(tiny_llama, randomize):
     assert len(lens.snapshot(model).modules) == 14
 
 
-def test_models_without_such_an_adapter_are_refused(tiny_llama):
+def test_models_without_a_lora_adapter_are_refused(tiny_llama):
     with pytest.raises(TypeError, match="must be a peft.PeftModel; got LlamaForCausalLM"):
         lens.snapshot(tiny_llama())
     from peft import AdaLoraConfig, IA3Config
@@ -228,7 +228,7 @@ def test_models_without_such_an_adapter_are_refused(tiny_llama):
         lens.snapshot(model)
 
 
-def test_weights_that_deepspeed_has_partitioned_are_refused(tiny_llama):
+def test_weights_partitioned_by_deepspeed_are_refused(tiny_llama):
     model = get_peft_model(tiny_llama(), CONFIGS["LORA"]())
     for parameter in model.parameters():  # as ZeRO-3 leaves them between passes
         parameter.data, parameter.ds_id = torch.empty(0), 1
@@ -241,24 +241,25 @@ def test_snapshots_survive_json(adapted, batch):
         adapted(**batch).loss.backward()
     seen = lens.snapshot(adapted, step=3, gradients=gradients)
     assert Snapshot.from_dict(json.loads(json.dumps(seen.to_dict(), allow_nan=False))) == seen
-    with pytest.raises(ValueError, match="no snapshot of an adapter"):
+    with pytest.raises(ValueError, match="not a snapshot of an adapter"):
         Snapshot.from_dict({"step": 1})
 
 
 def test_metrics_have_one_name_each(adapted):
     seen = lens.snapshot(adapted)
-    metrics = seen.metrics(modules=True)
+    metrics = seen.metrics("modules")
     assert metrics["spectral/cu_query"] == seen.role("query").capacity_utilization
     assert metrics["spectral/cu"] == seen.total.capacity_utilization
     first = seen.modules[0]
     assert metrics[f"spectral/stable_rank/{first.module_name}"] == first.stable_rank
-    assert set(seen.metrics()) < set(metrics)
+    assert set(seen.metrics()) < set(seen.metrics("roles")) < set(metrics)
+    assert set(seen.metrics()) <= {"spectral/cu", "spectral/qv_gap", "spectral/kappa"}
 
 
 # gradients
 
 
-def test_overlap_against_the_gradient_formed_in_full(adapted, batch):
+def test_kappa_against_the_dense_gradient(adapted, batch):
     with lens.watch_gradients(adapted, projections=16384) as gradients:
         adapted(**batch).loss.backward()
     seen = lens.snapshot(adapted, gradients=gradients)
@@ -270,12 +271,12 @@ def test_overlap_against_the_gradient_formed_in_full(adapted, batch):
         norm = np.linalg.norm(G)
         assert row.gradient_norm == pytest.approx(norm, rel=0.03)
         assert row.kappa == pytest.approx(np.linalg.norm(U.T @ G @ Vh.T) / norm, rel=0.03)
-        # what does not depend on the projections is exact
+        # this part does not depend on the projections
         assert gradients.overlaps[row.module_name].seen_norm == pytest.approx(np.linalg.norm(U.T @ G @ Vh.T), rel=1e-4)
 
 
 @pytest.mark.slow
-def test_the_estimate_is_unbiased_and_its_standard_error_honest(tiny_llama, randomize, batch):
+def test_the_estimate_is_unbiased_and_its_standard_error_holds(tiny_llama, randomize, batch):
     model = randomize(get_peft_model(tiny_llama(), CONFIGS["LORA"]()))
     name, layer = next(iter(layers_of(model).items()))
     norm = float(dense_gradient(layer, model, batch).norm())
@@ -317,8 +318,8 @@ def test_gradient_checkpointing_changes_nothing(adapted, batch, reentrant):
         assert checkpointed.overlaps[name].kappa == pytest.approx(one.kappa, rel=1e-4)
 
 
-def test_modules_that_are_wrapped_keep_their_names(adapted, batch):
-    """As for the checkpointing of FSDP, or compiled one by one."""
+def test_wrapped_modules_keep_their_names(adapted, batch):
+    """Wrapped by FSDP's activation checkpointing, or compiled one by one."""
     expected = [row.module_name for row in lens.snapshot(adapted).modules]
     layers = adapted.get_base_model().model.layers
     layers[0] = checkpoint_wrapper(layers[0])
@@ -339,7 +340,7 @@ def test_offloaded_weights_are_watched_too(tiny_llama, randomize, batch):
     )
 
 
-def test_a_scaled_loss_has_the_same_overlap(adapted, batch):
+def test_kappa_does_not_depend_on_the_loss_scale(adapted, batch):
     found = []
     for scale in (1.0, 1024.0):
         with lens.watch_gradients(adapted) as gradients:
@@ -365,7 +366,7 @@ def test_half_precision(tiny_llama, randomize, batch, how):
         assert found.overlaps[name].kappa == pytest.approx(one.kappa, rel=0.2), name
 
 
-def test_watching_leaves_the_passes_and_the_model_alone(adapted, batch):
+def test_watching_changes_neither_passes_nor_model(adapted, batch):
     def gradients():
         adapted.zero_grad()
         torch.manual_seed(5)
@@ -382,13 +383,13 @@ def test_watching_leaves_the_passes_and_the_model_alone(adapted, batch):
     assert not any(module._forward_hooks for module in adapted.modules())
 
 
-def test_hooks_are_taken_out_where_a_pass_fails(adapted):
+def test_hooks_are_removed_if_a_pass_fails(adapted):
     with pytest.raises(RuntimeError, match="stop"), lens.watch_gradients(adapted):
         raise RuntimeError("stop")
     assert not any(module._forward_hooks for module in adapted.modules())
 
 
-def test_no_overlap_before_the_first_step_and_without_gradients(tiny_llama, batch):
+def test_no_kappa_before_the_first_step_and_without_gradients(tiny_llama, batch):
     model = get_peft_model(tiny_llama(), CONFIGS["LORA"]())
     with lens.watch_gradients(model) as gradients:
         model(**batch).loss.backward()
@@ -400,7 +401,7 @@ def test_no_overlap_before_the_first_step_and_without_gradients(tiny_llama, batc
     assert gradients.overlaps == {}
 
 
-def test_no_overlap_of_an_adapter_that_is_scaled_to_nothing(tiny_llama, randomize, batch):
+def test_no_kappa_with_a_scaling_of_zero(tiny_llama, randomize, batch):
     model = randomize(get_peft_model(tiny_llama(), CONFIGS["LORA"]()))
     for layer in layers_of(model).values():
         layer.set_scale("default", 0.0)
@@ -424,7 +425,7 @@ def test_conv1d_of_gpt2(randomize):
 
 
 @pytest.mark.parametrize("projections", [1, 0, 2.0, True])
-def test_projections_that_are_no_such_number(adapted, projections):
+def test_invalid_projections(adapted, projections):
     with (
         pytest.raises(ValueError, match="`projections` must be an integer of at least 2"),
         lens.watch_gradients(adapted, projections=projections),
@@ -445,3 +446,52 @@ def test_on_a_gpu_as_on_the_cpu(tiny_llama, randomize, batch):
     for row, other in zip(lens.snapshot(model, gradients=gradients).modules, expected.modules, strict=True):
         assert row.effective_rank == pytest.approx(other.effective_rank, rel=1e-4)
         assert row.kappa == pytest.approx(other.kappa, rel=0.1)
+
+
+# the report
+
+
+def test_kappa_by_chance_is_that_of_random_subspaces():
+    """Against the mean over random factors: κ² averages r² / (d_out d_in)."""
+    d_out, d_in, r = 12, 10, 3
+    model = get_peft_model(nn.Sequential(nn.Linear(d_in, d_out, bias=False)), LoraConfig(r=r, target_modules=["0"]))
+    layer = model.base_model.model[0]
+    generator = torch.Generator().manual_seed(0)
+    x, delta = (torch.randn(20, d, generator=generator) for d in (d_in, d_out))
+    squares, shares = [], []
+    for _ in range(300):
+        for part in (layer.lora_A["default"], layer.lora_B["default"]):
+            nn.init.normal_(part.weight, generator=generator)
+        with lens.watch_gradients(model, projections=2) as gradients:
+            (model(x) * delta).sum().backward()
+        squares.append(gradients.overlaps["0"].seen_norm ** 2 / float((delta.T @ x).square().sum()))
+        shares.append(lens.snapshot(model, gradients=gradients).total.kappa_chance)
+    assert shares == pytest.approx([r / math.sqrt(d_out * d_in)] * 300)
+    assert np.mean(squares) == pytest.approx(shares[0] ** 2, abs=4 * np.std(squares) / math.sqrt(300))
+
+
+def test_the_report(tiny_llama, randomize, batch):
+    model = randomize(get_peft_model(tiny_llama(), CONFIGS["LORA"]()))
+    with lens.watch_gradients(model) as gradients:
+        model(**batch).loss.backward()
+    seen = lens.snapshot(model, step=3, gradients=gradients)
+    assert seen.headline.startswith("step 3: CU 0.")
+    assert seen.headline.endswith("over 14 modules")
+    assert f"κ {seen.total.kappa:.3g} (chance {seen.total.kappa_chance:.3g})" in seen.headline
+    assert seen.details[0] == f"Q–V gap {seen.qv_gap:+.3f}"
+    assert seen.details[1].startswith("query (2): CU 0.")
+    assert len(repr(seen).splitlines()) <= 10
+    assert seen.to_frame()["module_name"].tolist() == [row.module_name for row in seen.modules]
+    (axes,) = seen.plot().axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [group.name for group in seen.roles]
+    assert list(axes.lines[0].get_xdata()) == [0, 1]
+    assert list(axes.lines[0].get_ydata()) == [row.capacity_utilization for row in seen.modules if row.role == "query"]
+
+
+def test_a_report_without_finite_modules(tiny_llama):
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    for layer in layers_of(model).values():
+        nn.init.constant_(layer.lora_B["default"].weight, math.nan)
+    seen = lens.snapshot(model)
+    assert seen.headline == "not finite over 2 modules"
+    assert len(seen.plot().axes[0].lines) == 1

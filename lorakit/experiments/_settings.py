@@ -1,0 +1,82 @@
+"""The settings that all trainings of an experiment share, checked where they enter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lorakit._checks import check_integer, check_number
+
+Train = Callable[[Any, Iterator[Any], int], Any]
+MAX_GRAD_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """The arguments that `rank_sweep` and `adapt_each_layer` share; see `rank_sweep` for what they mean.
+
+    Raises: ValueError, naming the argument, for values that are not allowed.
+    """
+
+    steps: int
+    batch_size: int | None
+    learning_rate: float
+    seeds: Sequence[int]
+    weight_decay: float
+    warmup_steps: int | None
+    collate_fn: Callable[[list[Any]], Any] | None
+    train: Train | None
+    path: Any
+    progress: bool
+
+    def __post_init__(self) -> None:
+        check_integer("steps", self.steps)
+        if self.batch_size is not None:
+            check_integer("batch_size", self.batch_size)
+        check_number("learning_rate", self.learning_rate, above=0.0)
+        if self.warmup_steps is not None:
+            check_integer("warmup_steps", self.warmup_steps, least=0)
+        object.__setattr__(self, "seeds", distinct_integers("seeds", self.seeds))
+
+    @property
+    def warmup(self) -> int:
+        """Warm-up steps: by default a twentieth of all steps."""
+        return math.ceil(self.steps / 20) if self.warmup_steps is None else self.warmup_steps
+
+    def record(self, model: nn.Module, train_data: Any) -> dict[str, Any]:
+        """The settings as plain data, with what identifies the model and the data."""
+        return {
+            "model": type(model).__name__,
+            "model_params": sum(parameter.numel() for parameter in model.parameters()),
+            "train_examples": len(train_data),
+            "steps": self.steps,
+            "batch_size": self.batch_size,
+            "learning_rate": self.learning_rate,
+            "weight_decay": self.weight_decay,
+            "warmup_steps": self.warmup,
+            "max_grad_norm": MAX_GRAD_NORM,
+            "train": None if self.train is None else getattr(self.train, "__qualname__", type(self.train).__name__),
+        }
+
+
+def distinct_integers(name: str, values: Any, *, positive: bool = False) -> tuple[int, ...]:
+    """The values as a tuple. Raises: ValueError unless they are a non-empty sequence of distinct integers."""
+    found = tuple(values) if isinstance(values, Iterable) else ()
+    integers = all(isinstance(v, int) and not isinstance(v, bool) and (v > 0 or not positive) for v in found)
+    if not found or not integers or len(set(found)) != len(found):
+        what = "distinct positive integers" if positive else "distinct integers"
+        raise ValueError(f"`{name}` must be {what}, at least one; got {values!r}.")
+    return found
+
+
+def check_data(train_data: Any) -> None:
+    """Raises: ValueError unless `train_data` is a map-style dataset with at least one example."""
+    if not hasattr(train_data, "__len__") or not hasattr(train_data, "__getitem__") or len(train_data) == 0:
+        raise ValueError(
+            f"`train_data` must be a non-empty dataset with a length and an index, so that its order can be fixed; "
+            f"got {type(train_data).__name__}."
+        )
