@@ -32,23 +32,20 @@ from lorakit._registration import register_tuner
 from lorakit.errors import UnsupportedModelError
 from lorakit.naming.patterns import lookup, targeted_modules, targeted_parameters, warn_of_unmatched
 from lorakit.tuners._base import NamesItsInit, ResolvingLoraModel, not_positive_integers
-from lorakit.tuners._masked_layers import (
-    MODES,
-    Mode,
+from lorakit.tuners._layer import SpecLoRALayer
+from lorakit.tuners._layers import (
     SpecLoRAConv1d,
     SpecLoRAConv2d,
     SpecLoRAConv3d,
     SpecLoRAEmbedding,
-    SpecLoRALayer,
     SpecLoRALinear,
     SpecLoRAMultiheadAttention,
     SpecLoRAOutProjection,
     SpecLoRAParamWrapper,
-    SpectralMask,
     masked_class,
     quantized_class,
-    svd_blocks,
 )
+from lorakit.tuners._mask import MODES, Mode, SpectralMask, svd_blocks
 
 __all__ = [
     "MODES",
