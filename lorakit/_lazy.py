@@ -80,7 +80,14 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "render.plots": ("write_plots",),
     },
     "lorakit.naming": {
-        "patterns": ("alpha_of", "compact_pattern", "lookup", "targeted_modules", "targeted_parameters", "unmatched"),
+        "patterns": (
+            "alpha_of",
+            "compact_pattern",
+            "lookup",
+            "targeted_modules",
+            "targeted_parameters",
+            "unmatched_keys",
+        ),
         "roles": ("ROLES", "Role", "layer_of", "layer_prefix", "role_of"),
         "targets": ("default_targets",),
     },

@@ -28,7 +28,7 @@ from lorakit.adapters.write_lora import (
 )
 from lorakit.allocation import allocate, read_budget
 from lorakit.errors import AdapterFileError, Finding
-from lorakit.naming.patterns import lookup, unmatched
+from lorakit.naming.patterns import lookup, unmatched_keys
 from lorakit.naming.roles import Role
 from lorakit.spectral import LowRank, energy_rank
 from lorakit.spectral.weighted import seen_by_inputs, truncate_weighted
@@ -252,7 +252,7 @@ def _given_ranks(modules: Sequence[AdapterModule], ranks: Ranks) -> dict[str, in
             re.compile(key)
         except (re.error, TypeError) as error:
             raise ValueError(f"`ranks` has the key {key!r}, which is no regular expression: {error}.") from None
-    stray = unmatched(ranks, [module.name for module in modules])
+    stray = unmatched_keys(ranks, [module.name for module in modules])
     if stray:
         raise ValueError(f"`ranks` has {stray[0]!r}, which matches no module; the first is {modules[0].name!r}.")
     kept = {module.name: lookup(ranks, module.name, module.rank) for module in modules}

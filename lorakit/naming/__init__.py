@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lorakit.naming.patterns import lookup as lookup
     from lorakit.naming.patterns import targeted_modules as targeted_modules
     from lorakit.naming.patterns import targeted_parameters as targeted_parameters
-    from lorakit.naming.patterns import unmatched as unmatched
+    from lorakit.naming.patterns import unmatched_keys as unmatched_keys
     from lorakit.naming.roles import ROLES as ROLES
     from lorakit.naming.roles import Role as Role
     from lorakit.naming.roles import layer_of as layer_of

@@ -23,7 +23,7 @@ from lorakit.naming.patterns import (
     lookup,
     targeted_modules,
     targeted_parameters,
-    warn_of_unmatched,
+    warn_unmatched,
 )
 from lorakit.naming.roles import role_of
 from lorakit.naming.targets import default_targets
@@ -191,8 +191,8 @@ class FisherLoRAModel(ResolvingLoraModel):
             name: alpha_of(config.lora_alpha, rank, config.r, config.use_rslora) for name, rank in ranks.items()
         }
         alphas = {name: lookup(given_alphas, name, same_scaling[name]) for name in names}
-        warn_of_unmatched("FisherLoRA", "rank_pattern", given_ranks, names)
-        warn_of_unmatched("FisherLoRA", "alpha_pattern", given_alphas, names)
+        warn_unmatched("FisherLoRA", "rank_pattern", given_ranks, names)
+        warn_unmatched("FisherLoRA", "alpha_pattern", given_alphas, names)
         # An entry is left out only where both PEFT's default and, once it is loaded again, the rules above imply it.
         config.rank_pattern = compact_pattern(ranks, {n for n in names if ranks[n] == role_ranks[n] == config.r})
         config.alpha_pattern = compact_pattern(

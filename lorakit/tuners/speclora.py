@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from lorakit._registration import register_tuner
 from lorakit.errors import UnsupportedModelError
-from lorakit.naming.patterns import lookup, targeted_modules, targeted_parameters, warn_of_unmatched
+from lorakit.naming.patterns import lookup, targeted_modules, targeted_parameters, warn_unmatched
 from lorakit.tuners._base import NamesItsInit, ResolvingLoraModel, not_positive_integers
 from lorakit.tuners._layer import SpecLoRALayer
 from lorakit.tuners._layers import (
@@ -130,7 +130,7 @@ class SpecLoRAModel(ResolvingLoraModel):
         modules = {} if config.target_modules is None else targeted_modules(self, config, model, state_dict)
         _check_targets(modules, config)
         names = [*modules, *targeted_parameters(config, model)]
-        warn_of_unmatched("SpecLoRA", "k_pattern", config.k_pattern, names)
+        warn_unmatched("SpecLoRA", "k_pattern", config.k_pattern, names)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         if self.combination is not None:
