@@ -39,6 +39,11 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "adapter": ("Adapter", "AdapterModule", "ExtraTensor", "TensorInfo"),
         "open": ("open_adapter", "open_saved_adapter"),
     },
+    "lorakit.allocation": {
+        "budget": ("Unit", "read_budget"),
+        "report": ("RULES", "AllocatedModule", "Allocation", "Per", "Rule"),
+        "rules": ("ProbeReport", "ProbedModule", "allocate"),
+    },
     "lorakit.calibration": {
         "losses": ("IGNORED_LABEL", "LossFn"),
         "run": ("Probe", "collect"),

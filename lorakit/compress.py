@@ -26,7 +26,8 @@ from lorakit.adapters.write_lora import (
     plain_config,
     write_plain,
 )
-from lorakit.allocation import allocate, read_budget
+from lorakit.allocation.budget import read_budget
+from lorakit.allocation.rules import allocate
 from lorakit.errors import AdapterFileError, Finding
 from lorakit.naming.patterns import lookup, unmatched_keys
 from lorakit.naming.roles import Role

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from lorakit._checks import check_integer
 from lorakit._registration import register_tuner
-from lorakit.allocation import Allocation, Per, ProbeReport, Rule, allocate
+from lorakit.allocation.report import Allocation, Per, Rule
+from lorakit.allocation.rules import ProbeReport, allocate
 from lorakit.errors import AllocationError, UnsupportedModelError
 from lorakit.naming.patterns import (
     alpha_of,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from lorakit._report import ordered
 from lorakit.adapters import Adapter, open_adapter
-from lorakit.allocation import read_budget
+from lorakit.allocation.budget import read_budget
 from lorakit.errors import Finding
 from lorakit.lens._rows import grouped
 from lorakit.lens.static.measure import check_extras, measure

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorakit.allocation import allocate, read_budget
+from lorakit.allocation.budget import read_budget
+from lorakit.allocation.rules import allocate
 
 if TYPE_CHECKING:
     from lorakit.lens.static.report import AuditedModule
