@@ -32,7 +32,7 @@ from lorakit.errors import AdapterFileError, Finding
 from lorakit.naming.patterns import lookup, unmatched_keys
 from lorakit.naming.roles import Role
 from lorakit.spectral import LowRank, energy_rank
-from lorakit.spectral.weighted import seen_by_inputs, truncate_weighted
+from lorakit.spectral.weighted import input_weighted, truncate_weighted
 
 if TYPE_CHECKING:
     from torch import nn
@@ -183,12 +183,12 @@ class _Inputs:
         return self._given is not None
 
     def seen(self, module: AdapterModule, update: LowRank) -> LowRank:
-        """ΔW C^½, as `lorakit.spectral.weighted.seen_by_inputs` has it."""
+        """ΔW C^½, as `lorakit.spectral.weighted.input_weighted` has it."""
         assert self._given is not None
         value = self._given[module.name]
         value = value.to(update.device) if isinstance(value, Tensor) else value
         try:
-            return seen_by_inputs(update, **{self._name: value})
+            return input_weighted(update, **{self._name: value})
         except (ValueError, TypeError) as error:
             raise type(error)(f"{module.name}: {error}") from None
 
