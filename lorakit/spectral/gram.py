@@ -41,8 +41,8 @@ def svd_from_grams(
 
     Example:
         >>> B, A = torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.eye(2)
-        >>> svd_from_grams(B.T @ B, A @ A.T, scaling=2.0).S.tolist()
-        [6.0, 2.0]
+        >>> svd_from_grams(B.T @ B, A @ A.T, scaling=2.0).S
+        tensor([6.0000, 2.0000], dtype=torch.float64)
     """
     finite = gram_B.isfinite().all(-1).all(-1) & gram_A.isfinite().all(-1).all(-1)
     grams = (torch.where(finite[..., None, None], gram, 0.0).double() for gram in (gram_B, gram_A))

@@ -33,8 +33,8 @@ def input_weighted(
 
     Example:
         >>> update = LowRank(torch.eye(2), torch.diag(torch.tensor([2.0, 1.0])))
-        >>> input_weighted(update, second_moment=torch.diag(torch.tensor([0.01, 1.0]))).singular_values().tolist()
-        [1.0, 0.2]
+        >>> input_weighted(update, second_moment=torch.diag(torch.tensor([0.0625, 1.0]))).singular_values()
+        tensor([1.0000, 0.5000], dtype=torch.float64)
     """
     if (activations is None) == (second_moment is None):
         passed = "neither" if activations is None else "both"
