@@ -2,11 +2,11 @@
 
     python benchmarks/training_step.py [--repeats 40] [--tokens 256] [--threads 2] [--json]
 
-SpecLoRA: one linear layer of width d, rank 16, k = 200. A step is forward, backward to the input (as in the middle of a
-model) and AdamW. FisherLoRA: a query and a value projection with r_q 4 and r_v 16, against both at 16. First the outputs
-and gradients of SpecLoRA are checked against the mask formed in full. Then, after a warm-up, the alternatives take turns.
-Reported are medians, and quartiles of the ratio to the LoRA step beside it. Memory is what autograd keeps between forward
-and backward, without parameters. SpecLoRA's may exceed LoRA's by one tokens × k tensor.
+SpecLoRA: one linear layer of width d, rank 16, k = 200. A step is forward, backward to the input (as in the middle of
+a model) and AdamW. FisherLoRA: a query and a value projection with r_q 4 and r_v 16, against both at 16. First the
+outputs and gradients of SpecLoRA are checked against the mask formed in full. Then, after a warm-up, the alternatives
+take turns. Reported are medians, and quartiles of the ratio to the LoRA step beside it. Memory is what autograd keeps
+between forward and backward, without parameters. SpecLoRA's may exceed LoRA's by one tokens × k tensor.
 """
 
 from __future__ import annotations
