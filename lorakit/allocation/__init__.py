@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lorakit import _lazy
+from lorakit._lazy import attach  # not `from lorakit import`, which waits for a thread that imports lorakit
 
 if TYPE_CHECKING:
     from lorakit.allocation.budget import Unit as Unit
@@ -18,4 +18,4 @@ if TYPE_CHECKING:
     from lorakit.allocation.rules import ProbeReport as ProbeReport
     from lorakit.allocation.rules import allocate as allocate
 else:
-    __getattr__, __dir__, __all__ = _lazy.attach(__name__)
+    __getattr__, __dir__, __all__ = attach(__name__)

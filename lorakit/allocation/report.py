@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from lorakit import _format
 from lorakit._figures import new_figure
+from lorakit._format import count, extent
 from lorakit._report import Report
 from lorakit.naming.patterns import compact_pattern
 from lorakit.naming.roles import group_of, layer_of
@@ -56,8 +56,8 @@ class Allocation(Report):
     @property
     def headline(self) -> str:
         ranks = list(self.ranks.values())
-        span = _format.extent((min(ranks), max(ranks))) if ranks else "none"
-        spent, budget = _format.count(self.cost), _format.count(self.budget)
+        span = extent((min(ranks), max(ranks))) if ranks else "none"
+        spent, budget = count(self.cost), count(self.budget)
         return f"{len(ranks)} modules, rank {span}, {spent} of {budget} spent (rule {self.rule}, per {self.per})"
 
     @property
@@ -67,7 +67,7 @@ class Allocation(Report):
         for row in self.modules:
             groups.setdefault(row.group, []).append(row.rank)
         return tuple(
-            f"{group}: rank {_format.extent((min(ranks), max(ranks)))} in {len(ranks)} modules"
+            f"{group}: rank {extent((min(ranks), max(ranks)))} in {len(ranks)} modules"
             for group, ranks in groups.items()
         )
 
