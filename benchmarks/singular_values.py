@@ -2,8 +2,8 @@
 
     python benchmarks/singular_values.py [--ranks 16 64] [--repeats 7] [--json]
 
-Correctness comes first, against float64. Then, after a warm-up, passes over all 224 modules alternate between the two;
-medians, with minimum and maximum. The factors differ from call to call (a few copies of each shape in turn).
+First both are checked against float64. Then, after a warm-up, passes over all 224 modules alternate between the two.
+Reported are medians, with minimum and maximum. The calls take turns with a few copies of each shape.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"qr_svd": qr_svd, "lor
 
 
 def modules(rank: int, *, graded: bool) -> dict[str, list[Factors]]:
-    """Gaussian factors; graded ones have a condition number of 1e6 that no scaling of columns removes."""
+    """Gaussian factors. If `graded`, their condition number is 1e6, and no scaling of columns reduces it."""
     generator = torch.Generator().manual_seed(0)
     mix = torch.linalg.qr(torch.randn(rank, rank, generator=generator)).Q
     mix = torch.logspace(0, -6, rank)[:, None] * mix if graded else torch.eye(rank)
@@ -69,7 +69,7 @@ def worst_error(data: dict[str, list[Factors]], method: Callable[[Tensor, Tensor
 
 
 def one_pass(data: dict[str, list[Factors]], method: Callable[[Tensor, Tensor], Tensor]) -> dict[str, float]:
-    """Seconds spent on each module type, over all layers."""
+    """Seconds per module type, over all layers."""
     spent = dict.fromkeys(data, 0.0)
     for layer in range(LAYERS):
         for name, copies in data.items():

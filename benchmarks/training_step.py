@@ -1,12 +1,12 @@
-"""What a training step of SpecLoRA and FisherLoRA costs, against PEFT's LoRA, the mask as written, and DoRA.
+"""The cost of a training step with SpecLoRA and FisherLoRA, compared with PEFT's LoRA, the literal mask, and DoRA.
 
     python benchmarks/training_step.py [--repeats 40] [--tokens 256] [--threads 2] [--json]
 
-SpecLoRA: one linear layer of width d, rank 16, k = 200, forward and backward to the input, as in the middle of a model,
-and an AdamW step. FisherLoRA: a query and a value projection, r_q 4 and r_v 16, against both at 16. Correctness comes
-first: the block form must give what the mask formed in full gives, output and gradients. Then, after a warm-up, the
-alternatives take turns; medians, with the quartiles of the ratios to LoRA's run beside it. Memory is what autograd
-keeps between forward and backward, parameters aside: SpecLoRA's may exceed LoRA's by one tokens × k tensor.
+SpecLoRA: one linear layer of width d, rank 16, k = 200. A step is forward, backward to the input (as in the middle of
+a model) and AdamW. FisherLoRA: a query and a value projection with r_q 4 and r_v 16, against both at 16. First the
+outputs and gradients of SpecLoRA are checked against the mask formed in full. Then, after a warm-up, the alternatives
+take turns. Reported are medians, and quartiles of the ratio to the LoRA step beside it. Memory is what autograd keeps
+between forward and backward, without parameters. SpecLoRA's may exceed LoRA's by one tokens × k tensor.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SHARED: dict[str, Any] = {"r": R, "lora_alpha": 2 * R}
 
 
 class MaskAsWritten(nn.Module):
-    """y = (Γ ⊙ W) x + scaling · B A x, Γ formed in every forward (Si et al. 2025, Eq. 7-8)."""
+    """y = (Γ ⊙ W) x + scaling · B A x, with Γ formed in every forward (Si et al. 2025, Eq. 7-8)."""
 
     def __init__(self, base: nn.Linear, layer: nn.Module) -> None:
         super().__init__()

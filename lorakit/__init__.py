@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lorakit import _lazy, _registration
+from lorakit import _registration
+from lorakit._lazy import attach
 
 if TYPE_CHECKING:
     from lorakit import adapters as adapters
@@ -35,6 +36,6 @@ if TYPE_CHECKING:
     from lorakit.tuners.speclora import SpecLoRAConfig as SpecLoRAConfig
     from lorakit.tuners.speclora import SpecLoRAModel as SpecLoRAModel
 else:
-    __getattr__, __dir__, __all__ = _lazy.attach(__name__)
+    __getattr__, __dir__, __all__ = attach(__name__)
 
 _registration.register_when_peft_is_imported(("lorakit.tuners.speclora", "lorakit.tuners.fisherlora"))

@@ -40,6 +40,11 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "adapter": ("Adapter", "AdapterModule", "ExtraTensor", "TensorInfo"),
         "open": ("open_adapter", "open_saved_adapter"),
     },
+    "lorakit.allocation": {
+        "budget": ("Unit", "read_budget"),
+        "report": ("RULES", "AllocatedModule", "Allocation", "Per", "Rule"),
+        "rules": ("ProbeReport", "ProbedModule", "allocate"),
+    },
     "lorakit.calibration": {
         "losses": ("IGNORED_LABEL", "LossFn"),
         "run": ("Probe", "collect"),
@@ -94,7 +99,14 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "render.plots": ("write_plots",),
     },
     "lorakit.naming": {
-        "patterns": ("alpha_of", "compact_pattern", "lookup", "targeted_modules", "targeted_parameters", "unmatched"),
+        "patterns": (
+            "alpha_of",
+            "compact_pattern",
+            "lookup",
+            "targeted_modules",
+            "targeted_parameters",
+            "unmatched_keys",
+        ),
         "roles": ("ROLES", "Role", "layer_of", "layer_prefix", "role_of"),
         "targets": ("default_targets",),
     },

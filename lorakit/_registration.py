@@ -1,8 +1,8 @@
 """Makes SPECLORA and FISHERLORA true members of PEFT's ``PeftType``. The only file that touches PEFT's registries.
 
-PEFT has no plug-in hook and its enum is closed, so the members are added to the enum in place, after which PEFT's own
-``register_peft_method`` does the rest. Each tuner module registers its own type as its last statement; here is what
-they call, and what makes ``import peft`` import those modules, so that the order of imports does not matter.
+PEFT has no plug-in hook and its enum is closed. So the members are added to the enum in place, and PEFT's own
+``register_peft_method`` does the rest. Each tuner module calls `register_tuner` as its last statement. A hook makes
+``import peft`` import those modules, so that the order of imports does not matter.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _lock = threading.RLock()
 
 
 def register_tuner(name: str, config_cls: type, model_cls: type, *, hotswap_keys: Sequence[str]) -> PeftType:
-    """Register a PEFT method under its upper-case `name`; again with other classes of lorakit's, it takes those.
+    """Register a PEFT method under its upper-case `name`, or replace lorakit's own earlier registration.
 
     `hotswap_keys` are the config fields that PEFT's hotswap compares between two adapters of this type.
-    Raises: RegistrationError if `name` belongs to somebody else; nothing is changed then.
+    Raises: RegistrationError if another package has registered `name`; nothing is changed then.
     """
     from peft import mapping
     from peft.utils import hotswap
@@ -73,10 +73,7 @@ def register_tuner(name: str, config_cls: type, model_cls: type, *, hotswap_keys
 
 
 def register_when_peft_is_imported(tuner_modules: Sequence[str]) -> None:
-    """Import `tuner_modules` now if PEFT is imported already, and otherwise as soon as it is.
-
-    Each of them calls `register_tuner`.
-    """
+    """Import `tuner_modules`, each of which calls `register_tuner`: now, or as soon as PEFT is imported."""
     with _lock:
         others = [finder for finder in sys.meta_path if type(finder).__qualname__ != _PeftFinder.__qualname__]
         sys.meta_path[:] = [_PeftFinder(tuner_modules), *others]
@@ -85,17 +82,17 @@ def register_when_peft_is_imported(tuner_modules: Sequence[str]) -> None:
         return
     spec = getattr(peft, "__spec__", None)
     if getattr(spec, "_initializing", False):
-        if hasattr(spec, _HOOKED):  # on another thread: it will import the tuners itself when it is done
+        if hasattr(spec, _HOOKED):  # another thread is importing PEFT, and will import the tuners when it is done
             return
-        __import__("peft")  # waits for the thread that imports it
+        __import__("peft")  # waits for the thread that is importing PEFT
     _import_tuners(tuner_modules)
 
 
 def _import_tuners(tuner_modules: Sequence[str]) -> None:
-    """Import the tuner modules, anew where they were made for a PEFT that has been imported again since.
+    """Import the tuner modules; import them again if PEFT itself has been imported again since.
 
-    `__import__`, unlike `importlib.import_module`, accepts a module that this thread is in the middle of importing;
-    that module registers itself when it is done.
+    `__import__`, unlike `importlib.import_module`, accepts a module that this thread is still importing. That module
+    registers itself when it is done.
     """
     peft_types = sys.modules.get("peft.utils.peft_types")
     for name in tuner_modules:
@@ -111,13 +108,13 @@ def _import_tuners(tuner_modules: Sequence[str]) -> None:
         try:
             __import__(name)
         except RuntimeError as error:
-            # Another thread is in the middle of it and waits for this one; it will register the type itself.
+            # Another thread is importing it and waits for this one. It will register the type itself.
             if type(error).__name__ != "_DeadlockError":
                 raise
 
 
 class _PeftFinder(MetaPathFinder):
-    """Finds ``peft`` where the other finders do, and imports lorakit's tuners right after it."""
+    """Finds ``peft`` by the other finders, and imports lorakit's tuners right after it."""
 
     def __init__(self, tuner_modules: Sequence[str]) -> None:
         self._tuner_modules = tuner_modules
@@ -139,7 +136,7 @@ class _PeftFinder(MetaPathFinder):
             exec_module(module)
             _import_tuners(self._tuner_modules)
 
-        # On the instance, so that all else about the loader (resources, source) stays what it is.
+        # Set on the instance, so that the loader stays the same otherwise (resources, source).
         loader.exec_module = exec_then_register  # type: ignore[method-assign]
         setattr(spec, _HOOKED, True)
         return spec
@@ -161,8 +158,8 @@ def _add_member(enum_cls: Any, name: str) -> Any:
     if enum_cls(name) is not member or member not in list(enum_cls) or enum_cls[name] is not member:
         _remove_member(enum_cls, member)
         raise RegistrationError(
-            f"could not extend PEFT's enum with {name!r}: this Python's enum works differently from those lorakit "
-            f"knows (3.11 to 3.14). Please report it with the version of Python."
+            f"lorakit could not add {name!r} to PEFT's enum: the enum module of this Python differs from those of 3.11 "
+            f"to 3.14. Please report this, with your version of Python."
         )
     return member
 

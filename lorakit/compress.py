@@ -26,12 +26,13 @@ from lorakit.adapters.write_lora import (
     plain_config,
     write_plain,
 )
-from lorakit.allocation import allocate, read_budget
+from lorakit.allocation.budget import read_budget
+from lorakit.allocation.rules import allocate
 from lorakit.errors import AdapterFileError, Finding
-from lorakit.naming.patterns import lookup, unmatched
+from lorakit.naming.patterns import lookup, unmatched_keys
 from lorakit.naming.roles import Role
 from lorakit.spectral import LowRank, energy_rank
-from lorakit.spectral.weighted import seen_by_inputs, truncate_weighted
+from lorakit.spectral.weighted import input_weighted, truncate_weighted
 
 if TYPE_CHECKING:
     from torch import nn
@@ -182,12 +183,12 @@ class _Inputs:
         return self._given is not None
 
     def seen(self, module: AdapterModule, update: LowRank) -> LowRank:
-        """ΔW C^½, as `lorakit.spectral.weighted.seen_by_inputs` has it."""
+        """ΔW C^½, as `lorakit.spectral.weighted.input_weighted` has it."""
         assert self._given is not None
         value = self._given[module.name]
         value = value.to(update.device) if isinstance(value, Tensor) else value
         try:
-            return seen_by_inputs(update, **{self._name: value})
+            return input_weighted(update, **{self._name: value})
         except (ValueError, TypeError) as error:
             raise type(error)(f"{module.name}: {error}") from None
 
@@ -252,7 +253,7 @@ def _given_ranks(modules: Sequence[AdapterModule], ranks: Ranks) -> dict[str, in
             re.compile(key)
         except (re.error, TypeError) as error:
             raise ValueError(f"`ranks` has the key {key!r}, which is no regular expression: {error}.") from None
-    stray = unmatched(ranks, [module.name for module in modules])
+    stray = unmatched_keys(ranks, [module.name for module in modules])
     if stray:
         raise ValueError(f"`ranks` has {stray[0]!r}, which matches no module; the first is {modules[0].name!r}.")
     kept = {module.name: lookup(ranks, module.name, module.rank) for module in modules}

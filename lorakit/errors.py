@@ -1,4 +1,4 @@
-"""Typed errors, each also one of the built-in types that people catch; and findings about an adapter."""
+"""Typed errors, each a subclass of the built-in error that people catch; and findings about an adapter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class RegistrationError(LorakitError, RuntimeError):
 
 
 class UnsupportedModelError(LorakitError, ValueError):
-    """A model, module or adapter of a kind that the operation does not cover."""
+    """The operation does not support this kind of model, module or adapter."""
 
 
 class CalibrationError(LorakitError, ValueError):
@@ -27,11 +27,11 @@ class DataError(LorakitError, ValueError):
 
 
 class SurgeryError(LorakitError, ValueError):
-    """An edit that cannot be made, or no longer be undone."""
+    """An edit that cannot be made, or that can no longer be undone."""
 
 
 class AllocationError(LorakitError, ValueError):
-    """Ranks that cannot be had for the budget, or scores that say nothing."""
+    """The budget is too small, or the scores or arguments of an allocation cannot be used."""
 
 
 class EvaluationError(LorakitError, ValueError):
@@ -43,18 +43,18 @@ class ExportError(LorakitError, ValueError):
 
 
 class AdapterFileError(LorakitError, ValueError):
-    """An adapter, or a model's checkpoint, on disk that cannot be read, or whose parts do not fit together."""
+    """An adapter or a checkpoint on disk cannot be read, or its parts do not fit together."""
 
 
 class MissingExtraError(LorakitError, ImportError):
-    """Something needs an optional dependency that is not installed."""
+    """An optional dependency is needed, but not installed."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something worth telling about an adapter; `code` is stable, `message` is for people.
+    """Something that a user should know about an adapter. `code` is stable; `message` is for people.
 
-    `module_name` is None for what concerns the whole adapter.
+    `module_name` is None if the finding concerns the whole adapter.
     """
 
     severity: Literal["error", "warning", "info"]

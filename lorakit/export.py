@@ -23,8 +23,8 @@ from lorakit.compress import truncate
 from lorakit.errors import ExportError
 from lorakit.naming.inits import changes_base_weights
 from lorakit.spectral import LowRank
-from lorakit.tuners._masked_layers import SpecLoRAOutProjection
-from lorakit.tuners._masked_variants import MaskInMerge
+from lorakit.tuners._layers import SpecLoRAOutProjection
+from lorakit.tuners._variants import MaskInMerge
 
 
 @dataclass(frozen=True)

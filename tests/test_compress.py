@@ -21,7 +21,7 @@ from lorakit.adapters.edit_log import write_edits
 from lorakit.compress import truncate
 from lorakit.errors import AdapterFileError, UnsupportedModelError
 from lorakit.spectral import LowRank
-from lorakit.spectral.weighted import seen_by_inputs, truncate_weighted
+from lorakit.spectral.weighted import input_weighted, truncate_weighted
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CONFIGS = {
@@ -278,7 +278,7 @@ def test_weighted_truncation_is_the_best_in_the_weighted_norm(seed, shape, sampl
     plain = np.linalg.norm((W - update.truncate(rank).dense().numpy()) @ L)
     scale = np.linalg.norm(W) * np.linalg.norm(L)
     for given_ in ({"activations": X}, {"second_moment": torch.from_numpy(C)}):
-        seen = seen_by_inputs(update, **given_)
+        seen = input_weighted(update, **given_)
         singular = np.linalg.svd(W @ L, compute_uv=False)[: len(seen.singular_values())]
         assert np.allclose(seen.singular_values()[: len(singular)].numpy(), singular, atol=1e-7 * scale)
         cut = truncate_weighted(update, seen, rank).dense().numpy()
@@ -292,13 +292,13 @@ def test_ranks_that_the_inputs_do_not_see_go_to_the_plain_best():
     torch.manual_seed(5)
     update = LowRank(torch.randn(8, 5).double(), torch.randn(5, 7).double())
     x = torch.randn(1, 7).double()
-    cut = truncate_weighted(update, seen_by_inputs(update, activations=x), 3)
+    cut = truncate_weighted(update, input_weighted(update, activations=x), 3)
     W, X = update.dense(), cut.dense()
     assert torch.allclose(X @ x[0], W @ x[0])
     u = (W @ x[0] / (W @ x[0]).norm()).numpy()
     rest = W.numpy() - np.outer(u, u) @ W.numpy()
     assert np.linalg.norm(W - X) == pytest.approx(optimal_error(rest, 2), rel=1e-6)
-    nothing = truncate_weighted(update, seen_by_inputs(update, second_moment=torch.zeros(7, 7)), 2)
+    nothing = truncate_weighted(update, input_weighted(update, second_moment=torch.zeros(7, 7)), 2)
     assert torch.allclose(nothing.dense(), update.truncate(2).dense())
 
 

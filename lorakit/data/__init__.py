@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lorakit import _lazy
+from lorakit._lazy import attach  # not `from lorakit import`, which waits for a thread that imports lorakit
 
 if TYPE_CHECKING:
     from lorakit.data._loader import DataReport as DataReport
@@ -13,4 +13,4 @@ if TYPE_CHECKING:
     from lorakit.data._loader import loader as loader
     from lorakit.data._tokenizer import tokenizer_for as tokenizer_for
 else:
-    __getattr__, __dir__, __all__ = _lazy.attach(__name__)
+    __getattr__, __dir__, __all__ = attach(__name__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lorakit import _lazy
+from lorakit._lazy import attach  # not `from lorakit import`, which waits for a thread that imports lorakit
 
 if TYPE_CHECKING:
     from lorakit.experiments._adapt_each_layer import LayerGain as LayerGain
@@ -20,4 +20,4 @@ if TYPE_CHECKING:
     from lorakit.experiments._rank_sweep import rank_sweep as rank_sweep
     from lorakit.experiments._record import SweepRun as SweepRun
 else:
-    __getattr__, __dir__, __all__ = _lazy.attach(__name__)
+    __getattr__, __dir__, __all__ = attach(__name__)

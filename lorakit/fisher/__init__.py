@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lorakit import _lazy
+from lorakit._lazy import attach  # not `from lorakit import`, which waits for a thread that imports lorakit
 
 if TYPE_CHECKING:
     from lorakit.fisher._probe import probe as probe
@@ -14,4 +14,4 @@ if TYPE_CHECKING:
     from lorakit.fisher._report import FisherRow as FisherRow
     from lorakit.fisher._report import Moments as Moments
 else:
-    __getattr__, __dir__, __all__ = _lazy.attach(__name__)
+    __getattr__, __dir__, __all__ = attach(__name__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lorakit import _lazy
+from lorakit._lazy import attach  # not `from lorakit import`, which waits for a thread that imports lorakit
 
 if TYPE_CHECKING:
     from lorakit.lens.diagnostics.conditions import conditions as conditions
@@ -52,4 +52,4 @@ if TYPE_CHECKING:
     from lorakit.lens.training.snapshot import snapshot as snapshot
     from lorakit.lens.training.trajectory import Trajectory as Trajectory
 else:
-    __getattr__, __dir__, __all__ = _lazy.attach(__name__)
+    __getattr__, __dir__, __all__ = attach(__name__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lorakit import _lazy
+from lorakit._lazy import attach  # not `from lorakit import`, which waits for a thread that imports lorakit
 
 if TYPE_CHECKING:
     from lorakit.naming.patterns import alpha_of as alpha_of
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lorakit.naming.patterns import lookup as lookup
     from lorakit.naming.patterns import targeted_modules as targeted_modules
     from lorakit.naming.patterns import targeted_parameters as targeted_parameters
-    from lorakit.naming.patterns import unmatched as unmatched
+    from lorakit.naming.patterns import unmatched_keys as unmatched_keys
     from lorakit.naming.roles import ROLES as ROLES
     from lorakit.naming.roles import Role as Role
     from lorakit.naming.roles import layer_of as layer_of
@@ -20,4 +20,4 @@ if TYPE_CHECKING:
     from lorakit.naming.roles import role_of as role_of
     from lorakit.naming.targets import default_targets as default_targets
 else:
-    __getattr__, __dir__, __all__ = _lazy.attach(__name__)
+    __getattr__, __dir__, __all__ = attach(__name__)

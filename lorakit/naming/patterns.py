@@ -1,4 +1,4 @@
-"""The modules that a config targets, and patterns (`rank_pattern` and the like) that give each of them its value."""
+"""The modules that a config targets, and the patterns (`rank_pattern` and the like) that give each one a value."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Container, Iterable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from lorakit.errors import UnsupportedModelError
+from lorakit.naming import _private
 from lorakit.naming.matching import PatternMatcher, compiled
 
 if TYPE_CHECKING:
@@ -23,29 +24,29 @@ V = TypeVar("V")
 def targeted_modules(
     tuner: BaseTuner, config: LoraConfig, model: nn.Module, state_dict: Mapping[str, Tensor] | None = None
 ) -> dict[str, nn.Module]:
-    """The modules of `model` that PEFT will adapt under `config`, by name; PEFT's own rules decide.
+    """The modules of `model` that PEFT adapts under `config`, by name. PEFT's own rules decide.
 
-    `config.target_modules` must be set. It is left as it is: PEFT treats tied weights by what was asked for, before it
-    expands "all-linear". With a `state_dict` the modules are those that it has entries of, whatever the config says.
-    Raises: UnsupportedModelError (a ValueError) for modules that PEFT forbids to LoRA in this model (Mamba's).
+    `config.target_modules` must be set; `config` is not changed. With a `state_dict`, the targets are the modules that
+    it has entries for, whatever the config says.
+    Raises: UnsupportedModelError (a ValueError) for modules that PEFT forbids LoRA on in this model (some of Mamba's).
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.peft_types import PeftType
 
-    config = copy.copy(config)
-    _maybe_include_all_linear_layers(config, model)
+    config = copy.copy(config)  # PEFT treats tied weights by the targets as given, so "all-linear" expands in a copy
+    _private.expand_all_linear(config, model)
     adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
     named = {name: module for name, module in model.named_modules() if name and not name.startswith(adapted)}
     if state_dict is None:
-        modules = {n: module for n, module in named.items() if tuner._check_target_module_exists(config, n)}
-    else:  # by the names without what torch.compile puts before them, as in PEFT
+        modules = {name: module for name, module in named.items() if _private.is_targeted(tuner, config, name)}
+    else:  # as in PEFT, by the names without torch.compile's prefix
         given = {key.rsplit(f".{tuner.prefix}", 1)[0].removeprefix("_orig_mod.") for key in state_dict}
         named = {name.removeprefix("_orig_mod."): module for name, module in named.items()}
         modules = {name: module for name, module in named.items() if name in given}
-    config.peft_type = PeftType.LORA  # PEFT's check goes by the type
+    config.peft_type = PeftType.LORA  # PEFT checks modules only for the types it knows
     for name in modules:
         try:
-            tuner._check_target_module_compatiblity(config, model, name.rpartition(".")[2])
+            _private.check_allowed(tuner, config, model, name.rpartition(".")[2])
         except ValueError as error:
             method = type(tuner).__name__.removesuffix("Model")
             raise UnsupportedModelError(f"{method} does not support {name!r}, as LoRA does not: {error}") from error
@@ -53,7 +54,7 @@ def targeted_modules(
 
 
 def targeted_parameters(config: LoraConfig, model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of `model` that PEFT will adapt under `config.target_parameters`, by PEFT's names for them."""
+    """The parameters of `model` that PEFT adapts under `config.target_parameters`, by the names PEFT uses."""
     targets = config.target_parameters or []
     named = {name.replace(".base_layer", ""): parameter for name, parameter in model.named_parameters()}
     return {
@@ -64,28 +65,40 @@ def targeted_parameters(config: LoraConfig, model: nn.Module) -> dict[str, nn.Pa
 
 
 def lookup(pattern: Mapping[str, V], module_name: str, default: V) -> V:
-    """The value of the first entry of `pattern` that matches, by the rule of PEFT's `get_pattern_key`.
+    """The value of the first entry of `pattern` whose key matches the module's name; `default` if none does.
 
-    Raises: re.error for a key that is no regular expression.
+    The rule is that of PEFT's `get_pattern_key`: a key is a regular expression for the end of the name.
+    Raises: re.error for a key that is not a regular expression.
+
+    Example:
+        >>> lookup({"q_proj": 4, r"layers\\.0\\..*": 8}, "model.layers.0.self_attn.v_proj", 16)
+        8
+        >>> lookup({"q_proj": 4}, "model.layers.0.self_attn.v_proj", 16)
+        16
     """
     first = next((key for key in pattern if compiled(key).match(module_name)), module_name)
     return pattern.get(first, default)
 
 
-def unmatched(pattern: Iterable[str], module_names: Iterable[str]) -> list[str]:
+def unmatched_keys(pattern: Iterable[str], module_names: Iterable[str]) -> list[str]:
     """The keys of `pattern` that match none of the modules."""
     return PatternMatcher(pattern).unmatched(list(module_names))
 
 
 def alpha_of(lora_alpha: float, rank: int, r: int, use_rslora: bool) -> float:
-    """The alpha that gives a module of rank `rank` the scaling that `lora_alpha` means at rank `r`."""
+    """The alpha that gives rank `rank` the same scaling that `lora_alpha` gives rank `r`.
+
+    Example:
+        >>> alpha_of(32, rank=4, r=16, use_rslora=False)
+        8
+    """
     alpha = lora_alpha * math.sqrt(rank / r) if use_rslora else lora_alpha * rank / r
     return int(alpha) if float(alpha).is_integer() else alpha
 
 
-def warn_of_unmatched(tuner: str, name: str, pattern: Mapping[str, V], module_names: Iterable[str]) -> None:
-    """Warn of the entries of `pattern` that match none of the modules."""
-    stray = unmatched(pattern, module_names)
+def warn_unmatched(tuner: str, name: str, pattern: Mapping[str, V], module_names: Iterable[str]) -> None:
+    """Warn about the entries of `pattern`, the config field `name`, that match none of the modules."""
+    stray = unmatched_keys(pattern, module_names)
     if stray:
         warnings.warn(
             f"{tuner}: the following {name} keys did not match any targeted module and were ignored: {stray}.",
@@ -95,11 +108,17 @@ def warn_of_unmatched(tuner: str, name: str, pattern: Mapping[str, V], module_na
 
 
 def compact_pattern(values: Mapping[str, V], implied: Container[str]) -> dict[str, V]:
-    """The shortest pattern that gives every module of `values` its value, in whatever order its entries are read.
+    """A short pattern that gives every module of `values` its value, in whatever order its entries are read.
 
-    The modules in `implied` have their values without an entry. PEFT writes patterns to JSON with sorted keys and takes
-    the first that matches, so no two entries may disagree on a module: there is one for a last name component where all
-    modules of that name agree, and full names elsewhere.
+    Modules in `implied` get their value without an entry. PEFT writes patterns to JSON with sorted keys and takes the
+    first match, so no two entries may disagree about a module: modules of one last name component share an entry if
+    they all agree, and have entries by their full names otherwise.
+
+    Example:
+        >>> names = [f"layers.{i}.{name}" for i in range(2) for name in ("q_proj", "v_proj")]
+        >>> ranks = {name: 4 if name.endswith("q_proj") else 16 for name in names}
+        >>> compact_pattern(ranks, implied={name for name in names if ranks[name] == 16})
+        {'q_proj': 4}
     """
     by_leaf: dict[str, dict[str, V]] = {}
     for name, value in values.items():
@@ -113,7 +132,7 @@ def compact_pattern(values: Mapping[str, V], implied: Container[str]) -> dict[st
             shared[re.escape(leaf)] = first
         else:
             single |= needed
-    for dot in (".", r"\."):  # a plain dot reads better, but matches any character
+    for dot in (".", r"\."):  # an unescaped dot reads better, but matches any character
         full = {"^" + dot.join(map(re.escape, name.split("."))): value for name, value in single.items()}
         pattern = shared | full
         matcher = PatternMatcher(sorted(pattern))

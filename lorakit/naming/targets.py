@@ -1,21 +1,24 @@
-"""The modules that an adapter targets when its config names none."""
+"""The modules that FisherLoRA and the Fisher probe target by default."""
 
 from __future__ import annotations
 
 import warnings
-
-from torch import nn
-from transformers.pytorch_utils import Conv1D
+from typing import TYPE_CHECKING
 
 from lorakit.errors import UnsupportedModelError
 from lorakit.naming.roles import role_of
 
+if TYPE_CHECKING:
+    from torch import nn
+
 
 def default_targets(model: nn.Module) -> set[str]:
-    """The last name components of the model's query and value projections.
+    """The last name components of the model's query and value projections, such as {"q_proj", "v_proj"}.
 
-    Raises: UnsupportedModelError (a ValueError) where there are none, or where they are fused with others.
+    Raises: UnsupportedModelError (a ValueError) if the model has none, or only fused ones.
     """
+    from transformers.pytorch_utils import Conv1D
+
     roles = {
         name: role_of(name)
         for name, module in model.named_modules()
@@ -27,19 +30,19 @@ def default_targets(model: nn.Module) -> set[str]:
     if by_role["query"] and by_role["value"]:
         if fused:
             warnings.warn(
-                f"FisherLoRA: `target_modules` was not given; {sorted(targets)} are adapted, but {fused[0]!r} and "
-                f"{len(fused) - 1} more modules, which fuse query, key and value, are not.",
+                f"FisherLoRA: `target_modules` was not given, so {sorted(targets)} are adapted, but {fused[0]!r} and "
+                f"{len(fused) - 1} more modules that fuse query, key and value are not.",
                 stacklevel=2,
             )
         return targets
     if fused:
         raise UnsupportedModelError(
             f"FisherLoRA gives query and value projections different ranks, but this model fuses them: {fused[0]!r} "
-            f"(and {len(fused) - 1} more) computes all three in one matrix. Please specify `target_modules`, "
-            f"for instance target_modules=[{fused[0].rpartition('.')[2]!r}], which then takes rank `r`."
+            f"(and {len(fused) - 1} more) computes query, key and value in one matrix. Give `target_modules`, for "
+            f"instance target_modules=[{fused[0].rpartition('.')[2]!r}], which then has rank `r`."
         )
     linear = sorted({name.rpartition(".")[2] for name in roles})
     raise UnsupportedModelError(
-        f"FisherLoRA found no query and value projections by name in {type(model).__name__}. Please specify "
-        f"`target_modules`; its linear modules are named {linear}."
+        f"FisherLoRA found no query and value projections by name in {type(model).__name__}. Give `target_modules`; "
+        f"the model's linear modules are named {linear}."
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lorakit import _lazy
+from lorakit._lazy import attach  # not `from lorakit import`, which waits for a thread that imports lorakit
 
 if TYPE_CHECKING:
     from lorakit.serving._check import ServedModule as ServedModule
@@ -22,4 +22,4 @@ if TYPE_CHECKING:
     from lorakit.serving._profiles import ServerProfile as ServerProfile
     from lorakit.serving._profiles import vllm_max_lora_rank as vllm_max_lora_rank
 else:
-    __getattr__, __dir__, __all__ = _lazy.attach(__name__)
+    __getattr__, __dir__, __all__ = attach(__name__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lorakit import _lazy
+from lorakit._lazy import attach  # not `from lorakit import`, which waits for a thread that imports lorakit
 
 if TYPE_CHECKING:
     from lorakit.spectral.lowrank import SVD as SVD
@@ -40,4 +40,4 @@ if TYPE_CHECKING:
     from lorakit.spectral.subspace import topk_overlap as topk_overlap
     from lorakit.spectral.subspace import update_cosine as update_cosine
 else:
-    __getattr__, __dir__, __all__ = _lazy.attach(__name__)
+    __getattr__, __dir__, __all__ = attach(__name__)

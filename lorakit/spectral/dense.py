@@ -1,4 +1,4 @@
-"""The best low-rank factors of a dense matrix."""
+"""The best low-rank approximation of a dense matrix."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ if TYPE_CHECKING:
 
 
 def leading(matrix: Float[Tensor, "d_out d_in"]) -> tuple[Tensor, Tensor, bool]:
-    """Singular values (descending) and vectors of the shorter side, by the eigenvectors of its Gram matrix in float64.
+    """Singular values, and the singular vectors of the shorter side, from the Gram matrix of that side in float64.
 
-    Returns S (m,), V (m, m) with m = min(d_out, d_in), and whether V is of the rows (d_out <= d_in). Singular values
-    are within 1e-8 · σ_max; several times as fast as an SVD.
+    Returns S (m,), descending, and V (m, m), with m = min(d_out, d_in); and whether V holds left singular vectors
+    (d_out <= d_in). S is within 1e-8 · σ_max. Several times as fast as an SVD.
+
+    Example:
+        >>> S, V, left = leading(torch.diag(torch.tensor([1.0, 3.0, 2.0]))[:2])
+        >>> S.tolist(), left
+        ([3.0, 1.0], True)
     """
     left = matrix.shape[0] <= matrix.shape[1]
     wide = (matrix if left else matrix.mT).double()
@@ -26,9 +31,10 @@ def leading(matrix: Float[Tensor, "d_out d_in"]) -> tuple[Tensor, Tensor, bool]:
 
 
 def factored(matrix: Float[Tensor, "d_out d_in"], vectors: Tensor, left: bool, rank: int) -> LowRank:
-    """The best approximation of rank `rank`, with balanced factors in float32 or better, from what `leading` gave.
+    """The best approximation of rank `rank` to `matrix`, from the `vectors` and `left` that `leading` returned.
 
-    It is the projection on the leading vectors, so its error is optimal to second order in theirs: to 1e-12 of ‖M‖_F².
+    It projects on the leading vectors, so its squared error exceeds the optimum by 1e-12 · ‖M‖_F² at most. The factors
+    are balanced, in float32 or better.
     """
     V, M = vectors[:, :rank], matrix.double()
     cut = LowRank(V, V.mT @ M) if left else LowRank(M @ V, V.mT)

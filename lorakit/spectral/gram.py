@@ -1,4 +1,4 @@
-"""The spectrum of an update from the Gram matrices of its factors alone, for factors that nobody holds whole."""
+"""The spectrum of an update from its factors' Gram matrices, for factors that are sharded over processes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 __all__ = ["GramSVD", "svd_from_grams"]
 
-_CUTOFF = 1e-7  # of σ_max: components below are rounding, and have no directions
+_CUTOFF = 1e-7  # of σ_max: smaller components are rounding, and their directions mean nothing
 
 
 class GramSVD(NamedTuple):
-    """S (*batch, r), descending; and X, Y (*batch, r, r) such that U = B X and V = Aᵀ Y are the singular vectors.
+    """Singular values S (*batch, r), descending, and X, Y (*batch, r, r) with U = B X and V = Aᵀ Y.
 
-    Columns of X and Y that belong to singular values below 1e-7 · σ_max are 0.
+    The columns of X and Y for singular values below 1e-7 · σ_max are 0.
     """
 
     S: Float[Tensor, "*batch r"]
@@ -32,12 +32,17 @@ class GramSVD(NamedTuple):
 def svd_from_grams(
     gram_B: Float[Tensor, "*batch r r"], gram_A: Float[Tensor, "*batch r r"], scaling: float | Tensor = 1.0
 ) -> GramSVD:
-    """Singular values of ΔW = scaling · B A, scaling included, from BᵀB and A Aᵀ; and its vectors in terms of B and A.
+    """The SVD of ΔW = scaling · B A from gram_B = BᵀB and gram_A = A Aᵀ, with vectors in terms of B and A.
 
-    In float64 throughout, without a branch: with Gram matrices computed in float64 singular values are within
-    1e-7 · σ_max, which is enough to look at, and less than `LowRank.singular_values` gives where B and A are at hand. A
-    tensor `scaling` has the batch's shape. Zero updates give zeros; so do Gram matrices that are not finite in X and Y,
-    with NaN in S.
+    Shapes: gram_B and gram_A (*batch, r, r); a tensor `scaling` has the batch's shape. Float64 throughout, without a
+    branch on the data. From float64 Gram matrices, singular values are within 1e-7 · σ_max; use
+    `LowRank.singular_values` for more accuracy where B and A are at hand. A zero update gives zeros. Gram matrices that
+    are not finite give NaN in S and zeros in X and Y.
+
+    Example:
+        >>> B, A = torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.eye(2)
+        >>> svd_from_grams(B.T @ B, A @ A.T, scaling=2.0).S
+        tensor([6.0000, 2.0000], dtype=torch.float64)
     """
     finite = gram_B.isfinite().all(-1).all(-1) & gram_A.isfinite().all(-1).all(-1)
     grams = (torch.where(finite[..., None, None], gram, 0.0).double() for gram in (gram_B, gram_A))

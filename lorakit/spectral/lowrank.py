@@ -1,7 +1,7 @@
-"""Linear algebra of a low-rank update ΔW = scaling · B A, from its factors: ΔW itself is never formed.
+"""Linear algebra of a low-rank update ΔW = scaling · B A, from its factors. ΔW itself is never formed.
 
-Everything is batched over leading dimensions. On the CPU the singular values come from r × r Gram matrices where
-these are accurate enough; elsewhere from QR, without a branch, so that nothing waits for the device.
+Everything is batched over leading dimensions. On the CPU, singular values come from r × r Gram matrices where these are
+accurate enough. On other devices they come from QR, without a branch, so that nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -44,15 +44,24 @@ def _broadcast(*shapes: torch.Size) -> torch.Size:
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """The update ΔW = scaling · B A of one module, or of a batch of modules of one shape.
+    """The update ΔW = scaling · B A of one module, or of a batch of modules of the same shape.
 
-    Shapes: B (*batch, d_out, r), A (*batch, r, d_in); `scaling` is a number, or a tensor of shape `*batch` for modules
-    that differ in it. r = 0 and empty batches are allowed, r may exceed d_out and d_in.
-    Results are float64 for float64 factors and float32 otherwise; the arithmetic between is float64.
-    Non-finite factors raise ValueError from the decompositions on the CPU; on an accelerator, where looking would make
-    the host wait, they give what torch gives.
-    Raises: TypeError for anything but real floating-point tensors of one dtype; ValueError for shapes or devices that
-    do not belong together, or a scaling that is not finite.
+    Shapes: B (*batch, d_out, r), A (*batch, r, d_in). `scaling` is a number, or a tensor of shape `*batch` if modules
+    differ in it. r = 0 and empty batches are allowed, and r may exceed d_out and d_in.
+    Results are float64 for float64 factors and float32 otherwise; the arithmetic in between is float64.
+    Decompositions of non-finite factors raise ValueError on the CPU. On an accelerator, where the check would make the
+    host wait, they return what torch returns.
+    Raises: TypeError unless both factors are real floating-point tensors of the same dtype; ValueError if shapes or
+    devices do not match, or the scaling is not finite.
+
+    Example:
+        >>> update = LowRank(B=torch.eye(3)[:, :2], A=torch.tensor([[3.0, 0.0], [0.0, 1.0]]), scaling=2.0)
+        >>> update.shape, update.rank, update.singular_values()
+        (torch.Size([3, 2]), 2, tensor([6., 2.]))
+        >>> update.truncate(1).dense()
+        tensor([[6., 0.],
+                [0., 0.],
+                [0., 0.]])
     """
 
     B: Float[Tensor, "*batch d_out r"]
@@ -102,9 +111,9 @@ class LowRank:
     ) -> LowRank:
         """Balanced factors of U diag(S) Vh: B = U √(S / scaling), A = √(S / scaling) Vh.
 
-        Signs of `scaling` and `S` go into B. Where `scaling` is 0, or S is, the factors are 0. Half precision is
-        computed in, and returned as, float32. √S has no derivative at 0.
-        Raises: ValueError or TypeError as the class does.
+        The signs of `scaling` and `S` go into B. The factors are 0 where `scaling` or S is 0. Half precision is
+        computed and returned in float32. √S has no derivative at 0.
+        Raises: ValueError or TypeError, as the class does.
         """
         for name, part in (("U", U), ("S", S), ("Vh", Vh)):
             _check_floating(part, name)
@@ -123,14 +132,14 @@ class LowRank:
 
     @classmethod
     def sum(cls, items: Iterable[LowRank], rank: int | None = None) -> LowRank:
-        """Σ ΔW of the items: exact, or the best approximation of rank `rank`.
+        """Σ ΔW of the items: exact, or with `rank` its best approximation of that rank.
 
-        The factors are concatenated; where their common rank exceeds min(d_out, d_in) they are re-compressed to it,
-        which loses nothing. Raises: ValueError if there is no item or the shapes differ.
+        The factors are concatenated. If the sum of their ranks exceeds min(d_out, d_in), they are compressed to that
+        rank, which loses nothing. Raises: ValueError if there is no item or the shapes differ.
         """
         items = list(items)
         if not items:
-            raise ValueError("`items` must have at least one LowRank; got none. There is no zero of unknown shape.")
+            raise ValueError("`items` must have at least one LowRank, which gives the shape; got none.")
         total = items[0].add(*items[1:])
         if rank is not None:
             return total.truncate(rank)
@@ -144,12 +153,12 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """The stored dimension r; the rank of ΔW may be lower, see `numerical_rank`."""
+        """The dimension r of the factors. The rank of ΔW may be lower, see `numerical_rank`."""
         return self.B.shape[-1]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Data type of the factors; results may be wider."""
+        """Dtype of the factors; results may be wider."""
         return self.B.dtype
 
     @property
@@ -162,7 +171,7 @@ class LowRank:
         return LowRank(self.B.to(device=device, dtype=dtype), self.A.to(device=device, dtype=dtype), scaling)
 
     def dense(self) -> Float[Tensor, "*batch d_out d_in"]:
-        """ΔW itself, of d_out · d_in entries a module: for small shapes and for writing merged weights."""
+        """ΔW itself, with d_out · d_in entries per module: for small shapes, and to write merged weights."""
         dtype = widened(self.dtype)
         product = self.B.to(dtype) @ self.A.to(dtype)
         scaling = self.scaling
@@ -171,10 +180,10 @@ class LowRank:
     def singular_values(self) -> Float[Tensor, "*batch m"]:
         """The m = min(r, d_out, d_in) singular values of ΔW, descending.
 
-        Each is within 1e-6 · σ_max for float32 and half factors, 1e-12 · σ_max for float64 ones, while what cancels
-        between B and A leaves σ_max well above the rounding of the arithmetic, 1e-16 ‖B‖ ‖A‖.
-        Gradients, with respect to B, A and a tensor `scaling`, are the derivatives u_kᵀ dΔW v_k: they exist where σ_k
-        is positive and distinct; elsewhere they are finite, and belong to one of the choices of u_k and v_k. No second
+        Each is within 1e-6 · σ_max for float32 and half factors, and within 1e-12 · σ_max for float64 factors, as long
+        as σ_max stays well above the rounding of the arithmetic, 1e-16 ‖B‖ ‖A‖ (B and A may cancel).
+        Gradients with respect to B, A and a tensor `scaling` are u_kᵀ dΔW v_k. They are the derivatives where σ_k is
+        positive and distinct; elsewhere they are finite and depend on the choice of u_k and v_k. There are no second
         derivatives.
         Raises: ValueError for non-finite factors on the CPU.
         """
@@ -184,11 +193,11 @@ class LowRank:
         return sigma.to(widened(self.dtype))
 
     def svd(self) -> SVD:
-        """Thin SVD of ΔW, scaling included; U and Vh have orthonormal columns and rows, whatever the rank.
+        """Thin SVD of ΔW, scaling included. U has orthonormal columns and Vh orthonormal rows, for any rank.
 
-        Shapes: U (*batch, d_out, m), S (*batch, m), Vh (*batch, m, d_in), m = min(r, d_out, d_in). A negative scaling
-        goes into U. Gradients are torch's own, of QR and SVD: they need linearly independent columns of B and rows of
-        A and distinct positive S, and are not finite elsewhere.
+        Shapes: U (*batch, d_out, m), S (*batch, m), Vh (*batch, m, d_in), m = min(r, d_out, d_in). The sign of a
+        negative scaling goes into U. Gradients are torch's own, of QR and SVD: they need linearly independent columns
+        of B and rows of A, and distinct positive S. Elsewhere they are not finite.
         Raises: ValueError for non-finite factors on the CPU.
         """
         dtype = widened(self.dtype)
@@ -209,10 +218,10 @@ class LowRank:
         return scaling.double().abs()[..., None] if isinstance(scaling, Tensor) else abs(scaling)
 
     def truncate(self, rank: int) -> LowRank:
-        """Best approximation of ΔW of rank `rank`, in the Frobenius and the spectral norm, with balanced factors.
+        """The best approximation of ΔW of rank `rank`, in Frobenius and spectral norm, with balanced factors.
 
-        A `rank` above min(r, d_out, d_in) keeps everything that there is. Scaling is kept; half precision becomes
-        float32. Raises: ValueError for a negative rank, TypeError for one that is not an integer.
+        A `rank` above min(r, d_out, d_in) keeps everything. The scaling is kept, and half precision becomes float32.
+        Raises: ValueError for a negative rank, TypeError for one that is not an integer.
         References: Eckart & Young, Psychometrika 1936.
         """
         if isinstance(rank, bool) or not isinstance(rank, int):
@@ -226,8 +235,8 @@ class LowRank:
     def numerical_rank(self, rtol: float | None = None) -> Int[Tensor, "*batch"]:
         """How many singular values exceed `rtol` · σ_max and the rounding of the arithmetic; 0 for ΔW = 0.
 
-        `rtol` is r times the spacing of the result's dtype unless given. The rounding is that of a product of B and A,
-        so an update that cancels entirely has rank 0.
+        The default `rtol` is r times the machine epsilon of the result's dtype. The rounding is that of the product
+        B A, so an update that cancels entirely has rank 0.
         """
         if rtol is None:
             rtol = torch.finfo(widened(self.dtype)).eps * self.rank
@@ -246,7 +255,7 @@ class LowRank:
     def compress(self, rtol: float | None = None) -> LowRank:
         """The same update without its numerically zero part: r becomes the numerical rank, the largest in a batch.
 
-        The result's shape depends on the data, so this, alone in the package, waits for the device.
+        The result's shape depends on the data, so this waits for the device.
         """
         ranks = self.numerical_rank(rtol)
         return self.truncate(int(ranks.max()) if ranks.numel() else 0)
@@ -269,7 +278,7 @@ class LowRank:
     def inner(self, other: LowRank) -> Float[Tensor, "*batch"]:
         """Frobenius inner product ⟨ΔW_a, ΔW_b⟩ = scaling_a scaling_b Σ (B_aᵀ B_b) ∘ (A_a A_bᵀ), accumulated in float64.
 
-        Ranks and dtypes may differ, batches broadcast.
+        Ranks and dtypes may differ, and batches broadcast.
         Raises: ValueError if d_out, d_in or the devices differ, or the batches do not broadcast.
         """
         self._check_match(other)
@@ -297,10 +306,10 @@ class LowRank:
         return LowRank(unit.B / torch.where(norm == 0, 1.0, norm), unit.A.double())
 
     def add(self, *others: LowRank) -> LowRank:
-        """ΔW + Σ ΔW_others by concatenating factors: ranks add up, batches broadcast.
+        """ΔW + Σ ΔW_others, by concatenating the factors: ranks add up, and batches broadcast.
 
-        Exact where the scalings agree; elsewhere they are folded into B, in float32 or better: one rounding.
-        Raises: TypeError if one is no LowRank; ValueError as `inner`.
+        Exact if the scalings agree. Otherwise they are folded into B, in float32 or better, with one rounding.
+        Raises: TypeError if an argument is not a LowRank; ValueError as `inner`.
         """
         for other in others:
             self._check_match(other)

@@ -1,9 +1,9 @@
-"""Scalar summaries of spectra: functions of singular values, over the last dimension, and the costs of a rank.
+"""Summaries of spectra, and the costs of a rank.
 
-Throughout: half precision is computed in float32; the zero spectrum is defined; nothing but `truncation_error`,
-`spectral_truncation_error`, `loss_gap_bound` and the costs changes when ΔW is rescaled; singular values may come in any
-order. Non-finite entries give NaN or a meaningless rank: whoever reads files checks first, so that nothing here waits
-for the device.
+The functions of spectra take singular values (*batch, r) in any order and reduce the last dimension. Half precision is
+computed in float32, other dtypes in their own. Every function is defined for the zero spectrum. When ΔW is rescaled,
+only `truncation_error`, `spectral_truncation_error` and `loss_gap_bound` change. Non-finite entries give NaN or a
+meaningless rank: check data from files first, since nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _checked(singular_values: Tensor) -> Tensor:
 
 
 def _by_peak(singular_values: Tensor) -> tuple[Tensor, Tensor]:
-    """The spectrum over its largest entry, before squares and sums that may overflow; and whether it is zero."""
+    """The spectrum divided by its largest entry, so that squares and sums cannot overflow; and whether it is zero."""
     s = _checked(singular_values)
     peak = s.amax(-1, keepdim=True)
     zero = peak == 0
@@ -73,10 +73,12 @@ def _checked_rank(rank: int, name: str = "rank", least: int = 0) -> int:
 def effective_rank(singular_values: Float[Tensor, "*batch r"]) -> Float[Tensor, "*batch"]:
     """Exponential of the spectrum's entropy: in [1, r], and 0 for an all-zero spectrum.
 
-    Any order; dimensionless; half precision is computed in float32. Non-finite entries give NaN:
-    whoever reads files checks first, so that nothing here waits for the device.
     Raises: ValueError if the last dimension is absent or empty.
     References: Roy & Vetterli, "The effective rank", EUSIPCO 2007.
+
+    Example:
+        >>> effective_rank(torch.tensor([[2.0, 2.0, 2.0], [5.0, 0.0, 0.0]]))
+        tensor([3., 1.])
     """
     s, zero = _by_peak(singular_values)
     p = s / torch.where(zero[..., None], 1, s.sum(-1, keepdim=True))
@@ -86,8 +88,12 @@ def effective_rank(singular_values: Float[Tensor, "*batch r"]) -> Float[Tensor, 
 def spectral_entropy(singular_values: Float[Tensor, "*batch r"]) -> Float[Tensor, "*batch"]:
     """Entropy −Σ p ln p of p = σ / Σσ, in nats: in [0, ln r], and 0 for an all-zero spectrum.
 
-    The logarithm of the effective rank. No derivative where a singular value is 0.
+    The logarithm of the effective rank. It has no derivative where a singular value is 0.
     Raises: ValueError if the last dimension is absent or empty.
+
+    Example:
+        >>> spectral_entropy(torch.tensor([1.0, 1.0])).exp()
+        tensor(2.)
     """
     s, zero = _by_peak(singular_values)
     p = s / torch.where(zero[..., None], 1, s.sum(-1, keepdim=True))
@@ -98,11 +104,15 @@ def spectral_entropy(singular_values: Float[Tensor, "*batch r"]) -> Float[Tensor
 def capacity_utilization(
     singular_values: Float[Tensor, "*batch r"], rank: int | None = None
 ) -> Float[Tensor, "*batch"]:
-    """Effective rank over `rank`, by default the number of singular values: in [0, 1].
+    """Effective rank divided by `rank`, by default the number of singular values: in [0, 1].
 
-    Give `rank` where r exceeds min(d_out, d_in), so that there are fewer singular values.
-    Raises: ValueError if the last dimension is absent or empty, or `rank` is below 1.
+    Give `rank` if it exceeds min(d_out, d_in), because there are fewer singular values then.
+    Raises: ValueError if the last dimension is absent or empty, or `rank` is below 1; TypeError if it is no integer.
     References: LoRA-Lens, capacity utilization CU = r̂ / r.
+
+    Example:
+        >>> capacity_utilization(torch.tensor([1.0, 1.0]), rank=8)
+        tensor(0.2500)
     """
     r = singular_values.shape[-1] if rank is None and singular_values.ndim else rank
     return effective_rank(singular_values) / _checked_rank(1 if r is None else r, least=1)
@@ -113,24 +123,36 @@ def stable_rank(singular_values: Float[Tensor, "*batch r"]) -> Float[Tensor, "*b
 
     Raises: ValueError if the last dimension is absent or empty.
     References: Rudelson & Vershynin, "Sampling from large matrices", J. ACM 2007.
+
+    Example:
+        >>> stable_rank(torch.tensor([2.0, 1.0]))
+        tensor(1.2500)
     """
     s, _ = _by_peak(singular_values)
     return s.square().sum(-1)
 
 
 def utilization(singular_values: Float[Tensor, "*batch r"], rank: int | None = None) -> Float[Tensor, "*batch"]:
-    """Stable rank over `rank`, by default the number of singular values: in [0, 1].
+    """Stable rank divided by `rank`, by default the number of singular values: in [0, 1].
 
-    Raises: ValueError if the last dimension is absent or empty, or `rank` is below 1.
+    Raises: ValueError if the last dimension is absent or empty, or `rank` is below 1; TypeError if it is no integer.
+
+    Example:
+        >>> utilization(torch.tensor([2.0, 1.0]))
+        tensor(0.6250)
     """
     r = singular_values.shape[-1] if rank is None and singular_values.ndim else rank
     return stable_rank(singular_values) / _checked_rank(1 if r is None else r, least=1)
 
 
 def energy_curve(singular_values: Float[Tensor, "*batch r"]) -> Float[Tensor, "*batch r"]:
-    """C(k) = Σ_{i<=k} σ² / Σ σ² for k = 1 … r, σ taken in descending order: rises to 1; 0 for an all-zero spectrum.
+    """C(k) = Σ_{i<=k} σ_i² / Σ σ² for k = 1 … r, σ descending: rises to 1; 0 for an all-zero spectrum.
 
     Raises: ValueError if the last dimension is absent or empty.
+
+    Example:
+        >>> energy_curve(torch.tensor([2.0, 1.0]))
+        tensor([0.8000, 1.0000])
     """
     s, zero = _by_peak(singular_values)
     partial = s.sort(-1, descending=True).values.double().square().cumsum(-1)
@@ -140,11 +162,15 @@ def energy_curve(singular_values: Float[Tensor, "*batch r"]) -> Float[Tensor, "*
 
 @torch.no_grad()
 def energy_rank(singular_values: Float[Tensor, "*batch r"], threshold: float) -> Int[Tensor, "*batch"]:
-    """k@q: the smallest k with Σ_{i<=k} σ² >= q Σσ², q = `threshold`; 0 for an all-zero spectrum.
+    """k@q, the smallest k with Σ_{i<=k} σ_i² >= q Σσ², where q is `threshold`; 0 for an all-zero spectrum.
 
-    In float64, with a slack of its rounding, so that it never counts a zero, and q = 1 asks for no more than what
-    squares in float64 can show.
+    Computed in float64, with a slack of its rounding: zeros are never counted, and q = 1 does not count singular values
+    whose squares vanish in float64.
     Raises: ValueError if the last dimension is absent or empty, or `threshold` is not in (0, 1].
+
+    Example:
+        >>> energy_rank(torch.tensor([2.0, 1.0, 0.1]), 0.9)
+        tensor(2)
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"`threshold` must be a share of the energy in (0, 1]; got {threshold}.")
@@ -157,10 +183,14 @@ def energy_rank(singular_values: Float[Tensor, "*batch r"], threshold: float) ->
 
 
 def truncation_error(singular_values: Float[Tensor, "*batch r"], rank: int) -> Float[Tensor, "*batch"]:
-    """Σ_{i>rank} σ²: the squared Frobenius norm of what the best approximation of rank `rank` leaves out.
+    """Σ_{i>rank} σ_i²: the squared Frobenius error of the best approximation of rank `rank`.
 
-    Raises: ValueError if the last dimension is absent or empty, or `rank` is negative.
+    Raises: ValueError if the last dimension is absent or empty, or `rank` is negative; TypeError if it is no integer.
     References: Eckart & Young, Psychometrika 1936.
+
+    Example:
+        >>> truncation_error(torch.tensor([3.0, 2.0, 1.0]), 1)
+        tensor(5.)
     """
     s = _checked(singular_values)
     tail = s.sort(-1, descending=True).values[..., _checked_rank(rank) :]
@@ -168,19 +198,28 @@ def truncation_error(singular_values: Float[Tensor, "*batch r"], rank: int) -> F
 
 
 def spectral_truncation_error(singular_values: Float[Tensor, "*batch r"], rank: int) -> Float[Tensor, "*batch"]:
-    """σ_{rank+1}: the spectral norm of what the best approximation of rank `rank` leaves out; 0 past the end.
+    """σ_{rank+1}: the spectral error of the best approximation of rank `rank`; 0 if there is no such σ.
 
-    Raises: ValueError if the last dimension is absent or empty, or `rank` is negative.
+    Raises: ValueError if the last dimension is absent or empty, or `rank` is negative; TypeError if it is no integer.
+    References: Eckart & Young, Psychometrika 1936.
+
+    Example:
+        >>> spectral_truncation_error(torch.tensor([3.0, 2.0, 1.0]), 1)
+        tensor(2.)
     """
     s = _checked(singular_values).sort(-1, descending=True).values
     return s[..., rank] if _checked_rank(rank) < s.shape[-1] else torch.zeros_like(s[..., 0])
 
 
 def loss_gap_bound(singular_values: Float[Tensor, "*batch r"], rank: int, smoothness: float) -> Float[Tensor, "*batch"]:
-    """(L/2) Σ_{i>rank} σ²: how much the loss can rise by truncating a stationary ΔW*, for an L-smooth loss.
+    """(L/2) Σ_{i>rank} σ_i²: how much an L-smooth loss can rise if ΔW, at a stationary point, is truncated.
 
-    Raises: ValueError if the last dimension is absent or empty, `rank` is negative, or `smoothness` negative or not
-    finite.
+    `smoothness` is L. Raises: ValueError if the last dimension is absent or empty, `rank` is negative, or `smoothness`
+    is negative or not finite.
+
+    Example:
+        >>> loss_gap_bound(torch.tensor([3.0, 2.0, 1.0]), rank=1, smoothness=0.2)
+        tensor(0.5000)
     """
     if not 0 <= smoothness < math.inf:
         raise ValueError(f"`smoothness` must be finite and not negative; got {smoothness}.")
@@ -191,11 +230,15 @@ def loss_gap_bound(singular_values: Float[Tensor, "*batch r"], rank: int, smooth
 def knee(singular_values: Float[Tensor, "*batch r"]) -> Int[Tensor, "*batch"]:
     """How many singular values come before the spectrum's bend: k in [1, r], and 0 for an all-zero spectrum.
 
-    The descending spectrum is normalised to run from (0, 1) to (1, 0); the bend is the point farthest below the chord
-    between its ends, and what comes before it counts. A spectrum with no point below the chord (flat, straight, convex
-    upward, or r < 3) has no bend: all its nonzero singular values count.
+    The descending spectrum is scaled to run from (0, 1) to (1, 0). The bend is the point farthest below the chord
+    between these ends. A spectrum without a point below the chord (flat, straight, bulging upwards, or r < 3) has no
+    bend, and all its nonzero singular values count.
     Raises: ValueError if the last dimension is absent or empty.
     References: Satopää et al., "Finding a kneedle in a haystack", ICDCSW 2011.
+
+    Example:
+        >>> knee(torch.tensor([10.0, 9.0, 1.0, 0.5, 0.0]))
+        tensor(2)
     """
     s, zero = _by_peak(singular_values)
     s = s.double().sort(-1, descending=True).values
@@ -210,9 +253,13 @@ def knee(singular_values: Float[Tensor, "*batch r"]) -> Int[Tensor, "*batch"]:
 
 
 def dominance(frobenius_norms: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-    """Share of each ‖ΔW‖_F in their sum; all 0 where all are 0.
+    """Each ‖ΔW‖_F divided by their sum; all 0 if all norms are 0.
 
     Raises: ValueError if the last dimension is absent or empty.
+
+    Example:
+        >>> dominance(torch.tensor([3.0, 1.0]))
+        tensor([0.7500, 0.2500])
     """
     if frobenius_norms.ndim == 0 or frobenius_norms.shape[-1] == 0:
         raise ValueError(f"`frobenius_norms` must have at least one entry; got shape {tuple(frobenius_norms.shape)}.")
@@ -221,7 +268,12 @@ def dominance(frobenius_norms: Float[Tensor, "*batch n"]) -> Float[Tensor, "*bat
 
 
 def imbalance_ratio(sigma_a: Float[Tensor, "*batch"], sigma_b: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
-    """The larger over the smaller of two largest singular values: at least 1; inf if one is 0, 1 if both are."""
+    """The larger of two largest singular values divided by the smaller: at least 1; inf if one is 0, 1 if both are.
+
+    Example:
+        >>> imbalance_ratio(torch.tensor(2.0), torch.tensor(6.0))
+        tensor(3.)
+    """
     dtype = torch.promote_types(torch.promote_types(sigma_a.dtype, sigma_b.dtype), torch.float32)
     a, b = sigma_a.to(dtype), sigma_b.to(dtype)
     high, low = torch.maximum(a, b), torch.minimum(a, b)
@@ -230,7 +282,7 @@ def imbalance_ratio(sigma_a: Float[Tensor, "*batch"], sigma_b: Float[Tensor, "*b
 
 @dataclass(frozen=True)
 class ScalingLaw:
-    """effective rank = a · rank^beta, with the share of (logarithmic) variance that it explains."""
+    """effective rank = a · rank^beta, with R² of the logarithms."""
 
     a: float
     beta: float
@@ -245,7 +297,7 @@ def _paired(x: Tensor | Sequence[float], y: Tensor | Sequence[float], names: tup
     pair = torch.as_tensor(x, dtype=torch.float64).detach(), torch.as_tensor(y, dtype=torch.float64).detach()
     if pair[0].ndim != 1 or pair[0].shape != pair[1].shape or len(pair[0]) < 2:
         raise ValueError(
-            f"`{names[0]}` and `{names[1]}` must be one-dimensional, of one length of at least 2; "
+            f"`{names[0]}` and `{names[1]}` must be one-dimensional, of the same length of at least 2; "
             f"got shapes {tuple(pair[0].shape)} and {tuple(pair[1].shape)}."
         )
     for name, values in zip(names, pair, strict=True):
@@ -257,8 +309,13 @@ def _paired(x: Tensor | Sequence[float], y: Tensor | Sequence[float], names: tup
 def fit_scaling_law(ranks: Tensor | Sequence[float], effective_ranks: Tensor | Sequence[float]) -> ScalingLaw:
     """Least-squares fit of ln(effective rank) = ln a + beta ln(rank); R² is that of the logarithms.
 
-    A constant effective rank is fitted exactly: R² = 1. Reads its input: waits for the device.
+    A constant effective rank counts as an exact fit, R² = 1. Reads its input, so it waits for the device.
     Raises: ValueError unless there are two or more pairs, all finite and positive, at two or more different ranks.
+
+    Example:
+        >>> law = fit_scaling_law([4, 8, 16], [2.0, 4.0, 8.0])
+        >>> round(law.beta, 6), round(law(32), 6)
+        (1.0, 16.0)
     """
     x, y = _paired(ranks, effective_ranks, ("ranks", "effective_ranks"))
     for name, values in (("ranks", x), ("effective_ranks", y)):
@@ -277,9 +334,13 @@ def fit_scaling_law(ranks: Tensor | Sequence[float], effective_ranks: Tensor | S
 
 
 def pearson(x: Tensor | Sequence[float], y: Tensor | Sequence[float]) -> float:
-    """Pearson correlation, in [−1, 1]. Reads its input: waits for the device.
+    """Pearson correlation, in [−1, 1]. Reads its input, so it waits for the device.
 
-    Raises: ValueError unless both have one length of at least 2, are finite, and neither is constant.
+    Raises: ValueError unless both have the same length of at least 2, are finite, and neither is constant.
+
+    Example:
+        >>> round(pearson([1, 2, 3], [2, 4, 7]), 4)
+        0.9934
     """
     a, b = _paired(x, y, ("x", "y"))
     for name, values in (("x", a), ("y", b)):
@@ -295,20 +356,40 @@ def pearson(x: Tensor | Sequence[float], y: Tensor | Sequence[float]) -> float:
 
 
 def adapter_parameters(rank: int, d_out: int, d_in: int) -> int:
-    """Parameters of a LoRA pair: r (d_in + d_out)."""
+    """Parameters of a LoRA pair: r (d_in + d_out).
+
+    Example:
+        >>> adapter_parameters(16, d_out=4096, d_in=1024)
+        81920
+    """
     return _checked_rank(rank) * (_checked_rank(d_in, "d_in", 1) + _checked_rank(d_out, "d_out", 1))
 
 
 def full_parameters(d_out: int, d_in: int) -> int:
-    """Parameters of the layer's weight: d_in · d_out."""
+    """Parameters of the layer's weight: d_in · d_out.
+
+    Example:
+        >>> full_parameters(d_out=4096, d_in=1024)
+        4194304
+    """
     return _checked_rank(d_in, "d_in", 1) * _checked_rank(d_out, "d_out", 1)
 
 
 def parameter_ratio(rank: int, d_out: int, d_in: int) -> float:
-    """Parameters of a LoRA pair over those of full fine-tuning; above 1 where the pair costs more."""
+    """Parameters of a LoRA pair divided by those of full fine-tuning; above 1 if the pair has more.
+
+    Example:
+        >>> parameter_ratio(16, d_out=4096, d_in=1024)
+        0.01953125
+    """
     return adapter_parameters(rank, d_out, d_in) / full_parameters(d_out, d_in)
 
 
 def forward_multiply_adds(rank: int, d_out: int, d_in: int) -> int:
-    """Multiply-adds that an unmerged LoRA pair adds to the forward pass, for each token: r (d_in + d_out)."""
+    """Multiply-adds per token that an unmerged LoRA pair adds to the forward pass: r (d_in + d_out).
+
+    Example:
+        >>> forward_multiply_adds(16, d_out=4096, d_in=1024)
+        81920
+    """
     return adapter_parameters(rank, d_out, d_in)

@@ -1,6 +1,6 @@
-"""Low-rank updates as their inputs see them: ‖ΔW C^½‖_F, with C = E[x xᵀ] the second moment of a module's inputs.
+"""Low-rank updates weighted by a module's inputs: ‖ΔW C^½‖_F, where C = E[x xᵀ] is the inputs' second moment.
 
-‖ΔW C^½‖_F² = E‖ΔW x‖²: what is small in it moves the module's outputs little.
+‖ΔW C^½‖_F² = E‖ΔW x‖², so what is small in this norm changes the module's outputs little.
 """
 
 from __future__ import annotations
@@ -15,26 +15,32 @@ from lorakit.spectral.lowrank import LowRank
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-_ROWS = 1 << 12  # of activations, in float64 at a time
+_ROWS = 1 << 12  # activations in float64 at a time
 
 
-def seen_by_inputs(
+def input_weighted(
     update: LowRank,
     *,
     activations: Float[Tensor, "*n d_in"] | None = None,
     second_moment: Float[Tensor, "d_in d_in"] | None = None,
 ) -> LowRank:
-    """B T with T Tᵀ = A C Aᵀ, in float64: the singular values and left singular vectors of ΔW C^½ are its own.
+    """B T with T Tᵀ = A C Aᵀ, in float64. It has the singular values and left singular vectors of ΔW C^½.
 
-    C is given as `second_moment`, symmetric and positive semidefinite, or as `activations` x, of which it is the mean
-    of x xᵀ. It may have any rank, and its root is never formed: T is (r, r) or narrower.
-    Raises: ValueError unless exactly one is given, of the right shape and finite; TypeError for other than
-    floating-point tensors.
+    Give C as `second_moment` (symmetric, positive semidefinite), or the inputs themselves as `activations`; then C is
+    the mean of x xᵀ. C may have any rank. Its root is never formed: T is (r, r) or narrower.
+    Raises: ValueError unless exactly one of the two is given, of the right shape and finite; TypeError for tensors that
+    are not floating-point.
+
+    Example:
+        >>> update = LowRank(torch.eye(2), torch.diag(torch.tensor([2.0, 1.0])))
+        >>> input_weighted(update, second_moment=torch.diag(torch.tensor([0.0625, 1.0]))).singular_values()
+        tensor([1.0000, 0.5000], dtype=torch.float64)
     """
     if (activations is None) == (second_moment is None):
-        raise ValueError("Exactly one of `activations` and `second_moment` must be given.")
+        passed = "neither" if activations is None else "both"
+        raise ValueError(f"Exactly one of `activations` and `second_moment` is required; got {passed}.")
     if update.B.ndim != 2:
-        raise ValueError(f"`update` must be of one module, not a batch; got shape {tuple(update.shape)}.")
+        raise ValueError(f"`update` must be one module's update, not a batch; got shape {tuple(update.shape)}.")
     given, name = (activations, "activations") if activations is not None else (second_moment, "second_moment")
     if not isinstance(given, Tensor) or not given.is_floating_point():
         came = given.dtype if isinstance(given, Tensor) else type(given).__name__
@@ -62,7 +68,7 @@ def _from_moment(C: Tensor, A: Tensor) -> Tensor:
     if not bool(C.isfinite().all()):
         raise ValueError("`second_moment` must be finite; got NaN or infinite entries.")
     if not torch.allclose(C, C.mT, rtol=1e-4, atol=1e-5 * float(C.abs().max())):
-        raise ValueError("`second_moment` must be symmetric. Is it the inputs themselves? These are `activations`.")
+        raise ValueError("`second_moment` must be symmetric. Pass the inputs themselves as `activations`.")
     seen = A @ C @ A.mT
     values, vectors = torch.linalg.eigh((seen + seen.mT) / 2)
     if float(values[0]) < -1e-5 * float(values.abs().max()):
@@ -71,15 +77,15 @@ def _from_moment(C: Tensor, A: Tensor) -> Tensor:
     return T
 
 
-def truncate_weighted(update: LowRank, seen: LowRank, rank: int) -> LowRank:
-    """The update of rank `rank` that minimises ‖(ΔW − ΔŴ) C^½‖_F, with `seen` from `seen_by_inputs`.
+def truncate_weighted(update: LowRank, weighted: LowRank, rank: int) -> LowRank:
+    """The update ΔŴ of rank `rank` that minimizes ‖(ΔW − ΔŴ) C^½‖_F; `weighted` is what `input_weighted` returned.
 
-    ΔŴ = U Uᵀ ΔW, U the leading left singular vectors of ΔW C^½: so that C is never inverted, and ΔŴ never worse than
-    the plain truncation in that norm. Where the inputs see fewer than `rank` directions, the rest of the rank goes to
-    the best plain approximation of what they do not see. Float32 or better; the factors are balanced.
+    ΔŴ = U Uᵀ ΔW, where U holds the leading left singular vectors of ΔW C^½. So C is never inverted, and ΔŴ is never
+    worse than the plain truncation in this norm. If C has fewer than `rank` directions, the remaining rank goes to the
+    best plain approximation of the rest. The factors are balanced, in float32 or better.
     Reference: Eckart & Young, Psychometrika 1936, applied to ΔW C^½ (as in SVD-LLM, Wang et al., ICLR 2025).
     """
-    U = seen.svd().U[:, : min(rank, int(seen.numerical_rank(1e-7)))]  # σ from a moment are good to 1e-8 σ_max
+    U = weighted.svd().U[:, : min(rank, int(weighted.numerical_rank(1e-7)))]  # σ from a moment: within 1e-8 σ_max
     B, A = update.B.double(), update.A.double()
     along = U.mT @ B
     kept = LowRank(U, along @ A, update.scaling)

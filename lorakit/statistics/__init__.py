@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lorakit import _lazy
+from lorakit._lazy import attach  # not `from lorakit import`, which waits for a thread that imports lorakit
 
 if TYPE_CHECKING:
     from lorakit.statistics._corpus import CorpusInterval as CorpusInterval
@@ -30,4 +30,4 @@ if TYPE_CHECKING:
     from lorakit.statistics._verdict import documents_needed as documents_needed
     from lorakit.statistics._verdict import verdict as verdict
 else:
-    __getattr__, __dir__, __all__ = _lazy.attach(__name__)
+    __getattr__, __dir__, __all__ = attach(__name__)

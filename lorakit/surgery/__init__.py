@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lorakit import _lazy
+from lorakit._lazy import attach  # not `from lorakit import`, which waits for a thread that imports lorakit
 
 if TYPE_CHECKING:
     from lorakit.surgery._edit import SurgeryReport as SurgeryReport
@@ -24,4 +24,4 @@ if TYPE_CHECKING:
     from lorakit.surgery._select import select_modules as select_modules
     from lorakit.surgery._sensitivity import sensitivity as sensitivity
 else:
-    __getattr__, __dir__, __all__ = _lazy.attach(__name__)
+    __getattr__, __dir__, __all__ = attach(__name__)

@@ -1,1 +1,1 @@
-"""The two tuners. Importing one of their modules registers its type with PEFT; this package itself is light."""
+"""The two PEFT tuners. Importing `speclora` or `fisherlora` registers it with PEFT; this package imports neither."""

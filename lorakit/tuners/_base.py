@@ -1,4 +1,4 @@
-"""What the two tuners share."""
+"""The config mixin and the model class that both tuners share."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lorakit._checks import check_integer
 from lorakit.naming.inits import changes_base_weights
 from lorakit.tuners._combination import Combination
 from lorakit.tuners.module_tree import Tree, module_tree, restore
@@ -18,19 +19,21 @@ from lorakit.tuners.module_tree import Tree, module_tree, restore
 _FSDP1 = "._fsdp_wrapped_module"
 
 
-def not_positive_integers(values: Mapping[str, Any]) -> list[str]:
-    """What to say of those of a config's values, by name, that are no positive integers."""
-    return [
-        f"`{name}` must be a positive integer; got {value!r}."
-        for name, value in values.items()
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1
-    ]
+def integer_errors(values: Mapping[str, Any]) -> list[str]:
+    """Error messages for config values that are not positive integers."""
+    errors = []
+    for name, value in values.items():
+        try:
+            check_integer(name, value)
+        except ValueError as error:
+            errors.append(str(error))
+    return errors
 
 
-class NamesItsInit:
-    """For a config of a type of its own: what PEFT sets as `init_weights` there is what LoRA calls `init_lora_weights`.
+class InitWeightsAlias:
+    """Alias `init_weights` to `init_lora_weights`; PEFT sets the former on configs of other types than LORA.
 
-    It does so when an adapter whose initialization changed the base weight is saved as one of the original weight.
+    PEFT does that when it converts an adapter whose initialization changed the base weights.
     """
 
     init_lora_weights: Any
@@ -45,33 +48,36 @@ class NamesItsInit:
 
 
 class ResolvingLoraModel(LoraModel):
-    """PEFT's LoRA model, which completes an adapter's config for the model at hand in a copy of it.
+    """PEFT's LoRA model, with configs that are completed for the model at hand.
 
-    A config that needs no completing is kept itself, as PEFT keeps it: code that passed it may expect to find it. So is
-    one with which an adapter is loaded for inference; the completed copy then only makes the layers.
+    The completed config is a copy; the config that was passed never changes. The passed object itself is kept in
+    `peft_config` where there was nothing to complete, and where an adapter is loaded for inference: the completed copy
+    then only serves to make the layers.
     """
 
     completes_configs = True
     tuner_name: str
-    combination: Combination | None = None  # while add_weighted_adapter makes one
-    weights_before: dict[nn.Module, tuple[nn.Parameter, Tensor]] | None = None  # while an initialization changes them
+    combination: Combination | None = None  # set during add_weighted_adapter
+    weights_before: dict[nn.Module, tuple[nn.Parameter, Tensor]] | None = None  # set while base weights may change
 
     def resolve(self, config: Any, model: nn.Module, state_dict: dict[str, Tensor] | None) -> None:
-        """Complete `config`, a copy, for `model`; raise where they do not fit. Nothing has been changed yet.
+        """Complete `config`, a copy, for `model`, and raise if they do not fit. The model has not been changed yet.
 
-        A `state_dict` says which modules are adapted, where there is one.
+        If there is a `state_dict`, it decides which modules are adapted.
         """
         raise NotImplementedError
 
     def complete(self, model: nn.Module, adapter_name: str) -> None:
-        """What is left to do for an adapter whose layers have been made; where it raises, they are taken out again."""
+        """Finish an adapter whose layers have been made. If this raises, the layers are removed again."""
 
     @classmethod
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """As PEFT's, which finds entries by the live modules' names and so finds none of a model wrapped by FSDP1:
-        that adds to the names of modules, but takes it out of its state dicts again."""
+        """PEFT's method, made to work under FSDP1.
+
+        PEFT looks entries up by module names. FSDP1 adds a prefix to module names, but not to its state dict's keys.
+        """
         live = {name.replace(_FSDP1, ""): name for name, _ in model.named_modules()}
         entries = {}
         for key, value in state_dict.items():
@@ -126,25 +132,24 @@ class ResolvingLoraModel(LoraModel):
     ) -> None:
         base: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if self.weights_before is not None and isinstance(getattr(base, "weight", None), nn.Parameter):
-            # not on the device, whose memory may be just enough for the model
+            # on the CPU, because the device's memory may be just enough for the model
             values = base.weight.detach().to("cpu", copy=True)
             self.weights_before.setdefault(base, (base.weight, values))
         super()._create_and_replace(lora_config, adapter_name, target, *args, **kwargs)
 
     def _prepared(self, config: Any, model: nn.Module) -> nn.Module:
-        """The model whose modules PEFT will adapt: `model`, or with `layer_replication` what that makes of a copy of it
-        that has its tensors."""
+        """The model that PEFT adapts: `model`, or with `layer_replication` a replicated copy that shares tensors."""
         if not config.layer_replication:
             return model
         tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         copied = copy.deepcopy(model, tensors)
-        self._prepare_model(config, copied)
+        self._prepare_model(config, copied)  # replicates the layers
         return copied
 
     def combine_more(
         self, adapters: list[str], weights: list[float], adapter_name: str, kind: str, **settings: Any
     ) -> None:
-        """Combine what adapters have beside the factors; where it raises, the new adapter is taken out again."""
+        """Combine what adapters have besides the factors. If this raises, the new adapter is removed again."""
 
     def add_weighted_adapter(
         self,
@@ -155,20 +160,24 @@ class ResolvingLoraModel(LoraModel):
         svd_rank: int | None = None,
         **kwargs: Any,
     ) -> None:
-        """As `peft.LoraModel.add_weighted_adapter`, with a rank for each module, which the new config records.
+        """`peft.LoraModel.add_weighted_adapter` with a rank for each module, which the new config records.
 
-        A module's rank is the sum of its ranks in `adapters` for "cat"; `svd_rank`, or the largest rank anywhere in
-        `adapters`, for the types that end in "svd" (of a Conv2d at most what its matrix has); for the other types, the
-        one rank that all of them have there.
-        Raises: ValueError where the result would not be the combination that was asked for, or where PEFT refuses;
-        the model is then as it was before.
+        A module's rank is
+
+        * for "cat", the sum of its ranks in `adapters`;
+        * for types that end in "svd", `svd_rank`, or by default the largest rank anywhere in `adapters` (in a Conv2d at
+          most the rank of its matrix);
+        * for the other types, the rank that all `adapters` share there.
+
+        Raises: ValueError if the result would not be the combination asked for, or if PEFT refuses. The model is then
+        unchanged.
         """
         if adapter_name in self.peft_config:
             return
         if len(adapters) != len(weights):
             raise ValueError(
                 f"{self.tuner_name}: `weights` must have one entry for each of the {len(adapters)} adapters; got "
-                f"{len(weights)}."
+                f"{len(weights)} entries."
             )
         kind = "linear" if len(adapters) == 1 else combination_type
         self.combination = Combination(self.tuner_name, adapters, kind)
@@ -203,7 +212,7 @@ class ResolvingLoraModel(LoraModel):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         rank = target_lora_A.shape[0]
-        # PEFT's own fails where a matrix has fewer singular values than ranks were asked for
+        # PEFT fails if the rank exceeds the number of a matrix's singular values, so the rest is padded with zeros
         fitting = min(rank, target_lora_A.numel() // rank, target_lora_B.numel() // rank)
         A, B = super()._svd_generalized_task_arithmetic_weighted_adapter(
             combination_type, adapters, weights, fitting, target, target_lora_A, target_lora_B, *args, **kwargs
@@ -213,9 +222,9 @@ class ResolvingLoraModel(LoraModel):
 
 
 def _share_modules_to_save(kept: Any, original: Any) -> None:
-    """Have the list of modules to save in common between a completed copy and the config that was passed.
+    """Make a completed copy share its `modules_to_save` with the config that was passed.
 
-    PEFT's models for classification and question answering add their heads to it, in what was passed, only now.
+    PEFT's models for classification and question answering add their heads to the passed config after this.
     """
     if kept is original:
         return
@@ -225,7 +234,7 @@ def _share_modules_to_save(kept: Any, original: Any) -> None:
 
 
 def _forget(before: Tree, adapter_name: str) -> None:
-    """Take what there is of a half-injected adapter out of the layers that were there before."""
+    """Remove a half-injected adapter from the layers that existed before."""
     for layer, _ in before:
         if isinstance(layer, BaseTunerLayer):
             for container in (
@@ -236,7 +245,6 @@ def _forget(before: Tree, adapter_name: str) -> None:
 
 
 def changes_base(config: Any) -> bool:
-    """Whether the initialization that a config asks for changes the base weights."""
-    init = getattr(config, "init_lora_weights", None)
-    by_init = changes_base_weights(init)
+    """Whether an adapter with this config changes the base weights when it is initialized."""
+    by_init = changes_base_weights(getattr(config, "init_lora_weights", None))
     return by_init or getattr(config, "kasa_config", None) is not None

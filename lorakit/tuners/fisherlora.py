@@ -1,4 +1,4 @@
-"""FisherLoRA: LoRA whose query projections get a lower rank than its value projections, at one and the same scaling.
+"""FisherLoRA: LoRA with a lower rank in query projections than in value projections, at one common scaling.
 
 Reference: "LoRA-Lens", section 4 (keep V, reduce Q: value projections lie in steeper regions of the loss).
 """
@@ -14,8 +14,10 @@ from peft import LoraConfig
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
+from lorakit._checks import check_integer
 from lorakit._registration import register_tuner
-from lorakit.allocation import Allocation, Per, ProbeReport, Rule, allocate
+from lorakit.allocation.report import Allocation, Per, Rule
+from lorakit.allocation.rules import ProbeReport, allocate
 from lorakit.errors import AllocationError, UnsupportedModelError
 from lorakit.naming.patterns import (
     alpha_of,
@@ -23,41 +25,50 @@ from lorakit.naming.patterns import (
     lookup,
     targeted_modules,
     targeted_parameters,
-    warn_of_unmatched,
+    warn_unmatched,
 )
 from lorakit.naming.roles import role_of
 from lorakit.naming.targets import default_targets
-from lorakit.tuners._base import NamesItsInit, ResolvingLoraModel, not_positive_integers
+from lorakit.tuners._base import InitWeightsAlias, ResolvingLoraModel, integer_errors
 
 
 @dataclass
-class FisherLoRAConfig(NamesItsInit, LoraConfig):
+class FisherLoRAConfig(InitWeightsAlias, LoraConfig):
     """LoRA with rank `r_q` in query projections, `r_v` in value projections and `r` in every other targeted module.
 
-    All that `peft.LoraConfig` takes is taken here, and means the same. What differs:
+    Takes every argument of `peft.LoraConfig`, with the same meaning except for these:
 
     Args:
-        r: the rank of targeted modules that are neither query nor value projections, and the one that `lora_alpha`
-            refers to.
-        lora_alpha: None means ``2 * r``, and is replaced by it at once. The scaling is ``lora_alpha / r`` (with
-            `use_rslora`, ``lora_alpha / sqrt(r)``) in every module, whatever its own rank.
-        target_modules: None means the query and value projections, found by their names.
-        target_parameters: as in LoRA; ``…q_proj.weight`` has the role of ``…q_proj``, expert weights have rank `r`.
+        r: the rank of all other targeted modules, and the rank that `lora_alpha` refers to.
+        lora_alpha: None means ``2 * r``. The scaling is ``lora_alpha / r`` in every module, whatever its own rank (with
+            `use_rslora`, ``lora_alpha / sqrt(r)``).
+        target_modules: None means the query and value projections, found by name.
+        target_parameters: as in LoRA. ``…q_proj.weight`` counts as ``…q_proj``; expert weights have rank `r`.
         r_q: the rank of query projections.
         r_v: the rank of value projections; None means `r`.
-        rank_pattern: an entry wins over `r`, `r_q` and `r_v`.
-        alpha_pattern: an entry is that module's own alpha, as in LoRA: its scaling is alpha over its own rank.
+        rank_pattern: an entry overrides `r`, `r_q` and `r_v`.
+        alpha_pattern: an entry is the module's own alpha, as in LoRA: its scaling is alpha over its own rank.
 
-    Once the model is known, the copy kept in ``model.peft_config`` has the ranks and alphas spelled out as
-    `rank_pattern` and `alpha_pattern`; the config object passed in stays as it was. In arithmetic, and in the tensors
-    of its checkpoint, a FisherLoRA adapter is a plain LoRA (see `lorakit.export.to_lora`).
+    When the adapter is added to a model, all ranks and alphas are written into `rank_pattern` and `alpha_pattern` of a
+    copy, which is ``model.peft_config[...]``; the config that was passed does not change. A FisherLoRA adapter computes
+    what a plain LoRA of these ranks computes, and has the same tensors (see `lorakit.export.to_lora`).
 
     Raises: ValueError for a rank that is not a positive integer.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> base = torch.nn.ModuleDict({name: torch.nn.Linear(32, 32) for name in ("q_proj", "v_proj")})
+        >>> model = get_peft_model(base, FisherLoRAConfig(r=16, r_q=4))
+        >>> {name: layer.r["default"] for name, layer in model.base_model.model.items()}
+        {'q_proj': 4, 'v_proj': 16}
+        >>> {name: layer.scaling["default"] for name, layer in model.base_model.model.items()}
+        {'q_proj': 2.0, 'v_proj': 2.0}
     """
 
     r: int = field(default=16, metadata={"help": "Rank of modules that are neither query nor value projections."})
     lora_alpha: float | None = field(
-        default=None, metadata={"help": "Alpha; None means 2r. The scaling lora_alpha / r is that of every module."}
+        default=None, metadata={"help": "Alpha; None means 2r. Every module has the scaling lora_alpha / r."}
     )
     r_q: int = field(default=4, metadata={"help": "Rank of query projections."})
     r_v: int | None = field(default=None, metadata={"help": "Rank of value projections; None means r."})
@@ -69,7 +80,7 @@ class FisherLoRAConfig(NamesItsInit, LoraConfig):
             self.lora_alpha = 2 * self.r
         ranks: dict[str, Any] = {"r": self.r, "r_q": self.r_q, "r_v": self.r if self.r_v is None else self.r_v}
         ranks |= {f"rank_pattern[{key!r}]": value for key, value in (self.rank_pattern or {}).items()}
-        wrong = not_positive_integers(ranks)
+        wrong = integer_errors(ranks)
         if wrong:
             raise ValueError("FisherLoRA: " + " ".join(wrong))
 
@@ -87,20 +98,23 @@ class FisherLoRAConfig(NamesItsInit, LoraConfig):
         per: Per = "module",
         **settings: Any,
     ) -> FisherLoRAConfig:
-        """A config for the modules of a `lorakit.fisher.probe` whose ranks a budget and a rule decide.
+        """A config for the modules that `lorakit.fisher.probe` measured, with ranks under a budget.
 
         Args:
-            budget: a fraction in (0, 1] of the parameters of uniform rank `r` on the same modules; 0.625 if neither
-                this nor `params` is given.
+            report: what `lorakit.fisher.probe` returned.
+            budget: a fraction in (0, 1] of the parameters that uniform rank `r` would have on the same modules; 0.625
+                if neither this nor `params` is given.
             params: the budget as a number of parameters.
-            rule, min_rank, per: see `lorakit.allocation.allocate`; "energy" needs a trained adapter's spectra, which a
-                probe has not.
-            r: the rank that `lora_alpha` refers to: its scaling, ``2`` if not given, is that of every module.
-            max_rank: None is `r` for "fisherlora", "spectral" and "uniform", and min(d_out, d_in) for the rest.
+            rule: see `lorakit.allocation.allocate`. Any but "energy", which needs the spectra of a trained adapter.
+            r: the rank that `lora_alpha` refers to. Every module has the scaling ``lora_alpha / r``, 2 by default.
+            min_rank: the smallest rank of a module.
+            max_rank: the largest rank of a module. None means `r` for the rules "fisherlora", "spectral" and "uniform",
+                and min(d_out, d_in) for the others.
+            per: "role" gives all modules of one role the same rank.
             settings: other fields of the config, such as `task_type`.
 
-        Raises: AllocationError (a ValueError) for a budget below `min_rank` everywhere and what the rule cannot use;
-        ValueError for a budget or a rank that is none.
+        Raises: AllocationError (a ValueError) if the budget does not cover `min_rank` in all modules, or the rule does
+        not fit; ValueError for an invalid budget or rank.
         """
         allocation = allocation_of(
             report, budget=budget, params=params, rule=rule, r=r, min_rank=min_rank, max_rank=max_rank, per=per
@@ -110,7 +124,7 @@ class FisherLoRAConfig(NamesItsInit, LoraConfig):
         fixed: dict[str, Any] = {"r_q": r, "r_v": r, "rank_pattern": compact_pattern(ranks, implied)}
         taken = sorted({*fixed, "alpha_pattern"} & set(settings))
         if taken:
-            raise ValueError(f"FisherLoRA: `from_probe` decides {taken} itself; leave them out.")
+            raise ValueError(f"FisherLoRA: `from_probe` sets {taken} itself; leave them out.")
         defaults: dict[str, Any] = {"lora_alpha": 2 * r, "target_modules": list(report.target_modules)}
         return cls(r=r, **(defaults | settings | fixed))
 
@@ -126,20 +140,24 @@ def allocation_of(
     max_rank: int | None = None,
     per: Per = "module",
 ) -> Allocation:
-    """The ranks that `FisherLoRAConfig.from_probe` takes, with their explanation; arguments and errors as there."""
+    """The allocation that `FisherLoRAConfig.from_probe` uses; same arguments and errors."""
     if budget is not None and params is not None:
-        raise ValueError("Pass `budget`, a fraction, or `params`, a number of parameters, not both.")
-    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-        raise ValueError(f"`r` must be a positive integer; got {r!r}.")
+        raise ValueError(
+            f"`budget` (a fraction) and `params` (a number of parameters) exclude each other; got {budget!r} and "
+            f"{params!r}. Pass one of them."
+        )
+    check_integer("r", r)
     if rule == "energy":
-        raise AllocationError("The rule 'energy' needs the spectra of a trained adapter; a probe has none.")
+        raise AllocationError(
+            "`rule` 'energy' needs the spectra of a trained adapter, which a probe does not have. Use 'fisher'."
+        )
     costs = {row.module_name: row.d_out + row.d_in for row in report.modules}
     if params is None:
         budget = 0.625 if budget is None else budget
         if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget <= 1:
             raise ValueError(
-                f"`budget` must be a fraction in (0, 1] of uniform rank {r}; got {budget!r}. A number of parameters is "
-                f"`params`."
+                f"`budget` must be a fraction in (0, 1] of uniform rank {r}; got {budget!r}. Use `params` for a number "
+                f"of parameters."
             )
         params = math.floor(budget * r * sum(costs.values()) + 1e-6)
     whole = {row.module_name: min(row.d_out, row.d_in) for row in report.modules}
@@ -159,13 +177,13 @@ def allocation_of(
 
 
 class FisherLoRAModel(ResolvingLoraModel):
-    """PEFT's LoRA model; before injecting an adapter it writes out its ranks as patterns, in a copy of its config."""
+    """PEFT's LoRA model, which writes the ranks of all modules into a copy of the config before it adds an adapter."""
 
     tuner_name = "FisherLoRA"
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
         with warnings.catch_warnings():
-            # Said by `resolve`, which knows the names of parameters too.
+            # `resolve` warns itself, because PEFT does not count the names of parameters.
             warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
             super().inject_adapter(*args, **kwargs)
 
@@ -191,9 +209,9 @@ class FisherLoRAModel(ResolvingLoraModel):
             name: alpha_of(config.lora_alpha, rank, config.r, config.use_rslora) for name, rank in ranks.items()
         }
         alphas = {name: lookup(given_alphas, name, same_scaling[name]) for name in names}
-        warn_of_unmatched("FisherLoRA", "rank_pattern", given_ranks, names)
-        warn_of_unmatched("FisherLoRA", "alpha_pattern", given_alphas, names)
-        # An entry is left out only where both PEFT's default and, once it is loaded again, the rules above imply it.
+        warn_unmatched("FisherLoRA", "rank_pattern", given_ranks, names)
+        warn_unmatched("FisherLoRA", "alpha_pattern", given_alphas, names)
+        # An entry is left out only where PEFT's default and, after loading, the rules above both imply its value.
         config.rank_pattern = compact_pattern(ranks, {n for n in names if ranks[n] == role_ranks[n] == config.r})
         config.alpha_pattern = compact_pattern(
             alphas, {n for n in names if alphas[n] == same_scaling[n] == config.lora_alpha}
@@ -203,7 +221,7 @@ class FisherLoRAModel(ResolvingLoraModel):
     def _convert_state_dict_for_initial_model(
         cls, peft_model: Any, peft_config: Any, path: str, state_dict: dict[str, Tensor], kwargs: dict[str, Any]
     ) -> dict[str, Tensor]:
-        # PEFT doubles r and the patterns, but knows nothing of these.
+        # PEFT doubles r and the patterns only.
         converted: dict[str, Tensor] = super()._convert_state_dict_for_initial_model(
             peft_model, peft_config, path, state_dict, kwargs
         )

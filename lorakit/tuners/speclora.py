@@ -1,11 +1,11 @@
 """SpecLoRA: LoRA plus a learnable rescaling of the top-left k × k block of the frozen weight.
 
-W' = Γ ⊙ W + scaling · B A, where Γ is all ones but for that block, every column of which is the learnable d ∈ R^k.
-The mask is never formed: with P = W[:k, :k] and d stored as d − 1,
+W' = Γ ⊙ W + scaling · B A. The mask Γ is 1 everywhere except in that block, whose columns all equal the learnable
+d ∈ R^k. The mask is never formed. With P = W[:k, :k], and d stored as d − 1,
 
     y = W x + scaling · B (A x) + pad((d − 1) ⊙ (P x[:k])),
 
-which costs k² multiply-adds a token and k parameters a module.
+which costs k² multiply-adds per token and k parameters per module.
 
 Reference: Si et al., "Weight Spectra Induced Efficient Model Adaptation", 2025, section 4 (Eq. 4–8, Table 4).
 """
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, ParamWrapper
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import merge_utils
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
@@ -30,25 +30,23 @@ from tqdm.auto import tqdm
 
 from lorakit._registration import register_tuner
 from lorakit.errors import UnsupportedModelError
-from lorakit.naming.patterns import lookup, targeted_modules, targeted_parameters, warn_of_unmatched
-from lorakit.tuners._base import NamesItsInit, ResolvingLoraModel, not_positive_integers
-from lorakit.tuners._masked_layers import (
-    MODES,
-    Mode,
+from lorakit.naming.patterns import lookup, targeted_modules, targeted_parameters, warn_unmatched
+from lorakit.tuners import _private
+from lorakit.tuners._base import InitWeightsAlias, ResolvingLoraModel, integer_errors
+from lorakit.tuners._layer import SpecLoRALayer
+from lorakit.tuners._layers import (
     SpecLoRAConv1d,
     SpecLoRAConv2d,
     SpecLoRAConv3d,
     SpecLoRAEmbedding,
-    SpecLoRALayer,
     SpecLoRALinear,
     SpecLoRAMultiheadAttention,
     SpecLoRAOutProjection,
     SpecLoRAParamWrapper,
-    SpectralMask,
     masked_class,
     quantized_class,
-    svd_blocks,
 )
+from lorakit.tuners._mask import MODES, Mode, SpectralMask, svd_blocks
 
 __all__ = [
     "MODES",
@@ -67,39 +65,53 @@ __all__ = [
     "SpectralMask",
 ]
 
-# What LoraConfig can switch on that leaves no place for a mask.
+# Options of LoraConfig that cannot be combined with a mask.
 _EXCLUDED = {
-    "use_qalora": "its update is one value a quantization group, so that it merges into the zero points",
-    "arrow_config": "it routes between low-rank factors, and would leave the masks out",
+    "use_qalora": "its update has one value for each quantization group, so that it can be merged into the zero points",
+    "arrow_config": "it routes between low-rank factors and ignores masks",
     "megatron_config": "the weight is sharded over processes",
 }
 
-# Elements of the weights that one batched SVD takes at a time.
+# Weight elements in one batched SVD.
 _SVD_CHUNK = 1 << 26
 
 
 @dataclass
-class SpecLoRAConfig(NamesItsInit, LoraConfig):
+class SpecLoRAConfig(InitWeightsAlias, LoraConfig):
     """LoRA with a learnable rescaling d of k rows of each targeted weight.
 
-    All that `peft.LoraConfig` takes is taken here, and means the same. What is new:
+    Takes every argument of `peft.LoraConfig`, with the same meaning. New are:
 
     Args:
-        k: the size of the rescaled block; in modules with a smaller side it is clipped to that side, with one warning.
-            The paper uses 200 for language and 32 for vision models.
-        k_pattern: a k for the modules whose names match, by the same rules as `rank_pattern`.
-        mode: ``hadamard`` (Eq. 7–8) rescales the top-left block of the weight; ``svd`` (Eq. 4–6) the first k rows of
-            its rank-k part; ``svd_bottom`` the first k rows of the part of its k smallest singular values and
-            ``hadamard_bottom`` the bottom-right block: two readings of the control in Table 4. The svd modes compute
-            one full SVD a module when the adapter is made or loaded; if the k-th and next singular values are equal,
-            what they rescale is not unique.
+        k: the size of the rescaled block. In modules with a smaller side it is clipped to that side, with one warning.
+            The paper uses 200 for language models and 32 for vision models.
+        k_pattern: a different k for some modules, by the same rules as `rank_pattern`.
+        mode: what is rescaled.
 
-    Raises: ValueError for bad values, and for options of LoRA that the method does not define.
+            * ``hadamard`` (Eq. 7–8): the top-left k × k block of the weight.
+            * ``svd`` (Eq. 4–6): the first k rows of the weight's best rank-k approximation.
+            * ``hadamard_bottom``: the bottom-right block, and ``svd_bottom``: the first k rows of the part with the k
+              smallest singular values. Both are controls (Table 4 of the paper can be read either way).
+
+            The svd modes compute one full SVD per module when the adapter is made or loaded. Their block is not unique
+            if the k-th and the next singular value are equal.
+
+    Raises: ValueError for invalid values, and for LoRA options that cannot be combined with a mask.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> base = torch.nn.Sequential(torch.nn.Linear(32, 32))
+        >>> model = get_peft_model(base, SpecLoRAConfig(r=4, k=8, target_modules=["0"]))
+        >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad][-1]
+        'base_model.model.0.lora_spec.default.weight'
+        >>> model.get_nb_trainable_parameters()[0]  # 4 · (32 + 32) for B and A, and k
+        264
     """
 
     k: int = field(default=200, metadata={"help": "Size of the rescaled block of the frozen weight."})
     k_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "Module names (or regular expressions) with a k of their own."}
+        default_factory=dict, metadata={"help": "A different k for some modules: name or regular expression → k."}
     )
     mode: Mode = field(default="hadamard", metadata={"help": f"What is rescaled: one of {', '.join(MODES)}."})
 
@@ -107,7 +119,7 @@ class SpecLoRAConfig(NamesItsInit, LoraConfig):
         super().__post_init__()
         self.peft_type = PeftType.SPECLORA
         self.k_pattern = dict(self.k_pattern or {})
-        wrong = not_positive_integers({"k": self.k} | {f"k_pattern[{key!r}]": k for key, k in self.k_pattern.items()})
+        wrong = integer_errors({"k": self.k} | {f"k_pattern[{key!r}]": k for key, k in self.k_pattern.items()})
         if self.mode not in MODES:
             wrong.append(f"`mode` must be one of {', '.join(MODES)}; got {self.mode!r}.")
         wrong += [
@@ -121,10 +133,10 @@ class SpecLoRAConfig(NamesItsInit, LoraConfig):
 
 
 class SpecLoRAModel(ResolvingLoraModel):
-    """PEFT's LoRA model, whose layers get a mask each."""
+    """PEFT's LoRA model, with a mask in every adapted layer."""
 
     tuner_name = "SpecLoRA"
-    completes_configs = False  # PEFT fills in the default target modules itself, in the config that it was given
+    completes_configs = False  # PEFT fills default target modules in itself, in the config that was passed
 
     def resolve(self, config: Any, model: nn.Module, state_dict: dict[str, Tensor] | None) -> None:
         if config.peft_type != PeftType.SPECLORA:
@@ -133,7 +145,7 @@ class SpecLoRAModel(ResolvingLoraModel):
         modules = {} if config.target_modules is None else targeted_modules(self, config, model, state_dict)
         _check_targets(modules, config)
         names = [*modules, *targeted_parameters(config, model)]
-        warn_of_unmatched("SpecLoRA", "k_pattern", config.k_pattern, names)
+        warn_unmatched("SpecLoRA", "k_pattern", config.k_pattern, names)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         if self.combination is not None:
@@ -159,7 +171,7 @@ class SpecLoRAModel(ResolvingLoraModel):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        # A parameter wrapper that has the adapter already is of another parameter: it is wrapped once more.
+        # If a parameter wrapper already has this adapter, it wraps another parameter: PEFT wraps it once more.
         wrapped_again = isinstance(target, ParamWrapper) and adapter_name in target.lora_A
         extended = isinstance(target, LoraLayer) and not wrapped_again
         super()._create_and_replace(
@@ -169,9 +181,9 @@ class SpecLoRAModel(ResolvingLoraModel):
             return
         if target_name in (getattr(lora_config, "target_modules_to_tie", None) or []):
             raise UnsupportedModelError(
-                f"SpecLoRA does not support ensure_weight_tying=True for adapted embeddings: a mask on {current_key!r} "
-                f"would not be the transpose of the embedding's. Leave one of the two out of `target_modules`, or use "
-                f"LoraConfig."
+                f"SpecLoRA does not support ensure_weight_tying=True for adapted embeddings: the mask on "
+                f"{current_key!r} cannot be tied to the embedding's. Leave one of the two out of `target_modules`, or "
+                f"use LoraConfig."
             )
         layer: Any = target if extended else getattr(parent, target_name)
         cls = masked_class(type(layer))
@@ -181,15 +193,15 @@ class SpecLoRAModel(ResolvingLoraModel):
         layer.add_mask(adapter_name, lookup(lora_config.k_pattern, current_key, lora_config.k), lora_config.mode)
 
     def _check_add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> tuple[str, int, Any]:
-        """As for plain low-rank factors.
+        """PEFT's check, and that the masks can be combined.
 
-        Raises: NotImplementedError where the masks differ in k or mode, so that no one mask is their combination.
+        Raises: NotImplementedError if the masks differ in k or mode, because no single mask is their combination.
         """
         masks = [[layer.lora_spec[name] for name in adapters if name in layer.lora_spec] for layer in self._layers()]
         if any(len({mask.k for mask in of_one}) > 1 for of_one in masks) or len({m.mode for o in masks for m in o}) > 1:
             raise NotImplementedError(
-                "SpecLoRA does not support add_weighted_adapter between adapters of different k or mode. Export each "
-                "as a plain LoRA with lorakit.export.to_lora and combine those."
+                "SpecLoRA does not support add_weighted_adapter for adapters that differ in k or mode. Export each as "
+                "a plain LoRA with lorakit.export.to_lora and combine those."
             )
         return super()._check_add_weighted_adapter(adapters, *args, **kwargs)
 
@@ -211,8 +223,7 @@ class SpecLoRAModel(ResolvingLoraModel):
     def combine_more(
         self, adapters: list[str], weights: list[float], adapter_name: str, kind: str, **settings: Any
     ) -> None:
-        """Combine the masks' d − 1: weighted and added, exactly, for "linear", "cat" and "svd"; by PEFT's own pruning
-        and election of signs for the other types."""
+        """Combine the masks' d − 1: a weighted sum for "linear", "cat" and "svd", PEFT's rules for other types."""
         density, election = settings.get("density"), settings.get("majority_sign_method", "total")
         for layer in self._layers():
             if adapter_name in layer.lora_spec:
@@ -223,9 +234,9 @@ class SpecLoRAModel(ResolvingLoraModel):
 
     def subtract_mutated_init(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(
-            "SpecLoRA does not support `path_initial_model_for_weight_conversion`: d rescales what the initialization "
-            "left of the base weight, which no adapter of the original weight expresses. Save without it: loading "
-            "makes the same base weight again."
+            "SpecLoRA does not support `path_initial_model_for_weight_conversion`: d rescales the base weight that the "
+            "initialization changed, and no adapter of the original weight can express that. Save without it: loading "
+            "the adapter changes the base weight in the same way again."
         )
 
 
@@ -239,7 +250,7 @@ def _combine_masks(
     density: float | None,
     majority_sign_method: Any,
 ) -> None:
-    """Set an adapter's d − 1 to the combination of others'."""
+    """Set an adapter's d − 1 to the combination of the others'."""
     present = [(name, weight) for name, weight in zip(adapters, weights, strict=True) if name in layer.lora_spec]
     target = layer.lora_spec[adapter_name].weight
     deltas = [layer.lora_spec[name].weight.to(target) * layer.mask_factor(name) for name, _ in present]
@@ -255,9 +266,9 @@ def _combine_masks(
 
 
 def compute_blocks(model: nn.Module, adapter_name: str) -> None:
-    """Compute what the masks of an adapter rescale, where it cannot be read off the base weights.
+    """Compute the blocks that an adapter's masks rescale, where they are not views of the base weights.
 
-    The svd modes take one full SVD a module, batched by shape; of a quantized weight the block alone is dequantized.
+    The svd modes take one full SVD per module, batched by shape. Of a quantized weight only the block is dequantized.
     """
     batched: dict[Any, list[tuple[Any, SpectralMask]]] = {}
     single: list[tuple[Any, SpectralMask]] = []
@@ -290,19 +301,19 @@ def compute_blocks(model: nn.Module, adapter_name: str) -> None:
 
 
 def _check_targets(modules: dict[str, nn.Module], config: SpecLoRAConfig) -> None:
-    """Refuse what cannot be adapted before anything is changed; say once what is clipped."""
+    """Refuse modules that cannot be adapted, and warn once if `k` is clipped. Changes nothing."""
     clipped = []
     for name, module in modules.items():
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if getattr(base, "groups", 1) != 1:
             raise UnsupportedModelError(
-                f"SpecLoRA does not support grouped convolutions such as {name!r} (groups={base.groups}): their weight "
-                f"is not one matrix. Leave it out of `target_modules`, or use LoraConfig."
+                f"SpecLoRA does not support grouped convolutions such as {name!r} (groups={base.groups}), because "
+                f"their weight is not one matrix. Leave them out of `target_modules`, or use LoraConfig."
             )
         if isinstance(module, LoraLayer) and module.merged:
             raise ValueError(
                 f"SpecLoRA does not support adding an adapter to {name!r} while {module.merged_adapters} are merged "
-                f"into its weight; call unmerge_adapter() first."
+                f"into its weight. Call unmerge_adapter() first."
             )
         k = lookup(config.k_pattern, name, config.k)
         side = _smaller_side(base)
@@ -311,31 +322,31 @@ def _check_targets(modules: dict[str, nn.Module], config: SpecLoRAConfig) -> Non
     if clipped:
         warnings.warn(
             f"SpecLoRA: `k` is clipped to the smaller side of the weight in {len(clipped)} of {len(modules)} modules, "
-            f"the first of them {clipped[0]}.",
+            f"first in {clipped[0]}.",
             stacklevel=2,
         )
 
 
 def _smaller_side(module: nn.Module) -> int | None:
-    """The smaller of a module's numbers of inputs and outputs; None where PEFT does not know them."""
+    """The smaller of a module's numbers of inputs and outputs; None if PEFT does not know them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            sides = _get_in_out_features(module)
+            d_in, d_out = _private.in_and_out_features(module)
         except (AttributeError, ValueError):
             return None
-    return None if None in sides else int(min(sides))
+    return None if d_in is None or d_out is None else min(d_in, d_out)
 
 
 def _unsupported(name: str, module: nn.Module) -> str:
     return (
-        f"SpecLoRA does not support {type(module).__name__} layers such as {name!r}. Leave such modules out of "
-        f"`target_modules`, or use LoraConfig for this model."
+        f"SpecLoRA does not support {type(module).__name__} layers such as {name!r}. Leave them out of "
+        f"`target_modules`, or use LoraConfig."
     )
 
 
 def __getattr__(name: str) -> Any:
-    """The classes over PEFT's quantized layers, so that they can be unpickled where none has been made yet."""
+    """The classes over PEFT's quantized layers, so that pickles load before such a class has been made."""
     cls = quantized_class(name)
     if cls is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -346,7 +357,7 @@ register_tuner(
     "speclora",
     SpecLoRAConfig,
     SpecLoRAModel,
-    # PEFT's hotswap sets a layer's scaling but not its alpha, by which the mask would be scaled.
+    # PEFT's hotswap sets a layer's scaling but not its alpha, and the mask is scaled by both.
     hotswap_keys=[
         "r",
         "lora_alpha",

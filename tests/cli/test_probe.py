@@ -63,10 +63,12 @@ def test_probe_writes_a_config_that_peft_takes(base_model, tmp_path, tiny_llama)
     results = json.loads(done.stdout)
     assert results["report"]["num_examples"] == 4
     model = get_peft_model(tiny_llama(), PeftConfig.from_pretrained(str(out)))
-    ranks = {row["module_name"]: row["rank"] for row in results["allocation"]["rows"]}
+    ranks = {row["module_name"]: row["rank"] for row in results["allocation"]["modules"]}
     found = {name: layer.r["default"] for name, layer in model.get_base_model().named_modules() if hasattr(layer, "r")}
     assert found == ranks
-    assert results["allocation"]["budget"] == 0.5 * 8 * sum(row["cost"] for row in results["allocation"]["rows"])
+    assert results["allocation"]["summary"]["budget"] == 0.5 * 8 * sum(
+        row["cost"] for row in results["allocation"]["modules"]
+    )
 
 
 @pytest.mark.slow

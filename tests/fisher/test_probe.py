@@ -570,13 +570,13 @@ def test_ranks_per_role_make_a_short_pattern(tiny_llama):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"budget": 0.5, "params": 10}, ValueError, "not both"),
+        ({"budget": 0.5, "params": 10}, ValueError, "exclude each other"),
         ({"budget": 2.0}, ValueError, r"`budget` must be a fraction in \(0, 1\]"),
         ({"budget": 0.01}, AllocationError, "`budget` must cover rank 1 in all 4 modules"),
         ({"rule": "energy"}, AllocationError, "spectra of a trained adapter"),
         ({"rule": "none"}, AllocationError, "`rule` must be one of"),
         ({"r": 0}, ValueError, "`r` must be a positive integer"),
-        ({"r_q": 2}, ValueError, r"decides \['r_q'\] itself"),
+        ({"r_q": 2}, ValueError, r"sets \['r_q'\] itself"),
     ],
 )
 def test_a_config_from_a_probe_refuses_what_makes_no_sense(tiny_llama, settings, error, message):

@@ -1,7 +1,8 @@
-"""Patterns give every module its value whatever the order of their entries."""
+"""Patterns give every module its value, whatever the order of their entries."""
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
-from lorakit.naming.patterns import compact_pattern, lookup, warn_of_unmatched
+from lorakit.naming.patterns import alpha_of, compact_pattern, lookup, unmatched_keys, warn_unmatched
 
 NAMES = st.lists(
     st.lists(st.sampled_from(["q", "v", "layers", "1", "11", "a+b", "q_proj", "x"]), min_size=1, max_size=4).map(
@@ -38,7 +39,7 @@ def test_every_module_gets_its_value_in_any_order(data, names, order):
     keys=st.lists(st.sampled_from(["q", "v", "a+b", r"a\+b", r"layers\.1.*", "^q", "1", "q_.*"]), unique=True),
 )
 @settings(max_examples=200, deadline=None)
-def test_lookup_is_peft_s_rule(names, keys):
+def test_lookup_follows_peft(names, keys):
     pattern = {key: i for i, key in enumerate(keys)}
     for name in names:
         assert lookup(pattern, name, -1) == pattern.get(get_pattern_key(pattern.keys(), name), -1)
@@ -55,7 +56,7 @@ def test_modules_that_agree_share_one_entry():
     assert compact_pattern(values, set()) == {"q_proj": 4, "v_proj": 16}
 
 
-def test_a_dot_in_a_name_takes_in_no_neighbour():
+def test_a_dot_in_a_name_does_not_match_another_character():
     values = {"a.b.q": 2, "aXb.q": 8, "c.q": 16}
     for seed in range(6):
         entries = list(compact_pattern(values, {"c.q"}).items())
@@ -63,11 +64,25 @@ def test_a_dot_in_a_name_takes_in_no_neighbour():
         assert {name: lookup(dict(entries), name, 16) for name in values} == values
 
 
-@pytest.mark.parametrize(
-    ("pattern", "unmatched"), [({"q": 1, r"layers\.0\..*": 2}, None), ({"k": 1}, "'k'"), ({}, None)]
-)
-def test_entries_that_match_nothing_are_warned_of(pattern, unmatched, recwarn):
-    warn_of_unmatched("X", "k_pattern", pattern, ["layers.0.q", "layers.1.q"])
+@pytest.mark.parametrize(("pattern", "stray"), [({"q": 1, r"layers\.0\..*": 2}, None), ({"k": 1}, "'k'"), ({}, None)])
+def test_keys_that_match_no_module_give_one_warning(pattern, stray, recwarn):
+    warn_unmatched("X", "k_pattern", pattern, ["layers.0.q", "layers.1.q"])
     messages = [str(warning.message) for warning in recwarn]
-    expected = f"X: the following k_pattern keys did not match any targeted module and were ignored: [{unmatched}]."
-    assert messages == ([] if unmatched is None else [expected])
+    expected = f"X: the following k_pattern keys did not match any targeted module and were ignored: [{stray}]."
+    assert messages == ([] if stray is None else [expected])
+
+
+def test_unmatched_keys_are_those_that_no_name_ends_with():
+    names = ["layers.0.q", "layers.1.q"]
+    assert unmatched_keys(["q", "k", "layers.0", r"layers\.\d\.q", "layers.1.q"], names) == ["k", "layers.0"]
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("rank", [1, 3, 16, 100])
+def test_alpha_of_keeps_the_scaling(rank, use_rslora):
+    def scaling(alpha, rank):
+        return alpha / (math.sqrt(rank) if use_rslora else rank)
+
+    alpha = alpha_of(24, rank, 16, use_rslora)
+    assert scaling(alpha, rank) == pytest.approx(scaling(24, 16), rel=1e-12)
+    assert isinstance(alpha, int) == float(alpha).is_integer()

@@ -215,7 +215,7 @@ def test_scaling_law_matches_numpy_on_noisy_data():
 @pytest.mark.parametrize(
     ("ranks", "values", "message"),
     [
-        ([2], [1], "of one length of at least 2"),
+        ([2], [1], "of the same length of at least 2"),
         ([2, 4], [1, 2, 3], r"got shapes \(2,\) and \(3,\)"),
         ([2, 2], [1, 2], "`ranks` must have at least two different values"),
         ([2, 4], [0, 2], "`effective_ranks` must be positive; got 0.0"),

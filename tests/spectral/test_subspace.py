@@ -105,7 +105,7 @@ def test_pairs_batch_broadcast_promote_and_refuse(name):
     torch.testing.assert_close(batched, torch.stack([function(x, b) for x in a]))
     assert function(a.bfloat16(), b.bfloat16()).dtype == torch.float32
     assert function(a.to("meta"), b.to("meta")).shape == batched.shape
-    with pytest.raises(ValueError, match=r"must lie in one space.*got 9 and 8"):
+    with pytest.raises(ValueError, match=r"must lie in the same space.*got 9 and 8"):
         function(a, basis(8, 2))
     with pytest.raises(ValueError, match=r"must have shape \(\*batch, d, k\) with k >= 1; got \(9, 0\)"):
         function(b[:, :0], b)

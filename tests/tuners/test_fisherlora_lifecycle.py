@@ -371,7 +371,8 @@ def test_a_weighted_combination_is_right_or_refused(combination, second, rslora,
 def test_a_weighted_combination_of_other_layers(kind, combination, tmp_path):
     if combination == "svd" and kind in ("conv1d", "conv3d"):
         with pytest.raises(
-            ValueError, match=r"^FisherLoRA does not support .* for Conv1d or Conv3d, which 'q_proj' is. Use 'cat'"
+            ValueError,
+            match=r"^FisherLoRA does not support .* for Conv1d and Conv3d layers such as 'q_proj'. Use 'cat'",
         ):
             combined(kind, combination)
         return
@@ -406,7 +407,7 @@ def test_a_combination_that_would_lose_something_is_refused(flag):
     model = adapted(fisher(**{flag: True}))
     model.add_adapter("b", fisher())
     with pytest.raises(
-        ValueError, match=rf"^FisherLoRA does not support .*loses what `{flag}` adds to adapter 'default'"
+        ValueError, match=rf"^FisherLoRA does not support .* adapter 'default', because it loses what `{flag}` adds"
     ):
         model.add_weighted_adapter(["default", "b"], WEIGHTS, "both")
     assert list(model.peft_config) == ["default", "b"]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import lorakit
 from lorakit import FisherLoRAConfig, SpecLoRAConfig
-from lorakit.tuners import _masked_layers as masked_layers
+from lorakit.tuners import _layers
 from lorakit.tuners.speclora import SpecLoRALayer
 
 PACKAGES = Path(__file__).parent / "fake_backends"
@@ -63,7 +63,7 @@ def packages(monkeypatch) -> Iterator[None]:
     checks += [import_utils.is_eetq_available, import_utils.is_inc_available]
     modules = [importlib.import_module(f"peft.tuners.lora.{name}") for name in ("eetq", "aqlm", "inc")]
     contents = [dict(vars(module)) for module in modules]
-    loaded, made = dict(sys.modules), dict(masked_layers._CLASSES)
+    loaded, made = dict(sys.modules), dict(_layers._CLASSES)
     monkeypatch.syspath_prepend(PACKAGES)
     _refresh(checks, modules)
     yield
@@ -73,8 +73,8 @@ def packages(monkeypatch) -> Iterator[None]:
     for name in sys.modules.keys() - loaded.keys():
         if name.partition(".")[0] in {"gptqmodel", "optimum", "eetq", "aqlm", "neural_compressor"}:
             del sys.modules[name]
-    masked_layers._CLASSES.clear()
-    masked_layers._CLASSES.update(made)
+    _layers._CLASSES.clear()
+    _layers._CLASSES.update(made)
     monkeypatch.undo()
     _refresh(checks, [])
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lorakit._checks import check_number
 from lorakit._report import ordered
 from lorakit.adapters import Adapter, open_adapter
-from lorakit.allocation import read_budget
+from lorakit.allocation.budget import read_budget
 from lorakit.lens._rows import grouped
 from lorakit.lens.static.findings import find
 from lorakit.lens.static.groups import summarize

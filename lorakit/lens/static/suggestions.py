@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lorakit.allocation import allocate, read_budget
+from lorakit.allocation.budget import read_budget
+from lorakit.allocation.rules import allocate
 from lorakit.lens.static.spectra import AuditedModule
 
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the maximum ranks that servers can be configured with

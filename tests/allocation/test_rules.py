@@ -9,7 +9,11 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
 
+import lorakit
 from lorakit.allocation import RULES, allocate, read_budget
 from lorakit.errors import AllocationError
 
@@ -71,7 +75,7 @@ def test_the_order_of_the_modules_does_not_matter(problem, order):
 def test_ranks_per_role_are_the_same_in_a_role(problem):
     result = allocate(**problem | {"per": "role"})
     by_role = {}
-    for row in result.rows:
+    for row in result.modules:
         by_role.setdefault(row.role or row.module_name, set()).add(row.rank)
     assert all(len(ranks) == 1 for ranks in by_role.values())
 
@@ -192,7 +196,53 @@ def test_it_explains_itself():
     assert "costs 200 with 29 left" in text[2]
     assert "the largest rank allowed is 1" in text[3]
     assert text[-1] == "rule energy, per module: 221 of 250 (88.4%) spent"
-    assert [(row.score, row.cost, row.rank) for row in result.rows] == [(162, 10, 2), (2, 200, 1), (25, 1, 1)]
+    assert [(row.score, row.cost, row.rank) for row in result.modules] == [(162, 10, 2), (2, 200, 1), (25, 1, 1)]
+
+
+def allocated(**changes):
+    roles = {f"layers.{i}.{name}": role for i in range(2) for name, role in (("q_proj", "query"), ("v_proj", "value"))}
+    settings = {"rule": "fisherlora", "max_rank": 16, "roles": roles} | changes
+    return allocate(dict.fromkeys(roles, 1.0), dict.fromkeys(roles, 128), 5120, **settings)
+
+
+def test_it_is_a_report():
+    report = allocated()
+    assert report.headline == "4 modules, rank 4–16, 5.12k of 5.12k spent (rule fisherlora, per module)"
+    assert report.details == ("query: rank 4 in 2 modules", "value: rank 16 in 2 modules")
+    assert [row["rank"] for row in report.rows()] == list(report.ranks.values()) == [4, 16, 4, 16]
+    assert report.to_dict()["summary"] == {"rule": "fisherlora", "per": "module", "budget": 5120, "cost": 5120}
+    assert "rank 4–16" in repr(report)
+    assert "q_proj" in report._repr_html_()
+    empty = allocate({}, {}, 0)
+    assert (empty.headline, empty.next_steps) == ("0 modules, rank none, 0 of 0 spent (rule energy, per module)", ())
+    assert empty.plot().axes == []
+
+
+@pytest.mark.parametrize("dropped", [(), ("layers.1.q_proj",)])
+def test_its_next_step_makes_a_model_with_its_ranks(dropped):
+    names = [f"layers.{i}.{name}" for i in range(9) for name in ("q_proj", "v_proj")]
+    for count in (2, 9):  # the pattern written out, and taken from `allocation`
+        kept = names[: 2 * count]
+        spectra = {name: [0.0] if name in dropped else [1.0] * (1 + i % 5) for i, name in enumerate(kept)}
+        allocation = allocate(spectra, dict.fromkeys(kept, 64), 10**6, min_rank=0)
+        (step,) = allocation.next_steps
+        config = eval(step, {"lorakit": lorakit, "allocation": allocation})
+        layers = nn.ModuleList(
+            nn.ModuleDict({name: nn.Linear(32, 32) for name in ("q_proj", "v_proj")}) for _ in range(count)
+        )
+        model = get_peft_model(nn.ModuleDict({"layers": layers}), config).base_model.model
+        found = {name: layer.r["default"] for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+        assert found == {name: rank for name, rank in allocation.ranks.items() if rank}
+
+
+def test_its_figure_has_a_panel_for_each_role_and_a_bar_for_each_layer():
+    figure = allocated().plot()
+    assert figure.get_suptitle() == "Ranks by rule fisherlora, per module"
+    assert [axes.get_title() for axes in figure.axes] == ["query", "value"]
+    assert [[bar.get_height() for bar in axes.patches] for axes in figure.axes] == [[4, 4], [16, 16]]
+    outside = allocate({"layers.3.fc1": [1, 1], "lm_head": [1]}, {"layers.3.fc1": 1, "lm_head": 1}, 9).plot()
+    assert [[bar.get_height() for bar in axes.patches] for axes in outside.axes] == [[2, 0], [0, 1]]
+    assert [text.get_text() for text in outside.axes[-1].get_xticklabels()] == ["3", "–"]
 
 
 GOOD = {"scores": {"a": 1.0, "b": 2.0}, "costs": {"a": 10, "b": 1}, "budget": 20, "rule": "uniform"}
@@ -205,8 +255,8 @@ GOOD = {"scores": {"a": 1.0, "b": 2.0}, "costs": {"a": 10, "b": 1}, "budget": 20
         ({"rule": "other"}, "`rule` must be one of fisher, fisherlora, spectral, energy, prior, uniform; got 'other'"),
         ({"per": "layer"}, "`per` must be one of module, role"),
         ({"costs": {"a": 1}}, r"`scores` and `costs` must have the same modules; they differ in \['b'\]"),
-        ({"costs": {"a": 1, "b": 0}}, "`costs` must be positive integers; got 0 for 'b'"),
-        ({"costs": {"a": 1, "b": 1.5}}, "`costs` must be positive integers"),
+        ({"costs": {"a": 1, "b": 0}}, r"`costs\['b'\]` must be a positive integer; got 0"),
+        ({"costs": {"a": 1, "b": 1.5}}, r"`costs\['b'\]` must be a positive integer; got 1.5"),
         ({"budget": 20.5}, "`budget` must be an integer"),
         ({"min_rank": 3, "max_rank": 2}, r"`min_rank` must be an integer in \[0, `max_rank`\]"),
         ({"max_rank": {"a": 2, "b": 0}}, r"`min_rank` must be an integer in \[0, `max_rank`\]"),
@@ -214,12 +264,15 @@ GOOD = {"scores": {"a": 1.0, "b": 2.0}, "costs": {"a": 10, "b": 1}, "budget": 20
         ({"scores": {"a": math.nan, "b": 0}}, "`scores` must be finite"),
         ({"rule": "energy"}, "`scores` must be sequences of singular values"),
         ({"rule": "energy", "scores": {"a": [1], "b": [math.inf]}}, "`scores` must be finite"),
-        ({"rule": "fisher"}, "needs `d_out`"),
+        ({"rule": "fisher"}, "`d_out`, each module's output width, is required by the rule 'fisher'"),
         ({"rule": "fisher", "d_out": {"a": 1, "b": 1}, "min_rank": 0}, "`min_rank` must be at least 1"),
-        ({"rule": "fisherlora", "max_rank": 4}, "The rule 'fisherlora' needs `roles`"),
-        ({"rule": "spectral", "roles": {"a": "query", "b": "value"}}, "needs `max_rank`"),
-        ({"rule": "spectral", "roles": {"a": "query", "b": None}, "max_rank": 4}, "needs query and value projections"),
-        ({"per": "role"}, "Ranks per role needs `roles`"),
+        ({"rule": "fisherlora", "max_rank": 4}, "`roles` is required by the rule 'fisherlora'"),
+        ({"rule": "spectral", "roles": {"a": "query", "b": "value"}}, "`max_rank` is required by the rule 'spectral'"),
+        (
+            {"rule": "spectral", "roles": {"a": "query", "b": None}, "max_rank": 4},
+            "must include query and value projections for the rule 'spectral'",
+        ),
+        ({"per": "role"}, "`roles` is required by per='role'"),
     ],
 )
 def test_bad_arguments_say_what_is_needed(changes, message):

@@ -1,7 +1,7 @@
-"""Scores, costs and a budget → integer ranks. Pure: numbers in, numbers out, so that a config can use it too.
+"""Integer ranks from scores, costs and a budget. Numbers only: no models, no files.
 
-All rules buy units of rank one after the other, the unit of the largest gain per cost first. Where a unit does not fit
-in what is left of the budget it is skipped and the next is tried. Rules differ in what a unit gains.
+Every rule buys units of rank one at a time, always the unit with the largest gain per cost. A unit that does not fit
+into the rest of the budget is skipped. The rules differ in what a unit gains.
 """
 
 from __future__ import annotations
@@ -10,20 +10,14 @@ import heapq
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol, get_args
+from dataclasses import dataclass
+from typing import Any, Protocol, get_args
 
+from lorakit._checks import check_integer
+from lorakit.allocation.report import RULES, AllocatedModule, Allocation, Per, Rule
 from lorakit.errors import AllocationError
 
-Rule = Literal["fisher", "fisherlora", "spectral", "energy", "prior", "uniform"]
-Per = Literal["module", "role"]
-Unit = Literal["parameters", "bytes"]
-RULES: tuple[Rule, ...] = get_args(Rule)
-
-_PREFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-_BUDGET = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ki|mi|gi|k|m|g)?(b?)\s*", re.IGNORECASE)
-
-# Which roles get their ranks first; None are the other roles. "Keep V, reduce Q", and its control.
+# Which roles get their ranks first; None stands for all other roles. "Keep V, reduce Q", and its control.
 _ORDERS: dict[str, tuple[str | None, ...]] = {
     "fisherlora": ("value", None, "query"),
     "spectral": ("query", None, "value"),
@@ -31,7 +25,7 @@ _ORDERS: dict[str, tuple[str | None, ...]] = {
 
 
 class ProbedModule(Protocol):
-    """What an allocation needs to know of one probed module."""
+    """What an allocation needs to know about one probed module."""
 
     @property
     def module_name(self) -> str: ...
@@ -46,7 +40,7 @@ class ProbedModule(Protocol):
 
 
 class ProbeReport(Protocol):
-    """A probe's report, as far as an allocation needs it; `lorakit.fisher.FisherReport` is one."""
+    """The part of a probe's report that an allocation needs; `lorakit.fisher.FisherReport` has it."""
 
     @property
     def modules(self) -> Sequence[ProbedModule]: ...
@@ -55,60 +49,8 @@ class ProbeReport(Protocol):
 
 
 @dataclass(frozen=True)
-class AllocatedRow:
-    """One module's score (for the energy rule Σ σ²), its cost per unit of rank, its rank, and why not one more."""
-
-    module_name: str
-    role: str | None
-    score: float
-    cost: int
-    rank: int
-    why: str
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """Ranks whose cost Σ rank · cost does not exceed the budget; `rows` are in the order of `costs`."""
-
-    rule: Rule
-    per: Per
-    budget: int
-    cost: int
-    rows: tuple[AllocatedRow, ...]
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        """Each module's rank."""
-        return {row.module_name: row.rank for row in self.rows}
-
-    def explain(self) -> str:
-        """A table of every module's score, cost, rank, and why it has no more."""
-        heading = ("module", "role", "score", "cost", "rank", "why not one more")
-        lines = [heading] + [
-            (row.module_name, row.role or "-", f"{row.score:.3g}", str(row.cost), str(row.rank), row.why)
-            for row in self.rows
-        ]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(heading) - 1)]
-        text = [
-            "  ".join(
-                [line[0].ljust(widths[0]), line[1].ljust(widths[1])]
-                + [cell.rjust(width) for cell, width in zip(line[2:5], widths[2:], strict=True)]
-                + [line[5]]
-            )
-            for line in lines
-        ]
-        share = f" ({self.cost / self.budget:.1%})" if self.budget else ""
-        text.append(f"rule {self.rule}, per {self.per}: {self.cost} of {self.budget}{share} spent")
-        return "\n".join(text)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data that JSON takes."""
-        return asdict(self) | {"rows": [asdict(row) for row in self.rows]}
-
-
-@dataclass(frozen=True)
 class _Group:
-    """Modules that share one rank: `gain(r)` is what rank r + 1 adds to rank r, 0 where there is nothing to add."""
+    """Modules that share one rank. `gain(r)` is what rank r + 1 adds to rank r; 0 means that nothing is left."""
 
     names: list[str]
     cost: int
@@ -129,35 +71,41 @@ def allocate(
     roles: Mapping[str, str | None] | None = None,
     d_out: Mapping[str, int] | None = None,
 ) -> Allocation:
-    """Ranks for all modules, at least `min_rank` each, whose cost Σ rank · cost does not exceed `budget`.
+    """Ranks for all modules, at least `min_rank` each, whose total cost Σ rank · cost stays within `budget`.
 
-    The result depends neither on the order of the modules nor on the scale of the scores: ties go to the name that
+    The result depends neither on the order of the modules nor on the scale of the scores. Ties go to the name that
     comes first (layer 2 before layer 10). Units that gain nothing are not bought.
 
     Args:
-        scores: for each module, what `rule` makes gains of (one finite number >= 0; for "energy" a sequence).
-        costs: for each module, what one unit of rank costs, such as d_in + d_out parameters.
+        scores: each module's score, a finite number >= 0; for "energy" a sequence of them.
+        costs: what one unit of rank costs in each module, for instance d_in + d_out parameters.
         budget: in the unit of `costs`.
         rule: what unit r + 1 of a module gains:
 
-            * ``fisher``: F · d_out · (1/r − 1/(r + 1)), the score F being the mean Fisher information of an entry of
-              lora_B; needs `d_out`. Falls with r, so that ranks grow as √(F · d_out / cost).
-            * ``fisherlora``: keep V, reduce Q. One rank per role: value projections get as much of `max_rank` as the
-              budget allows, then the other roles together, then query projections. Needs `roles` and `max_rank`.
-            * ``spectral``: the control, queries first and values last.
-            * ``energy``: the (r + 1)-th largest σ², the score being a trained update's singular values, in any order;
-              a module has as many units as values.
-            * ``prior``: ranks in proportion to score · √cost (as integers: the largest quotient of that by r + ½).
-            * ``uniform``: one rank for all.
-        max_rank: an upper bound, one for all or one for each module.
-        per: "role" gives the modules of one role one rank, for the sum of their gains; needs `roles`.
-        roles: each module's role, or None for one that has none.
+            * ``fisher``: F · d_out · (1/r − 1/(r + 1)). The score F is the mean Fisher information of lora_B's entries.
+              Ranks then grow as √(F · d_out / cost). Needs `d_out`.
+            * ``fisherlora``: keep V, reduce Q. One rank per role: value projections are raised towards `max_rank`
+              first, then all other roles together, then query projections. Needs `roles` and `max_rank`.
+            * ``spectral``: the control of `fisherlora`, with queries first and values last.
+            * ``energy``: the (r + 1)-th largest σ². The score is a trained update's singular values, in any order; a
+              module has as many units as values.
+            * ``prior``: ranks in proportion to score · √cost (as integers, by the largest quotients over r + ½).
+            * ``uniform``: one rank for all modules.
+        min_rank: the smallest rank of a module.
+        max_rank: an upper bound, for all modules or for each one.
+        per: "role" gives all modules of one role the same rank, by the sum of their gains. Needs `roles`.
+        roles: each module's role, or None.
         d_out: each module's output width.
 
-    Raises: AllocationError (a ValueError) for a budget that does not cover `min_rank` everywhere, scores that are
-    negative or not finite, and arguments that make no sense together.
-    References: METHODS of the rules: "LoRA-Lens", section 4 (fisherlora, spectral); greedy gains and the prior are
-    those of budgeted rank allocation by sensitivity, r ∝ s · √(d_in + d_out).
+    Raises: AllocationError (a ValueError) if the budget does not cover `min_rank` in all modules, if scores are
+    negative or not finite, and if arguments do not fit together.
+    References: "LoRA-Lens", section 4 (fisherlora, spectral). The greedy gains and the prior follow budgeted rank
+    allocation by sensitivity, r ∝ s · √(d_in + d_out).
+
+    Example:
+        >>> spectra = {"layers.0.q_proj": [4.0, 1.0, 0.5], "layers.0.v_proj": [3.0, 2.0, 2.0]}
+        >>> allocate(spectra, {"layers.0.q_proj": 128, "layers.0.v_proj": 96}, budget=420).ranks
+        {'layers.0.q_proj': 1, 'layers.0.v_proj': 3}
     """
     _check_options(rule, per, min_rank, roles, d_out, max_rank)
     by_name = {"costs": costs, "roles": roles, "d_out": d_out, "max_rank": max_rank}
@@ -167,8 +115,7 @@ def allocate(
             raise AllocationError(f"`scores` and `{argument}` must have the same modules; they differ in {differing}.")
     for argument, widths in (("costs", costs), ("d_out", d_out or {})):
         for name, value in widths.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise AllocationError(f"`{argument}` must be positive integers; got {value!r} for {name!r}.")
+            _check_positive(f"{argument}[{name!r}]", value)
     if isinstance(budget, bool) or not isinstance(budget, int):
         raise AllocationError(f"`budget` must be an integer, in the unit of `costs`; got {budget!r}.")
     values = {name: _numbers(name, score, many=rule == "energy") for name, score in scores.items()}
@@ -180,8 +127,15 @@ def allocate(
     for name, cost in costs.items():
         score = sum(v * v for v in values[name]) if rule == "energy" else values[name][0]
         role = None if roles is None else roles[name]
-        rows.append(AllocatedRow(name, role, score, cost, rank_of[name], why_of[name]))
+        rows.append(AllocatedModule(name, role, score, cost, rank_of[name], why_of[name]))
     return Allocation(rule, per, budget, budget - left, tuple(rows))
+
+
+def _check_positive(name: str, value: Any) -> None:
+    try:
+        check_integer(name, value)
+    except ValueError as error:
+        raise AllocationError(str(error)) from None
 
 
 def _check_options(rule: str, per: str, min_rank: Any, roles: Any, d_out: Any, max_rank: Any) -> None:
@@ -196,17 +150,18 @@ def _check_options(rule: str, per: str, min_rank: Any, roles: Any, d_out: Any, m
             f"`min_rank` must be an integer in [0, `max_rank`]; got {min_rank!r} with `max_rank` {max_rank!r}."
         )
     if rule == "fisher" and d_out is None:
-        raise AllocationError("The rule 'fisher' needs `d_out`, each module's output width.")
+        raise AllocationError("`d_out`, each module's output width, is required by the rule 'fisher'; got None.")
     if rule == "fisher" and min_rank < 1:
-        raise AllocationError("The rule 'fisher' says nothing of rank 0; `min_rank` must be at least 1.")
+        raise AllocationError("`min_rank` must be at least 1 for the rule 'fisher', whose gain at rank 0 is infinite.")
     if roles is None and (per == "role" or rule in _ORDERS):
-        raise AllocationError(f"{f'The rule {rule!r}' if rule in _ORDERS else 'Ranks per role'} needs `roles`.")
+        reason = f"the rule {rule!r}" if rule in _ORDERS else "per='role'"
+        raise AllocationError(f"`roles` is required by {reason}; got None.")
     if rule in _ORDERS:
         if max_rank is None:
-            raise AllocationError(f"The rule {rule!r} needs `max_rank`, the rank of what is kept.")
+            raise AllocationError(f"`max_rank` is required by the rule {rule!r}; got None.")
         if not {"query", "value"} <= set(roles.values()):
             raise AllocationError(
-                f"The rule {rule!r} needs query and value projections among the modules; their roles are "
+                f"`roles` must include query and value projections for the rule {rule!r}; got "
                 f"{sorted({str(role) for role in roles.values()})}. Use 'fisher', 'prior' or 'uniform'."
             )
 
@@ -236,7 +191,7 @@ def _limits(
 def _gains(
     values: Mapping[str, list[float]], costs: Mapping[str, int], d_out: Mapping[str, int] | None, rule: str
 ) -> dict[str, Callable[[int], float]]:
-    """For each module what unit r + 1 gains, relative to the largest score (so that nothing under- or overflows)."""
+    """What unit r + 1 of each module gains, relative to the largest score so that nothing under- or overflows."""
     peak = max((value for numbers in values.values() for value in numbers), default=0.0) or 1.0
 
     def of(name: str) -> Callable[[int], float]:
@@ -262,7 +217,7 @@ def _groups(
     per: str,
     roles: Mapping[str, str | None] | None,
 ) -> list[_Group]:
-    """Modules that get one rank together; a module without a role stands for itself."""
+    """Groups of modules that share a rank; a module without a role is a group of its own."""
     order = _ORDERS.get(rule)
     members: dict[tuple[int, str], list[str]] = {}
     for name in sorted(costs, key=_natural):
@@ -285,7 +240,7 @@ def _groups(
 
 
 def _buy(groups: list[_Group], budget: int, min_rank: int) -> tuple[dict[str, int], dict[str, str], int]:
-    """Every module's rank, why it has no more, and what is left of the budget."""
+    """Every module's rank, why it is not larger, and the rest of the budget."""
     left = budget - sum(group.cost for group in groups) * min_rank
     if left < 0:
         count = sum(len(group.names) for group in groups)
@@ -313,7 +268,7 @@ def _buy(groups: list[_Group], budget: int, min_rank: int) -> tuple[dict[str, in
     while heap:
         _, negative, i = heapq.heappop(heap)
         group = groups[i]
-        if group.cost > left:  # nor will the group's later units fit
+        if group.cost > left:  # the group's later units do not fit either
             together = f" for {len(group.names)} modules" if len(group.names) > 1 else ""
             why[i] = f"another unit gains {-negative:.3g} per cost, but costs {group.cost}{together} with {left} left"
             continue
@@ -327,17 +282,3 @@ def _buy(groups: list[_Group], budget: int, min_rank: int) -> tuple[dict[str, in
 def _natural(name: str) -> list[str | int]:
     """Sorts layer 2 before layer 10."""
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
-
-
-def read_budget(budget: int | str) -> tuple[int, Unit]:
-    """A budget as people write it: ``2000000`` or ``"2M"`` parameters, ``"4MB"`` or ``"4MiB"`` bytes.
-
-    Raises: ValueError for anything else, and for nothing at all.
-    """
-    match = _BUDGET.fullmatch(str(budget)) if isinstance(budget, int | str) and not isinstance(budget, bool) else None
-    amount = int(float(match[1]) * _PREFIXES[(match[2] or "").lower()]) if match else 0
-    if match is None or amount < 1:
-        raise ValueError(
-            f"`budget` must be a positive number of parameters (2000000, 2M) or bytes (4MB, 4MiB); got {budget!r}."
-        )
-    return amount, "bytes" if match[3] else "parameters"

@@ -1,14 +1,15 @@
-"""PEFT's LoRA variants on layers with SpecLoRA's mask.
+"""PEFT's LoRA variants (DoRA, activated LoRA, …) on layers with SpecLoRA's mask.
 
-The mask's update has rank k: (d − 1)[:, None] ⊙ P = D (P ·), with D the selection of k rows, scaled. So what a variant
-makes of `scaling · B A` it can make of the two together, `scaling · [B, D] [A; P]`: DoRA normalizes the whole, and
-activated LoRA adds the whole to the tokens after its invocation. The other variants add a term of their own, beside
-which the mask's stands, as beside plain LoRA's; two of those do not merge by `get_delta_weight`.
+The mask's update (d − 1)[:, None] ⊙ P has rank k. It is D P, where D selects k rows and scales them. A variant that
+works on `scaling · B A` can therefore work on both updates at once, as `scaling · [B, D] [A; P]`: DoRA normalizes the
+sum, and activated LoRA adds the sum to the tokens after its invocation. All other variants add a term of their own, and
+the mask's term is added separately, as with plain LoRA. BD-LoRA and KaSA do not merge by `get_delta_weight`, so their
+merge methods add the mask's update too.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft.tuners.lora import variants
@@ -17,13 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit.errors import UnsupportedModelError
-
-if TYPE_CHECKING:
-    from lorakit.tuners._masked_layers import SpecLoRALayer
+from lorakit.tuners import _private
 
 
 class _DownWithMask:
-    """[A; P] as a module: the rank r of A comes first, then k channels more."""
+    """[A; P] in the place of lora_A: its output has r + k channels, A's first."""
 
     def __init__(self, layer: Any, adapter_name: str, dropout: nn.Module | None = None) -> None:
         self.layer, self.name, self.dropout = layer, adapter_name, dropout or nn.Identity()
@@ -36,7 +35,7 @@ class _DownWithMask:
 
     @property
     def weight(self) -> Tensor:
-        """(r + k, d_in, *kernel); of a linear layer A alone, of which variants ask only dtype, device and d_in."""
+        """(r + k, d_in, *kernel). For a linear layer A alone: variants read only its dtype, device and d_in."""
         down: Tensor = self.layer.lora_A[self.name].weight
         if down.dim() == 2:
             return down
@@ -45,18 +44,18 @@ class _DownWithMask:
 
 
 class _UpWithMask:
-    """[B, D] as a module."""
+    """[B, D] in the place of lora_B."""
 
     def __init__(self, layer: Any, adapter_name: str) -> None:
         self.layer, self.name = layer, adapter_name
 
     def _values(self) -> Tensor:
-        """d − 1 in units of the adapter's scaling, by which everything is multiplied in the end."""
+        """d − 1 divided by the adapter's scaling, because the variant multiplies everything by the scaling."""
         values: Tensor = self.layer.lora_spec[self.name].weight / self.layer.initial_scaling(self.name)
         return values
 
     def columns(self, like: Tensor) -> Tensor:
-        """D (d_out, k), in the dtype of `like`."""
+        """D, of shape (d_out, k), in the dtype and on the device of `like`."""
         selected: Tensor = self.layer.row_selection(self.name, like)
         return selected * self._values().to(like.dtype)
 
@@ -79,12 +78,12 @@ class _UpWithMask:
 
 
 class _LayerWithMask:
-    """A masked layer as a variant sees it, its factors being those of the whole update."""
+    """What a variant gets in the place of the layer: the same, but its factors are [A; P] and [B, D]."""
 
     def __init__(self, layer: Any, adapter_name: str, *, dropout_in_a: bool = False) -> None:
         self._layer = layer
         if adapter_name in layer.lora_embedding_A:
-            # here PEFT's factors are bare tensors: (r, ids) and (features, r)
+            # PEFT keeps an embedding's factors as bare tensors: (r, ids) and (features, r)
             A, B = layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
             rows = layer.over_all_columns(adapter_name, layer.block_of(adapter_name).to(A.dtype))
             self.lora_embedding_A = {adapter_name: torch.cat([A, rows])}
@@ -101,7 +100,7 @@ class _LayerWithMask:
 
 
 class MaskInForward(LoraVariant):
-    """A variant whose forward has the mask's term in it."""
+    """For variants whose forward includes the mask's term."""
 
     dropout_in_a = False
 
@@ -111,7 +110,7 @@ class MaskInForward(LoraVariant):
 
 
 class MaskInDora(MaskInForward):
-    """DoRA, which scales what the adapters before it have added to the result: their masks' terms must be in it."""
+    """For DoRA, which rescales the result so far: the mask terms of the adapters before it are added first."""
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         for name in module.masks_due(module.active_adapters, before=active_adapter):
@@ -120,18 +119,18 @@ class MaskInDora(MaskInForward):
 
 
 class MaskInMerge(LoraVariant):
-    """A variant that merges an update of its own making: the mask's is added beside it."""
+    """For variants that do not merge by `get_delta_weight`: the mask's update is merged and unmerged here."""
 
-    def merge_safe(self, module: SpecLoRALayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         merged: Tensor = super().merge_safe(module, active_adapter, orig_weight)
         module.add_mask_delta(merged, active_adapter)
         return merged
 
-    def merge_unsafe(self, module: SpecLoRALayer, active_adapter: str, orig_weight: Tensor) -> None:
+    def merge_unsafe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> None:
         super().merge_unsafe(module, active_adapter, orig_weight)
         module.add_mask_delta(orig_weight.data, active_adapter)
 
-    def unmerge(self, module: SpecLoRALayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+    def unmerge(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         unmerged: Tensor = super().unmerge(module, active_adapter, orig_weight)
         module.add_mask_delta(unmerged, active_adapter, -1)
         return unmerged
@@ -158,7 +157,7 @@ class MaskedDoraConv3d(MaskInDora, variants.DoraConv3dVariant):
 
 
 class MaskedALora(MaskInForward, variants.ALoraLinearVariant):
-    dropout_in_a = True  # the mask's input is not dropped out, as it is not without the variant
+    dropout_in_a = True  # dropout applies to A's input alone, as without the variant
 
 
 class MaskedBdLora(MaskInMerge, variants.BdLoraLinearVariant):
@@ -179,13 +178,13 @@ if hasattr(variants, "KasaLinearVariant"):  # since PEFT 0.21
 
     class MaskedKasa(MaskInMerge, variants.KasaLinearVariant):
         def prepare_weight(self, module: Any, adapter_name: str) -> None:
-            """Truncate the base weight, if that is still to be done, before a part of it is taken."""
-            self._apply_deferred_truncation(module, adapter_name)
+            """Let KaSA truncate the base weight before the mask's block is copied from it."""
+            _private.apply_kasa_truncation(self, module, adapter_name)
 
     _MASKED.append(MaskedKasa)
 
-# Their forward adds a term to the result, and they merge by `get_delta_weight`.
-_AS_THEY_ARE = (
+# Variants that need no change: their forward adds a term to the result, and they merge by `get_delta_weight`.
+_UNCHANGED = (
     variants.VeloraLinearVariant,
     variants.MontecloraLinearVariant,
     variants.MiCALinearVariant,
@@ -194,16 +193,16 @@ _AS_THEY_ARE = (
 
 
 def masked_variant(variant: LoraVariant) -> LoraVariant:
-    """The variant for a layer with a mask that does what `variant` does.
+    """The counterpart of `variant` for a layer with a mask.
 
-    Raises: UnsupportedModelError for a variant of which nothing is known.
+    Raises: UnsupportedModelError for a variant that lorakit does not know.
     """
-    if isinstance(variant, (MaskInForward, MaskInMerge, *_AS_THEY_ARE)):
+    if isinstance(variant, (MaskInForward, MaskInMerge, *_UNCHANGED)):
         return variant
     cls = {masked.__bases__[1]: masked for masked in _MASKED}.get(type(variant))
     if cls is None:
         raise UnsupportedModelError(
-            f"SpecLoRA does not support {type(variant).__name__}; leave the option that asks for it out, or use "
+            f"SpecLoRA does not support {type(variant).__name__}. Leave out the option that selects it, or use "
             f"LoraConfig."
         )
     return cls()

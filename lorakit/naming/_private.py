@@ -1,0 +1,28 @@
+"""The private names of PEFT that decide which modules a config targets, one function each.
+
+tests/naming/test_private.py says which version of PEFT changed one of them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def expand_all_linear(config: Any, model: nn.Module) -> None:
+    """Replace target_modules="all-linear", in `config`, by the names of the model's linear modules."""
+    from peft.tuners import tuners_utils
+
+    tuners_utils._maybe_include_all_linear_layers(config, model)
+
+
+def is_targeted(tuner: Any, config: Any, module_name: str) -> bool:
+    """Whether PEFT adapts the module of this name under `config`."""
+    return bool(tuner._check_target_module_exists(config, module_name))
+
+
+def check_allowed(tuner: Any, config: Any, model: nn.Module, target_name: str) -> None:
+    """Raise ValueError where PEFT forbids LoRA on modules of this name in this model (some of Mamba's)."""
+    tuner._check_target_module_compatiblity(config, model, target_name)
