@@ -45,6 +45,7 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "run": ("Probe", "collect"),
         "tally": ("Collected",),
     },
+    "lorakit.compress": {"_report": ("CompressReport", "CompressedModule"), "_truncate": ("truncate",)},
     "lorakit.cost": {
         "_accounting": ("accounting",),
         "_report": ("AccountedModule", "Accounting", "Flops", "Memory"),
@@ -60,6 +61,7 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "_rank_sweep": ("RankSweep", "SweptRank", "rank_sweep"),
         "_record": ("SweepRun",),
     },
+    "lorakit.export": {"_report": ("ExportReport", "ExportedModule"), "_to_lora": ("to_lora",)},
     "lorakit.fisher": {
         "_probe": ("probe",),
         "_report": ("Estimate", "FisherGroup", "FisherReport", "FisherRow", "Moments"),
@@ -93,6 +95,7 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "render.html": ("write_html",),
         "render.plots": ("write_plots",),
     },
+    "lorakit.merging": {"_merge": ("merge",), "_report": ("MergeReport", "MergedModule")},
     "lorakit.naming": {
         "patterns": ("alpha_of", "compact_pattern", "lookup", "targeted_modules", "targeted_parameters", "unmatched"),
         "roles": ("ROLES", "Role", "layer_of", "layer_prefix", "role_of"),

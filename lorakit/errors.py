@@ -46,6 +46,10 @@ class AdapterFileError(LorakitError, ValueError):
     """An adapter, or a model's checkpoint, on disk that cannot be read, or whose parts do not fit together."""
 
 
+class OverwriteError(LorakitError, FileExistsError):
+    """A directory has an adapter that is not replaced unasked."""
+
+
 class MissingExtraError(LorakitError, ImportError):
     """Something needs an optional dependency that is not installed."""
 

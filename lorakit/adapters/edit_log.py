@@ -32,7 +32,7 @@ def read_edits(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
     edits = record.get("edits") if isinstance(record, dict) else None
     if not isinstance(edits, list) or not all(isinstance(edit, dict) for edit in edits):
         return _ignored(path, "it has no list of `edits`")
-    if record.get("weights_sha256") != _weights_hash(Path(directory)):
+    if record.get("weights_sha256") != weights_hash(Path(directory)):
         return _ignored(path, "its `weights_sha256` is not that of the weights beside it, so they were replaced since")
     return edits
 
@@ -47,7 +47,7 @@ def write_edits(directory: str | os.PathLike[str], edits: Sequence[Mapping[str, 
     if not edits:
         path.unlink(missing_ok=True)
         return
-    record = {"weights_sha256": _weights_hash(Path(directory)), "edits": [dict(edit) for edit in edits]}
+    record = {"weights_sha256": weights_hash(Path(directory)), "edits": [dict(edit) for edit in edits]}
     partial = path.with_name(f".{RECORD_NAME}.{os.getpid()}")
     try:
         partial.write_text(json.dumps(record), encoding="utf-8")
@@ -61,7 +61,7 @@ def _ignored(path: Path, reason: str) -> list[dict[str, Any]]:
     return []
 
 
-def _weights_hash(directory: Path) -> str | None:
+def weights_hash(directory: Path) -> str | None:
     """SHA-256 of the adapter's weights; None where there are none."""
     for name in (WEIGHTS_NAME, PICKLE_NAME):
         if (directory / name).is_file():
