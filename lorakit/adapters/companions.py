@@ -121,7 +121,10 @@ def written_by_lorakit(directory: str | os.PathLike[str]) -> bool:
     The hash is of the weights, so the answer is no once another program has written them, though the card remains.
     """
     digest = weights_hash(Path(directory))
-    return digest is not None and digest in (_digest_in_card(Path(directory, CARD_NAME)), _digest_in_record(Path(directory, RECORD_NAME)))
+    return digest is not None and digest in (
+        _digest_in_card(Path(directory, CARD_NAME)),
+        _digest_in_record(Path(directory, RECORD_NAME)),
+    )
 
 
 def _digest_in_card(path: Path) -> str | None:
