@@ -21,10 +21,9 @@ _AGREE = ("bias", "trainable_token_indices", "layer_replication", "alora_invocat
 
 
 def modules_of(views: Sequence[Adapter]) -> dict[str, dict[int, AdapterModule]]:
-    """By name, the modules of the adapters that have it, by the adapter's place.
+    """The modules of all adapters by name, each by the place of its adapter.
 
-    Raises: ValueError where they differ in shape; UnsupportedModelError where something beside an update cannot be
-    summed.
+    Raises: ValueError where shapes differ; UnsupportedModelError for DoRA and `lora_bias`, which cannot be summed.
     """
     found: dict[str, dict[int, AdapterModule]] = {}
     for i, view in enumerate(views):
@@ -60,12 +59,13 @@ def tensors_beside(views: Sequence[Adapter]) -> tuple[dict[str, Tensor], list[Fi
     partial = [key for key, paths in owners.items() if len(paths) < len(views)]
     findings = []
     if partial:
-        message = f"{len(partial)} tensors beside the updates are not in all adapters, and carried whole: {partial[0]}."
+        message = f"{len(partial)} tensors beside the updates are in some adapters only, and are copied: {partial[0]}."
         findings.append(Finding("warning", "carried_whole", None, message))
     return tensors, findings
 
 
 def findings_about(views: Sequence[Adapter], present: Present) -> list[Finding]:
+    """The adapters' own warnings, and where they differ in base model or modules."""
     findings = [finding for view in views for finding in view.findings if finding.severity == "warning"]
     bases = {view.settings.base_model for view in views if view.settings.base_model}
     if len(bases) > 1:
@@ -73,7 +73,7 @@ def findings_about(views: Sequence[Adapter], present: Present) -> list[Finding]:
         findings.append(Finding("warning", "base_models_differ", None, message))
     partial = [name for name, modules in present.items() if len(modules) < len(views)]
     if partial:
-        message = f"{len(partial)} modules are not in all adapters, and count as 0 where they lack: {partial[0]}."
+        message = f"{len(partial)} modules are in some adapters only, and count as 0 in the others: {partial[0]}."
         findings.append(Finding("info", "partial_modules", None, message))
     return findings
 

@@ -119,7 +119,7 @@ def compact_finding(plain: PlainLora) -> list[Finding]:
     """Who can read the file, where modules have ranks of their own."""
     if not plain.rank_pattern:
         return []
-    message = f"Ranks differ from module to module: {COMPACT_READERS} apply them right."
+    message = f"Ranks differ from module to module: the file is right in {COMPACT_READERS}."
     return [Finding("info", "compact", None, message)]
 
 
