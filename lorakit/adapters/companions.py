@@ -108,7 +108,7 @@ def check_overwrite(out: str | os.PathLike[str], sources: Sequence[object], *, o
         return
     ways_out = "Pass `overwrite=True` (--overwrite) to replace it, or name another directory."
     for source in sources:
-        directory = _local_directory(source)
+        directory = local_directory(source)
         if directory is not None and directory.exists() and os.path.samefile(directory, target):
             raise OverwriteError(f"`out` is the directory of the adapter itself, {os.fspath(out)!r}. {ways_out}")
     if not written_by_lorakit(target):
@@ -143,7 +143,7 @@ def _digest_in_record(path: Path) -> str | None:
     return record.get("weights_sha256") if isinstance(record, dict) else None
 
 
-def _local_directory(source: object) -> Path | None:
+def local_directory(source: object) -> Path | None:
     """The directory of a source that is a path here; None for models in memory and Hub ids."""
     source = source.path if isinstance(source, Adapter) else source
     if not isinstance(source, str | os.PathLike):
@@ -154,7 +154,7 @@ def _local_directory(source: object) -> Path | None:
 
 def _directory_of(source: object) -> Path | None:
     """The directory of a source; of a Hub id the one that its companions are downloaded to."""
-    directory = _local_directory(source)
+    directory = local_directory(source)
     source = source.path if isinstance(source, Adapter) else source
     if directory is not None or not isinstance(source, str):
         return directory

@@ -13,7 +13,6 @@ from typing import Any
 from lorakit.adapters.atomic import PICKLE_NAME, WEIGHTS_NAME
 
 RECORD_NAME = "lorakit_surgery.json"
-_ATTRIBUTE = "_lorakit_edits"
 
 
 def read_edits(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -68,18 +67,3 @@ def weights_hash(directory: Path) -> str | None:
             with (directory / name).open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
     return None
-
-
-def edits_of(config: object) -> list[dict[str, Any]]:
-    """The edits that an adapter's config in memory carries, oldest first."""
-    return list(vars(config).get(_ATTRIBUTE, []))
-
-
-def set_edits(config: object, edits: list[dict[str, Any]]) -> None:
-    """Have `config`, an adapter's config in memory, carry `edits`: plain data only."""
-    vars(config)[_ATTRIBUTE] = edits
-
-
-def write_record(directory: str | os.PathLike[str], config: object) -> None:
-    """Write the edits that `config` carries beside the adapter in `directory`."""
-    write_edits(directory, edits_of(config))

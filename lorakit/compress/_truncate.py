@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lorakit.adapters import Adapter, AdapterModule, open_saved_adapter
-from lorakit.adapters.companions import check_overwrite, companions_of
-from lorakit.adapters.edit_log import edits_of, read_edits
+from lorakit.adapters.companions import check_overwrite, companions_of, local_directory
+from lorakit.adapters.edit_log import read_edits
 from lorakit.adapters.keys import tensor_name
 from lorakit.adapters.lora_config import minimal_config, spelled_out
 from lorakit.adapters.rewritable import carried_tensors, check_finite, check_rewritable, contents_of, finite_tensor
@@ -110,7 +109,7 @@ def truncate(
     )
     check_overwrite(out, [adapter], overwrite=overwrite)
     view = open_saved_adapter(adapter, adapter_name=adapter_name)
-    source = Source(adapter, view, recorded_edits(adapter, adapter_name))
+    source = Source(adapter, view, recorded_edits(adapter))
     return rewrite(source, out, choice, _Inputs(view, activations, second_moments), verify=verify)
 
 
@@ -194,15 +193,10 @@ def _targets(view: Adapter, updates: Mapping[str, LowRank]) -> dict[str, Any]:
     return spelled_out(updates)
 
 
-def recorded_edits(adapter: object, adapter_name: str | None = None) -> list[dict[str, Any]]:
-    """The record of surgery of what was opened."""
-    if isinstance(adapter, str | os.PathLike):
-        path = Path(adapter)
-        return read_edits(path if path.is_dir() else path.parent)
-    configs = getattr(adapter, "peft_config", None)
-    if configs is None:
-        return []
-    return edits_of(configs[adapter_name or getattr(adapter, "active_adapter", "default")])
+def recorded_edits(adapter: object) -> list[dict[str, Any]]:
+    """The record of surgery beside an adapter on disk; none for a model, which does not know its edits."""
+    directory = local_directory(adapter)
+    return [] if directory is None else read_edits(directory)
 
 
 def _cut(view: Adapter, module: AdapterModule, rank: int, inputs: _Inputs | None) -> LowRank:

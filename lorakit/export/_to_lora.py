@@ -11,8 +11,7 @@ from peft import PeftModel, PeftType
 
 from lorakit._checks import check_integer, check_number
 from lorakit.adapters import open_adapter
-from lorakit.adapters.companions import Companions, check_overwrite, companions_of
-from lorakit.adapters.edit_log import edits_of
+from lorakit.adapters.companions import check_overwrite, companions_of
 from lorakit.adapters.in_model import live_modules, resolve_adapter_name
 from lorakit.adapters.lora_config import minimal_config
 from lorakit.adapters.write_lora import plain_lora, write_lora
@@ -65,8 +64,8 @@ def to_lora(
             `energy`, the share of ‖ΔW‖_F² in every module.
         pad: False writes each module at its own rank: a smaller file, for PEFT ≥ 0.15 and vLLM ≥ 0.33 only.
         for_server: servers that the file is for, as in `lorakit.compress.truncate`.
-        source: where the adapter of a model was loaded from: tokenizer, chat template and model card beside it are
-            copied, as they are for an adapter at rest.
+        source: where the adapter of a model was loaded from: tokenizer, chat template, model card and record of
+            surgery beside it are carried over, as they are for an adapter at rest.
         overwrite: allow `out` to be the adapter's own directory, or to hold an adapter that lorakit did not write.
     Raises: ExportError (a ValueError) for what no plain LoRA can say; ValueError for a bad `rank`; OverwriteError (a
         FileExistsError); for adapters at rest also what `lorakit.compress.truncate` raises.
@@ -93,7 +92,7 @@ def to_lora(
     check_overwrite(out, [adapter, source], overwrite=overwrite)
     if isinstance(adapter, str | os.PathLike):
         return _at_rest(adapter, out, wanted, adapter_name)
-    return _from_model(adapter, out, wanted, resolve_adapter_name(adapter, adapter_name), companions_of([source]))
+    return _from_model(adapter, out, wanted, resolve_adapter_name(adapter, adapter_name), source)
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,11 @@ def _at_rest(
 
 
 def _from_model(
-    model: PeftModel, out: str | os.PathLike[str], wanted: _Wanted, adapter_name: str, companions: Companions
+    model: PeftModel,
+    out: str | os.PathLike[str],
+    wanted: _Wanted,
+    adapter_name: str,
+    source: str | os.PathLike[str] | None,
 ) -> ExportReport:
     config = model.peft_config[adapter_name]
     modules = live_modules(model, adapter_name)
@@ -167,11 +170,11 @@ def _from_model(
         out,
         lora.tensors | beside,
         plain,
-        companions=companions,
+        companions=companions_of([source]),
         change=(
             f"`export` ({wanted.describe()}): {peft_type} → LORA at rank {lora.r}, {share:.4%} of the energy left out."
         ),
-        edits=edits_of(config),
+        edits=recorded_edits(source),
     )
     return ExportReport(
         **summary(os.fspath(out), plain, lora, before_export(modules, tensors), beside),
