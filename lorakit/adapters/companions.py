@@ -50,14 +50,18 @@ class Companions:
     findings: tuple[Finding, ...] = ()
 
     def write(self, directory: Path, config: Mapping[str, Any], change: str) -> None:
-        """Copy the files into `directory`, where the weights are, and write the card with `change`, one line, added."""
+        """Copy the files into `directory`, where the weights are, and write the card with `change`, one line, added.
+
+        Without a card of the source it is the one that PEFT wrote into `directory`, or a new one.
+        """
         for name, path in self.files.items():
             if path.is_dir():
                 shutil.copytree(path, directory / name)
             else:
                 shutil.copyfile(path, directory / name)
-        card = _with_change(self.card or _new_card(config), change, weights_hash(directory))
-        (directory / CARD_NAME).write_text(card, encoding="utf-8")
+        path = directory / CARD_NAME
+        card = self.card or (path.read_text(encoding="utf-8") if path.exists() else _new_card(config))
+        path.write_text(_with_change(card, change, weights_hash(directory)), encoding="utf-8")
 
 
 def label_of(path: str) -> str:

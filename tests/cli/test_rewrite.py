@@ -213,14 +213,24 @@ def test_surgery_edits_the_layers_asked_for(adapter, base_model, data, tmp_path)
 
 def test_a_second_edit_keeps_the_record_of_the_first(adapter, base_model, data, tmp_path):
     adapter()
+    (tmp_path / "adapter" / "added_tokens.json").write_text("{}")
     common = ("--base", base_model, "--data", data, "--num-examples", "2")
     edited, again = tmp_path / "edited", tmp_path / "again"
     done = run("surgery", *common, "--adapter", tmp_path / "adapter", "--out", edited, "--policy", "abs_select")
     assert done.returncode == 0, done.stderr
     assert f"next: lorakit compare {tmp_path / 'adapter'} {edited}" in "".join(done.stdout.split("\n"))
     for source, out in ((edited, again), (edited, edited)):  # another directory, and the adapter's own
-        done = run("surgery", *common, "--adapter", source, "--out", out, "--policy", "random_index")
+        arguments = ("surgery", *common, "--adapter", source, "--out", out, "--policy", "random_index")
+        if out == edited:
+            done = run(*arguments)
+            assert (done.returncode, done.stdout) == (2, "")
+            assert "is the directory of the adapter itself" in done.stderr
+        done = run(*arguments, *(["--overwrite"] if out == edited else []))
         assert done.returncode == 0, done.stderr
+        card = (out / "README.md").read_text()
+        assert card.startswith((tmp_path / "adapter" / "README.md").read_text().rstrip())
+        assert card.count("* `surgery` (") == 2
+        assert (out / "added_tokens.json").read_text() == "{}"
         assert [edit["policy"] for edit in read_edits(out)] == ["abs_select", "random_index"]
 
 
@@ -288,7 +298,7 @@ def test_bad_input_is_exit_code_2_and_the_target_is_untouched(adapter, base_mode
         (*operate[:3], "--data", tmp_path / "no.jsonl", *operate[5:]): "No such file",
     }
     for arguments, message in bad.items():
-        done = run(*arguments, *([] if arguments[0] == "surgery" else ["--overwrite"]))
+        done = run(*arguments, "--overwrite")
         assert (done.returncode, done.stdout) == (2, ""), arguments
         assert message in done.stderr
         assert "Traceback" not in done.stderr
