@@ -22,6 +22,18 @@ def count(value: float) -> str:
     return f"{value:.3g}"
 
 
+def size(number_of_bytes: float) -> str:
+    """A size in bytes, with decimal prefixes: 2,488,320 is 2.49 MB.
+
+    Example:
+        >>> size(2_488_320), size(640)
+        ('2.49 MB', '640 B')
+    """
+    text = count(number_of_bytes)
+    digits, prefix = (text[:-1], text[-1]) if text[-1] in "GMk" else (text, "")
+    return f"{digits} {prefix}B"
+
+
 def share(value: float | None) -> str:
     """A fraction as a percentage; empty for None."""
     return "" if value is None else f"{100 * value:.0f}%"

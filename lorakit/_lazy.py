@@ -50,6 +50,7 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "run": ("Probe", "collect"),
         "tally": ("Collected",),
     },
+    "lorakit.compress": {"_report": ("CompressReport", "CompressedModule"), "_truncate": ("truncate",)},
     "lorakit.cost": {
         "_accounting": ("accounting",),
         "_report": ("AccountedModule", "Accounting", "Flops", "Memory"),
@@ -65,6 +66,7 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "_rank_sweep": ("RankSweep", "SweptRank", "rank_sweep"),
         "_record": ("SweepRun",),
     },
+    "lorakit.export": {"_report": ("ExportReport", "ExportedModule"), "_to_lora": ("to_lora",)},
     "lorakit.fisher": {
         "_probe": ("probe",),
         "_report": ("Estimate", "FisherGroup", "FisherReport", "FisherRow", "Moments"),
@@ -98,6 +100,7 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "render.html": ("write_html",),
         "render.plots": ("write_plots",),
     },
+    "lorakit.merging": {"_merge": ("merge",), "_report": ("MergeReport", "MergedModule")},
     "lorakit.naming": {
         "patterns": (
             "alpha_of",

@@ -46,6 +46,10 @@ class AdapterFileError(LorakitError, ValueError):
     """An adapter or a checkpoint on disk cannot be read, or its parts do not fit together."""
 
 
+class OverwriteError(LorakitError, FileExistsError):
+    """A directory has an adapter that is not replaced unasked."""
+
+
 class MissingExtraError(LorakitError, ImportError):
     """An optional dependency is needed, but not installed."""
 

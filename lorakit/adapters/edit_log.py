@@ -13,7 +13,6 @@ from typing import Any
 from lorakit.adapters.atomic import PICKLE_NAME, WEIGHTS_NAME
 
 RECORD_NAME = "lorakit_surgery.json"
-_ATTRIBUTE = "_lorakit_edits"
 
 
 def read_edits(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -32,7 +31,7 @@ def read_edits(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
     edits = record.get("edits") if isinstance(record, dict) else None
     if not isinstance(edits, list) or not all(isinstance(edit, dict) for edit in edits):
         return _ignored(path, "it has no list of `edits`")
-    if record.get("weights_sha256") != _weights_hash(Path(directory)):
+    if record.get("weights_sha256") != weights_hash(Path(directory)):
         return _ignored(path, "its `weights_sha256` is not that of the weights beside it, so they were replaced since")
     return edits
 
@@ -47,7 +46,7 @@ def write_edits(directory: str | os.PathLike[str], edits: Sequence[Mapping[str, 
     if not edits:
         path.unlink(missing_ok=True)
         return
-    record = {"weights_sha256": _weights_hash(Path(directory)), "edits": [dict(edit) for edit in edits]}
+    record = {"weights_sha256": weights_hash(Path(directory)), "edits": [dict(edit) for edit in edits]}
     partial = path.with_name(f".{RECORD_NAME}.{os.getpid()}")
     try:
         partial.write_text(json.dumps(record), encoding="utf-8")
@@ -61,25 +60,10 @@ def _ignored(path: Path, reason: str) -> list[dict[str, Any]]:
     return []
 
 
-def _weights_hash(directory: Path) -> str | None:
+def weights_hash(directory: Path) -> str | None:
     """SHA-256 of the adapter's weights; None where there are none."""
     for name in (WEIGHTS_NAME, PICKLE_NAME):
         if (directory / name).is_file():
             with (directory / name).open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
     return None
-
-
-def edits_of(config: object) -> list[dict[str, Any]]:
-    """The edits that an adapter's config in memory carries, oldest first."""
-    return list(vars(config).get(_ATTRIBUTE, []))
-
-
-def set_edits(config: object, edits: list[dict[str, Any]]) -> None:
-    """Have `config`, an adapter's config in memory, carry `edits`: plain data only."""
-    vars(config)[_ATTRIBUTE] = edits
-
-
-def write_record(directory: str | os.PathLike[str], config: object) -> None:
-    """Write the edits that `config` carries beside the adapter in `directory`."""
-    write_edits(directory, edits_of(config))

@@ -1,169 +1,208 @@
-"""Writing an adapter as a plain LoRA: names, layouts and config of what is written, and that it reads back as meant."""
+"""Writing an adapter as a plain LoRA that means the same ΔW to every program that reads it.
+
+Programs disagree on the scaling where ranks differ (alpha over the config's r, over the tensor's own rank, or by PEFT's
+patterns), so one rank and one alpha are written by default: shorter factors are padded with zeros.
+"""
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorakit.adapters.adapter import Adapter, AdapterModule
-from lorakit.adapters.atomic import CONFIG_NAME, replaced_directory, write_adapter
-from lorakit.adapters.edit_log import RECORD_NAME, set_edits, write_record
+from lorakit.adapters.adapter import AdapterModule
+from lorakit.adapters.atomic import replaced_directory, write_adapter
+from lorakit.adapters.companions import Companions
+from lorakit.adapters.edit_log import RECORD_NAME, write_edits
 from lorakit.adapters.keys import tensor_name
 from lorakit.adapters.read import open_file_or_hub
-from lorakit.errors import AdapterFileError, Finding, UnsupportedModelError
+from lorakit.errors import AdapterFileError
 from lorakit.naming.patterns import compact_pattern
 from lorakit.spectral import LowRank
 
-# Fields of FisherLoRA's and AdaLoRA's configs that LoRA's has not.
-_FOREIGN = {"r_q", "r_v", "target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"}
-_FOREIGN.add("total_step")
+
+@dataclass(frozen=True, eq=False)
+class StoredUpdate:
+    """One module's update in the layout in which PEFT stores it, before padding, in any dtype.
+
+    ΔW = `scaling` · B A. `A` is (rank, …) and `B` (d_out, rank / groups, …); `A_dtype` and `B_dtype` are what they are
+    written in. A `lora_bias` is scaled as B A is.
+    """
+
+    name: str
+    A: Tensor
+    B: Tensor
+    scaling: float
+    A_dtype: torch.dtype
+    B_dtype: torch.dtype
+    A_key: str
+    B_key: str
+    groups: int = 1
+    bias: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def parameters_of_a_rank(self) -> int:
+        """Parameters of A and B for each unit of rank."""
+        return (self.A.numel() + self.B.numel()) // self.rank
 
 
-class WrittenReport:
-    """A report, frozen, of what was written: `modules`, `findings`, and what is said of all of it."""
+@dataclass(frozen=True, eq=False)
+class PlainLora:
+    """A LoRA ready to be written: its tensors by key, and what its config says of ranks and scaling."""
 
-    modules: tuple[Any, ...]
-    findings: tuple[Finding, ...]
+    tensors: dict[str, Tensor]
+    factor_keys: frozenset[str]
+    r: int
+    lora_alpha: float
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data: `modules`, `summary` and `findings`."""
-        summary = {key: value for key, value in vars(self).items() if key not in ("modules", "findings")}
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of a LoraConfig that belong to these tensors."""
         return {
-            "modules": [asdict(module) for module in self.modules],
-            "summary": summary,
-            "findings": [asdict(finding) for finding in self.findings],
+            "peft_type": "LORA",
+            "r": self.r,
+            "lora_alpha": self.lora_alpha,
+            "rank_pattern": self.rank_pattern,
+            "alpha_pattern": self.alpha_pattern,
+            "use_rslora": False,
+            "init_lora_weights": True,
+            "inference_mode": True,
         }
 
 
-def check_rewritable(adapter: Adapter) -> None:
-    """Raise where no plain LoRA with other factors can be made of `adapter`'s own.
-
-    Raises: AdapterFileError for one that is broken, or has no config; UnsupportedModelError for kinds, by name.
-    """
-    adapter.check()
-    path, settings = adapter.path, adapter.settings
-    if settings.r is None:
-        raise AdapterFileError(f"{path}: there is no {CONFIG_NAME} beside it, so what its factors mean is unknown.")
-    if settings.peft_type == "SPECLORA":
-        raise UnsupportedModelError(
-            f"{path} is a SPECLORA adapter, whose mask is an update of the base weight: its low-rank part cannot be "
-            f"rewritten alone. Use lorakit.export.to_lora(model, out, rank=…), or `lorakit export --base MODEL`, first."
-        )
-    if settings.changes_base:
-        raise UnsupportedModelError(
-            f"{path} was made with init_lora_weights={settings.init!r}, which changed the base weights; its factors "
-            f"mean nothing to the original ones. Save it with `path_initial_model_for_weight_conversion` first."
-        )
-    parameters = [extra.info.key for extra in adapter.extras if extra.kind == "expert_parameters"]
-    if parameters:
-        raise UnsupportedModelError(f"{path} adapts parameters (`target_parameters`), as {parameters[0]!r}: not yet.")
-    grouped = [module.name for module in adapter.modules if module.groups > 1]
-    if grouped:
-        raise UnsupportedModelError(f"{path}: {grouped[0]!r} is a grouped convolution, which is not covered yet.")
-    if not adapter.modules:
-        raise AdapterFileError(f"{path}: no module has an update.")
-
-
-def check_finite(adapter: Adapter, module: AdapterModule, update: LowRank) -> None:
-    """Raise AdapterFileError where the factors are not finite, or their product is not."""
-    for half, factor in (("lora_B", update.B), ("lora_A", update.A)):
-        if not bool(factor.isfinite().all()):
-            raise AdapterFileError(f"{adapter.path}: {module.name}: {half} has NaN or infinite entries.")
-
-
-def carried_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """The tensors beside the updates, by their keys. Raises: AdapterFileError where one is not finite."""
-    tensors = {extra.info.key: adapter.tensor(extra.info) for extra in adapter.extras}
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.element_size() > 1 and not bool(tensor.isfinite().all()):
-            raise AdapterFileError(f"{adapter.path}: {key} has NaN or infinite entries.")
-    return tensors
-
-
-def factor_tensors(module: AdapterModule, update: LowRank) -> dict[str, Tensor]:
-    """The factors of `update` as PEFT stores them for a module of this kind, in the dtypes of the module's own."""
+def stored_update(module: AdapterModule, update: LowRank, *, bias: Tensor | None = None) -> StoredUpdate:
+    """`update` in the layout and the dtypes of a module that PEFT saved."""
     embedding = module.kind == "embedding"
-    A = update.A.reshape(update.rank, *module.A.shape[1:]).to(module.A.dtype)
-    B = update.B.reshape(*update.B.shape, *[1] * (len(module.B.shape) - 2)).to(module.B.dtype)
-    return {tensor_name(module.name, "A", embedding): A, tensor_name(module.name, "B", embedding): B}
+    assert module.A.dtype is not None
+    assert module.B.dtype is not None
+    return StoredUpdate(
+        name=module.name,
+        A=update.A.reshape(update.rank, *module.A.shape[1:]),
+        B=update.B.reshape(*update.B.shape, *[1] * (len(module.B.shape) - 2)),
+        scaling=float(update.scaling),
+        A_dtype=module.A.dtype,
+        B_dtype=module.B.dtype,
+        A_key=tensor_name(module.name, "A", embedding),
+        B_key=tensor_name(module.name, "B", embedding),
+        bias=bias,
+    )
 
 
-def common_scaling(scalings: Iterable[float]) -> float:
-    """The scaling of most modules, to which the others' factors are rescaled; 1 if there is none but 0."""
-    some = [scaling for scaling in scalings if scaling != 0]
-    return max(some, key=some.count) if some else 1.0
+def plain_lora(
+    updates: Sequence[StoredUpdate],
+    *,
+    pad: bool = True,
+    fitting_rank: Callable[[int], int] = lambda rank: rank,
+    integer_alpha: bool = False,
+) -> PlainLora:
+    """One scaling for all updates and, with `pad`, one rank, filled up with zeros; the updates are unchanged.
 
+    Factors that have that scaling already keep their entries bit for bit; of the others B is rescaled. The scaling is
+    the most frequent one, unless `lora_alpha` would be fractional: where nothing is stored in half precision, or with
+    `integer_alpha`, it is then folded into B, and `lora_alpha` = r.
 
-def plain_fields(ranks: Mapping[str, int], scaling: float) -> dict[str, Any]:
-    """What a plain LoRA's config says of its ranks, by module, all with the same scaling.
-
-    `r` is the largest; a server that reads only `r` and `lora_alpha` and ignores the patterns applies the same update.
+    Args:
+        pad: False keeps each module's own rank, and says so in `rank_pattern` and `alpha_pattern`.
+        fitting_rank: gives the rank to pad to, at least the largest one.
     """
-    r = max(ranks.values())
-    alphas = {name: _integral(scaling * rank) for name, rank in ranks.items()}
-    largest = {name for name in ranks if ranks[name] == r}
-    return {
-        "r": r,
-        "lora_alpha": _integral(scaling * r),
-        "use_rslora": False,
-        "rank_pattern": compact_pattern(ranks, largest),
-        "alpha_pattern": compact_pattern(alphas, largest),
-        "init_lora_weights": True,
-        "inference_mode": True,
-    }
+    groups = math.lcm(*(update.groups for update in updates))
+    r = max(update.rank for update in updates)
+    if pad:
+        r = fitting_rank(r)
+        while r % groups or fitting_rank(r) != r:
+            r += 1
+    ranks = {update.name: r if pad else update.rank for update in updates}
+    scaling = _written_scaling(updates, r, integer_alpha)
+    alphas = {name: integral(scaling * rank) for name, rank in ranks.items()}
+    largest = {name for name, rank in ranks.items() if rank == r}
+    tensors: dict[str, Tensor] = {}
+    for update in updates:
+        tensors |= _tensors(update, scaling, ranks[update.name])
+    return PlainLora(
+        tensors=tensors,
+        factor_keys=frozenset(key for update in updates for key in (update.A_key, update.B_key)),
+        r=r,
+        lora_alpha=integral(scaling * r),
+        rank_pattern=compact_pattern(ranks, largest),
+        alpha_pattern=compact_pattern(alphas, largest),
+    )
 
 
-def plain_config(
-    raw: Mapping[str, Any], ranks: Mapping[str, int], scaling: float, *, spell_out: bool = False
-) -> dict[str, Any]:
-    """`raw`, an adapter's config, as that of a plain LoRA with these ranks.
-
-    With `spell_out` its targets are these modules by name, whatever `raw` says of them.
-    """
-    config = {key: value for key, value in raw.items() if key not in _FOREIGN}
-    config |= {"peft_type": "LORA", **plain_fields(ranks, scaling)}
-    if spell_out:
-        config |= {"target_modules": sorted(ranks), "exclude_modules": None}
-        config |= {"layers_to_transform": None, "layers_pattern": None}
-    return config
+def _written_scaling(updates: Sequence[StoredUpdate], r: int, integer_alpha: bool) -> float:
+    scalings = [update.scaling for update in updates if update.scaling != 0]
+    if not scalings:
+        return 1.0  # an alpha of 0 means "none given" to some readers; B is 0 instead
+    common = max(dict.fromkeys(scalings), key=scalings.count)
+    if isinstance(integral(common * r), int):
+        return common
+    wide = all(update.B_dtype.itemsize >= 4 for update in updates)
+    return 1.0 if integer_alpha or (wide and all(_folds(update) for update in updates)) else common
 
 
-def write_plain(
+def _folds(update: StoredUpdate) -> bool:
+    """Whether scaling · B keeps its precision in the dtype that it is written in."""
+    size = float(update.B.abs().max()) * abs(update.scaling) if update.B.numel() else 0.0
+    limits = torch.finfo(update.B_dtype)
+    return size == 0 or limits.tiny / limits.eps <= size <= limits.max
+
+
+def integral(value: float) -> float:
+    """`value` as an integer where it is one up to rounding; never 0 for another number."""
+    nearest = round(value)
+    return nearest if abs(value - nearest) <= 1e-12 * abs(value) else value
+
+
+def _tensors(update: StoredUpdate, scaling: float, rank: int) -> dict[str, Tensor]:
+    """The module's tensors at `scaling`, padded to `rank`, in the dtypes that they are written in."""
+    A, B, bias = update.A, update.B, update.bias
+    ratio = update.scaling / scaling
+    if ratio != 1:
+        B = B.double() * ratio
+        bias = None if bias is None else (bias.double() * ratio).to(bias.dtype)
+    A, B = A.to(update.A_dtype), B.to(update.B_dtype)
+    missing = (rank - update.rank) // update.groups
+    if missing:
+        rows = A.reshape(update.groups, -1, *A.shape[1:])
+        A = torch.cat([rows, rows.new_zeros(update.groups, missing, *A.shape[1:])], dim=1).flatten(0, 1)
+        B = torch.cat([B, B.new_zeros(B.shape[0], missing, *B.shape[2:])], dim=1)
+    tensors = {update.A_key: A, update.B_key: B}
+    return tensors if bias is None else {**tensors, tensor_name(update.name, "bias"): bias}
+
+
+def write_lora(
     out: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],
     config: Mapping[str, Any],
-    intended: Mapping[str, LowRank],
     *,
+    companions: Companions,
+    change: str,
+    intended: Mapping[str, LowRank] | None = None,
     edits: list[dict[str, Any]] | None = None,
-    verify: bool = True,
 ) -> dict[str, float]:
-    """Write an adapter, whole or not at all; with `verify`, only if what is read back is `intended`, by module.
+    """Write an adapter, whole or not at all; where `intended` is given, only if that is what is read back, by module.
 
-    `edits` is its record of surgery. Returns the relative errors ‖written − intended‖_F / ‖intended‖_F by module.
+    `change` is the line that the model card gets; `edits` is the record of surgery, which replaces an older one.
+    Returns the relative errors ‖written − intended‖_F / ‖intended‖_F by module.
     Raises: OSError; AdapterFileError where what was written is not what was meant, such as for a dtype too narrow.
     """
-    errors = {}
-    with replaced_directory(out) as directory:
+    with replaced_directory(out, remove=[RECORD_NAME]) as directory:
         write_adapter(directory, tensors, config)
-        if verify:
-            errors = _verified(directory, intended)
-        if edits:
-            record = _Record()
-            set_edits(record, edits)
-            write_record(directory, record)
-    if not edits:
-        Path(out, RECORD_NAME).unlink(missing_ok=True)  # an old one is not of this adapter
+        companions.write(directory, config, change)
+        errors = {} if intended is None else _verified(directory, intended)
+        write_edits(directory, edits or [])
     return errors
-
-
-class _Record:
-    """Carries edits, as a config does."""
 
 
 @torch.no_grad()
@@ -194,7 +233,9 @@ def _verified(directory: Path, intended: Mapping[str, LowRank]) -> dict[str, flo
 
 def _difference(B: Tensor, A: Tensor, scaling: float, exact: LowRank) -> float:
     """‖scaling · B A − exact‖_F, as (B − B₀) A + B₀ (A − A₀): without the cancellation of the two updates."""
-    own = float(exact.scaling)
+    own, rank = float(exact.scaling), exact.rank
+    padded = not bool(B[:, rank:].any()) and not bool(A[rank:].any())
+    B, A = (B[:, :rank], A[:rank]) if padded else (B, A)
     if B.shape != exact.B.shape or A.shape != exact.A.shape or own == 0:
         return _norm(LowRank(B, A, scaling) - exact)
     moved = torch.cat([B * (scaling / own) - exact.B, exact.B], dim=1)
@@ -209,7 +250,3 @@ def _narrower(module: AdapterModule) -> torch.dtype:
     assert module.A.dtype is not None
     assert module.B.dtype is not None
     return max(module.A.dtype, module.B.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-
-
-def _integral(value: float) -> float:
-    return round(value) if abs(value - round(value)) < 1e-9 * max(1.0, abs(value)) else value

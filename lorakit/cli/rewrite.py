@@ -3,38 +3,78 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from lorakit import serving
+from lorakit.cli._models import load_adapted
 from lorakit.cli._output import Column, check_share, print_folded, print_json, print_lines
 
 if TYPE_CHECKING:
-    from lorakit.errors import Finding
+    from lorakit._report import Report
 
 Adapter = Annotated[str, typer.Argument(help="A directory, a file with its config beside it, or a Hub id.")]
+Out = Annotated[str, typer.Argument(help="Directory to write.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")]
 Verify = Annotated[bool, typer.Option(help="Read back what was written before it takes its place.")]
+Compact = Annotated[
+    bool, typer.Option("--compact", help="Each module at its own rank, for PEFT >= 0.15 and vLLM >= 0.33 only.")
+]
+For = Annotated[
+    str | None, typer.Option("--for", help="Servers that the file is for, with commas between: lorax,tgi,ollama.")
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the adapter itself, or one that lorakit did not write.")
+]
 
 
 class MethodName(StrEnum):
+    """The ways to merge."""
+
     linear = "linear"
     svd = "svd"
     ties = "ties"
     dare = "dare"
 
 
+class FormatName(StrEnum):
+    """The formats of adapters: PEFT's, and those of programs that read others."""
+
+    peft = "peft"
+    gguf = "gguf"
+    mlx = "mlx"
+    diffusers = "diffusers"
+    kohya = "kohya"
+
+
+class EnergyOf(StrEnum):
+    """What `--energy` is a share of."""
+
+    module = "module"
+    total = "total"
+
+
 def compress(
     adapter: Adapter,
-    out: Annotated[str, typer.Argument(help="Directory to write; may be that of the adapter.")],
+    out: Out,
     ranks: Annotated[
         str | None, typer.Option(help="One rank, or ranks by name or pattern: q_proj=4,v_proj=16; others keep theirs.")
     ] = None,
-    energy: Annotated[float | None, typer.Option(help="Share of each update's energy to keep, in (0, 1].")] = None,
+    energy: Annotated[float | None, typer.Option(help="Share of the updates' energy to keep, in (0, 1].")] = None,
     budget: Annotated[
-        str | None, typer.Option(help="For all modules: 2000000, 2M (parameters), 4MB (bytes as stored).")
+        str | None, typer.Option(help="For all factors as written: 2000000, 2M (parameters), 4MB (bytes).")
     ] = None,
     max_rank: Annotated[int | None, typer.Option(min=1, help="No module has a higher rank.")] = None,
+    energy_of: Annotated[
+        EnergyOf, typer.Option(help="Keep the energy in every module, or in total.")
+    ] = EnergyOf.module,
+    per_module: Annotated[
+        bool, typer.Option("--per-module", help="Choose ranks module by module; the file is compact.")
+    ] = False,
+    compact: Compact = False,
+    for_server: For = None,
+    overwrite: Overwrite = False,
     verify: Verify = True,
     as_json: Json = False,
 ) -> None:
@@ -43,33 +83,41 @@ def compress(
     if sum(value is not None for value in given.values()) != 1:
         raise typer.BadParameter("give exactly one.", param_hint="--ranks, --energy, --budget, --max-rank")
     check_share("--energy", energy)
+    if energy_of is EnergyOf.total and (energy is None or per_module):
+        raise typer.BadParameter("is for --energy without --per-module.", param_hint="--energy-of")
+    if per_module and ranks is not None:
+        raise typer.BadParameter("does not go with --ranks; use --compact.", param_hint="--per-module")
     if ranks is not None:
         given["ranks"] = _ranks(ranks)  # type: ignore[assignment]
     from lorakit.compress import truncate
 
     options: dict[str, Any] = given
-    report = truncate(adapter, out, **options, verify=verify)
-    if as_json:
-        print_json(report.to_dict())
-        return
-    columns = _columns("rank")
-    print_folded(f"{report.source} → {report.path}", report.modules, columns)
-    print_lines(
-        f"r {report.r}, lora_alpha {report.lora_alpha:.6g}; {report.parameters:,} of {report.parameters_before:,} "
-        f"parameters, {report.parameters_beside:,} beside them; {report.energy_kept:.2%} of the energy kept.",
-        *_findings(report.findings),
+    report = truncate(
+        adapter,
+        out,
+        **options,
+        energy_of=energy_of.value,
+        per_module=per_module,
+        pad=not compact,
+        for_server=for_server,
+        overwrite=overwrite,
+        verify=verify,
     )
+    _show(report, as_json, _columns("rank"))
 
 
 def merge(
     adapters: Annotated[list[str], typer.Argument(help="Directories, files or Hub ids of adapters of one base model.")],
-    out: Annotated[str, typer.Argument(help="Directory to write.")],
+    out: Out,
     weights: Annotated[str | None, typer.Option(help="One each, with commas between; default: 1/n each.")] = None,
     method: Annotated[MethodName, typer.Option(help="How; ties and dare form each ΔW: slow.")] = MethodName.linear,
     rank: Annotated[int | None, typer.Option(min=1, help="Rank of the merge.")] = None,
     energy: Annotated[float | None, typer.Option(help="Share of the merge's energy to keep, instead.")] = None,
     density: Annotated[float | None, typer.Option(help="Share of entries that ties and dare keep.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of dare.")] = 0,
+    compact: Compact = False,
+    for_server: For = None,
+    overwrite: Overwrite = False,
     verify: Verify = True,
     as_json: Json = False,
 ) -> None:
@@ -96,44 +144,77 @@ def merge(
         energy=energy,
         density=density,
         seed=seed,
+        pad=not compact,
+        for_server=for_server,
+        overwrite=overwrite,
         verify=verify,
     )
-    if as_json:
-        print_json(report.to_dict())
-        return
-    print_folded(f"{' + '.join(report.sources)} → {report.path}", report.modules, _columns("merged"))
-    print_lines(
-        f"{report.method} of weights {', '.join(f'{weight:g}' for weight in report.weights)}; r {report.r}; "
-        f"{report.parameters:,} parameters; {report.energy_kept:.2%} of the merge's energy kept.",
-        *_findings(report.findings),
-    )
+    _show(report, as_json, _columns("merged"))
 
 
 def export(
     adapter: Adapter,
-    out: Annotated[str, typer.Argument(help="Directory to write.")],
-    rank: Annotated[int | None, typer.Option(min=1, help="Cut every module to this rank, optimally.")] = None,
-    base: Annotated[str | None, typer.Option(help="Path or Hub id of the base model, which SPECLORA needs.")] = None,
+    out: Annotated[str, typer.Argument(help="Directory to write; for gguf, diffusers and kohya a file.")],
+    rank: Annotated[
+        str | None, typer.Option(help="Cut every module to this rank, optimally; auto: the smallest served rank.")
+    ] = None,
+    energy: Annotated[float, typer.Option(help="Share of every update's energy that --rank auto keeps.")] = 0.99,
+    base: Annotated[
+        str | None, typer.Option(help="Path or Hub id of the base model, which SPECLORA needs; for gguf a path.")
+    ] = None,
+    format_: Annotated[
+        FormatName, typer.Option("--format", help="gguf for llama.cpp and Ollama, mlx for mlx-lm, kohya for ComfyUI.")
+    ] = FormatName.peft,
+    compact: Compact = False,
+    for_server: For = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Write an adapter as a plain LoRA that needs no lorakit: LORA, FISHERLORA, and SPECLORA with its base model."""
-    from lorakit.cli._models import load_adapted
+    check_share("--energy", energy)
+    chosen = _rank(rank)
+    if format_ is not FormatName.peft:
+        if rank is not None or compact or for_server is not None:
+            raise typer.BadParameter(
+                "takes no --rank, --compact or --for; export to PEFT first.", param_hint="--format"
+            )
+        _show(_export_as(format_, adapter, out, base), as_json, None)
+        return
+    from lorakit.adapters.companions import check_overwrite
     from lorakit.export import to_lora
 
-    report = to_lora(adapter if base is None else load_adapted(base, adapter), out, rank=rank)
-    if as_json:
-        print_json(report.to_dict())
-        return
+    check_overwrite(out, [adapter], overwrite=overwrite)  # before a model is loaded
+    report = to_lora(
+        adapter if base is None else load_adapted(base, adapter),
+        out,
+        rank=chosen,
+        energy=energy,
+        pad=not compact,
+        for_server=for_server,
+        source=adapter,
+        overwrite=overwrite,
+    )
     columns: list[Column] = [
         ("modules", lambda rows: str(len(rows))),
         ("rank", lambda rows: _range(row.source_rank for row in rows)),
         ("written", lambda rows: _range(row.rank for row in rows)),
+        ("parameters", lambda rows: f"{sum(row.parameters for row in rows):,}"),
+        ("energy, least", lambda rows: f"{min(1 - row.discarded_energy for row in rows):.1%}"),
     ]
-    print_folded(f"{adapter} → {report.path}", report.modules, columns)
-    print_lines(
-        f"r {report.r}, lora_alpha {report.lora_alpha:.6g}; {report.parameters:,} parameters; "
-        f"{report.discarded_energy:.2%} of the energy left out."
-    )
+    _show(report, as_json, columns)
+
+
+def _export_as(format_: FormatName, adapter: str, out: str, base: str | None) -> Report:
+    if format_ is FormatName.gguf:
+        return serving.write_gguf(adapter, out, base_config=base)
+    if base is not None:
+        raise typer.BadParameter("is for --format peft and gguf.", param_hint="--base")
+    write = {
+        FormatName.mlx: serving.write_mlx,
+        FormatName.diffusers: serving.write_diffusers,
+        FormatName.kohya: serving.write_kohya,
+    }[format_]
+    return write(adapter, out)
 
 
 def _ranks(text: str) -> int | dict[str, int]:
@@ -144,6 +225,16 @@ def _ranks(text: str) -> int | dict[str, int]:
         return {name.strip(): int(rank) for name, _, rank in pairs}
     except ValueError:
         raise typer.BadParameter("must be a rank, or name=rank,name=rank.", param_hint="--ranks") from None
+
+
+def _rank(text: str | None) -> int | Literal["auto"] | None:
+    if text is None:
+        return None
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal() or int(text) < 1:
+        raise typer.BadParameter("must be a positive integer, or auto.", param_hint="--rank")
+    return int(text)
 
 
 def _columns(before: str) -> list[Column]:
@@ -161,5 +252,14 @@ def _range(values: Any) -> str:
     return str(min(found)) if min(found) == max(found) else f"{min(found)}–{max(found)}"
 
 
-def _findings(findings: tuple[Finding, ...]) -> list[str]:
-    return [f"{finding.severity} {finding.code}: {finding.message}" for finding in findings]
+def _show(report: Report, as_json: bool, columns: list[Column] | None) -> None:
+    """Print a report: as JSON, or with a table of its modules where there are columns."""
+    if as_json:
+        print_json(report.to_dict())
+        return
+    if columns is None:
+        print_lines(report.headline)
+    else:
+        print_folded(report.headline, getattr(report, "modules", ()), columns)
+    steps = ("What to do next:", *(f"  {step}" for step in report.next_steps)) if report.next_steps else ()
+    print_lines(*report.details, *steps)

@@ -75,13 +75,18 @@ def surgery(
     columns: Columns = None,
     split: Split = None,
     seed: Annotated[int, typer.Option(help="Seed of policies that draw.")] = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the adapter itself, or one that lorakit did not write.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
 ) -> None:
     """Reweight the singular values of an adapter's updates by what calibration data says of them."""
     bounds = None if layers is None else _bounds(layers)
+    from lorakit.adapters.companions import check_overwrite
     from lorakit.adapters.edit_log import read_edits
     from lorakit.surgery import reweight
 
+    check_overwrite(out, [adapter], overwrite=overwrite)  # before a model is loaded
     batches = read_examples(
         data,
         tokenizer_for(adapter, base),
@@ -104,7 +109,7 @@ def surgery(
         num_examples=num_examples,
         seed=seed,
     )
-    report.save(out, previous=read_edits(adapter))
+    report.save(out, previous=read_edits(adapter), source=adapter, overwrite=overwrite)
     if as_json:
         print_json({**report.to_dict(), "data": batches.report.to_dict(), "path": out})
         return

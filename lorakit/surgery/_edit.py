@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lorakit._distributed.fsdp import is_sharded
 from lorakit.adapters.atomic import replaced_directory
+from lorakit.adapters.companions import check_overwrite, companions_of
 from lorakit.adapters.edit_log import write_edits
 from lorakit.adapters.in_model import LiveModule, read_weight, write_weight
 from lorakit.calibration.state import no_inference_mode
@@ -96,7 +97,12 @@ class SurgeryReport(SensitivityReport):
         return record
 
     def save(
-        self, directory: str | os.PathLike[str], *, previous: Sequence[SurgeryReport | Mapping[str, Any]] = ()
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        previous: Sequence[SurgeryReport | Mapping[str, Any]] = (),
+        source: str | os.PathLike[str] | None = None,
+        overwrite: bool = False,
     ) -> None:
         """Save the edited adapter in `directory`, with a record of the edit (``lorakit_surgery.json``) beside it.
 
@@ -105,12 +111,15 @@ class SurgeryReport(SensitivityReport):
             previous: older edits of this adapter, oldest first, which the record keeps. A model does not know them:
                 pass the reports of earlier edits, or ``lorakit.adapters.edit_log.read_edits(source)`` if the adapter
                 was loaded from the directory `source`.
+            source: where the adapter was loaded from: tokenizer, chat template and model card beside it are copied.
+            overwrite: allow `directory` to be `source`, or to hold an adapter that lorakit did not write.
 
         On several processes call it in one of them.
 
-        Raises: SurgeryError if the factors are no longer those that the edit wrote, or are sharded; OSError if the
-        files cannot be written.
+        Raises: SurgeryError if the factors are no longer those that the edit wrote, or are sharded; OverwriteError (a
+        FileExistsError); OSError if the files cannot be written.
         """
+        check_overwrite(directory, [source], overwrite=overwrite)
         self._check_unchanged("this record would not describe them: save the last edit, with the others as `previous`")
         if any(is_sharded(tensor) for tensor in self._model.parameters()):
             raise SurgeryError(
@@ -123,6 +132,9 @@ class SurgeryReport(SensitivityReport):
             own = beside / self.adapter_name  # where PEFT puts an adapter that is not called "default"
             if own.is_dir():
                 _move_up(own)
+            config = self._model.peft_config[self.adapter_name].to_dict()
+            change = f"`surgery` ({self.policy}): {len(self.modules)} modules reweighted."
+            companions_of([source]).write(beside, config, change)
             write_edits(beside, [*edits, self.record()])
 
     def _check_unchanged(self, consequence: str) -> None:

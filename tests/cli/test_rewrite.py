@@ -98,7 +98,7 @@ def test_merge(adapter, tmp_path):
     assert (summary["weights"], summary["method"], summary["r"]) == ([1.0, -0.5], "svd", 4)
     done = run("merge", *paths, "--method", "dare", "--density", "0.5", "--seed", "7")
     assert done.returncode == 0, done.stderr
-    assert "dare of weights 0.5, 0.5; r 4" in " ".join(done.stdout.split())
+    assert f"dare of 0.5 · {paths[0]} + 0.5 · {paths[1]}" in " ".join(done.stdout.split())
     assert "partial_modules" in done.stdout
 
 
@@ -106,7 +106,7 @@ def test_export_from_a_path(adapter, tiny_llama, token_ids, tmp_path):
     model = adapter(FisherLoRAConfig(r=4, r_q=2, use_rslora=True, task_type="CAUSAL_LM"))
     done = run("export", tmp_path / "adapter", tmp_path / "out", "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["r"] == 4
+    assert json.loads(done.stdout)["summary"]["r"] == 4
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "out").eval()
     assert type(loaded.peft_config["default"]) is LoraConfig
     assert torch.allclose(loaded(token_ids).logits, model(token_ids).logits, atol=1e-5)
@@ -120,6 +120,55 @@ def test_export_from_a_path(adapter, tiny_llama, token_ids, tmp_path):
     assert {module.rank for module in open_adapter(tmp_path / "out").modules} == {1}
 
 
+def test_servers_compact_files_and_served_ranks(adapter, tmp_path):
+    adapter(FisherLoRAConfig(r=10, r_q=2, task_type="CAUSAL_LM"))
+    source, out = tmp_path / "adapter", tmp_path / "out"
+
+    def ranks(*arguments):
+        done = run(*arguments, "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["summary"]["path"] == str(out)
+        return {module.rank for module in open_adapter(out).modules}
+
+    assert ranks("export", source, out) == {10}
+    assert ranks("export", source, out, "--compact") == {2, 10}
+    assert ranks("export", source, out, "--for", "lorax,ollama") == {16}
+    assert ranks("export", source, out, "--rank", "auto", "--energy", "0.5") == {8}
+    assert ranks("compress", source, out, "--max-rank", "9", "--for", "tgi") == {16}
+    assert max(ranks("compress", source, out, "--energy", "0.9", "--energy-of", "total")) < 10
+    assert len(ranks("compress", source, out, "--energy", "0.9", "--per-module")) > 1
+    assert ranks("merge", source, source, out, "--compact") == {4, 16}  # 16 is the smaller side of v_proj
+    assert ranks("merge", source, source, out, "--rank", "3", "--for", "lorax") == {8}
+    done = run("export", source, out, "--for", "mlx")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "mlx reads no PEFT directory" in done.stderr
+    done = run("export", source, source)
+    assert "`out` is the directory of the adapter itself" in done.stderr
+    assert run("export", source, source, "--overwrite").returncode == 0
+
+
+def test_the_table_ends_with_what_to_do_next(adapter, tmp_path):
+    adapter()
+    done = run("compress", tmp_path / "adapter", tmp_path / "out", "--max-rank", "2")
+    lines = done.stdout.splitlines()
+    assert "vLLM: --max-lora-rank 8 → 8" in done.stdout
+    steps = " ".join("".join(lines[lines.index("What to do next:") :]).split())
+    assert "lorakit compare" in steps
+    assert "lorakit servable" in steps
+
+
+@pytest.mark.parametrize("name", ["kohya", "mlx", "diffusers"])
+def test_export_to_other_formats(adapter, tmp_path, name):
+    adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    out = tmp_path / ("out" if name == "mlx" else "out.safetensors")
+    done = run("export", tmp_path / "adapter", out, "--format", name, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["summary"]["path"] == str(out)
+    assert "read back" in run("export", tmp_path / "adapter", out, "--format", name).stdout
+    assert run("export", tmp_path / "adapter", out, "--format", name, "--base", "b").returncode == 2
+    assert run("export", tmp_path / "adapter", out, "--format", name, "--rank", "2").returncode == 2
+
+
 def test_export_of_speclora_needs_its_base(adapter, base_model, tiny_llama, token_ids, tmp_path):
     model = adapter(SpecLoRAConfig(r=2, k=6, task_type="CAUSAL_LM", target_modules=["q_proj", "o_proj"]))
     done = run("export", tmp_path / "adapter", tmp_path / "out")
@@ -128,7 +177,7 @@ def test_export_of_speclora_needs_its_base(adapter, base_model, tiny_llama, toke
     assert not (tmp_path / "out").exists()
     done = run("export", tmp_path / "adapter", tmp_path / "out", "--base", base_model, "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["r"] == 8
+    assert json.loads(done.stdout)["summary"]["r"] == 8
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "out").eval()
     assert torch.allclose(loaded(token_ids).logits, model(token_ids).logits, atol=1e-5)
 
@@ -164,14 +213,24 @@ def test_surgery_edits_the_layers_asked_for(adapter, base_model, data, tmp_path)
 
 def test_a_second_edit_keeps_the_record_of_the_first(adapter, base_model, data, tmp_path):
     adapter()
+    (tmp_path / "adapter" / "added_tokens.json").write_text("{}")
     common = ("--base", base_model, "--data", data, "--num-examples", "2")
     edited, again = tmp_path / "edited", tmp_path / "again"
     done = run("surgery", *common, "--adapter", tmp_path / "adapter", "--out", edited, "--policy", "abs_select")
     assert done.returncode == 0, done.stderr
     assert f"next: lorakit compare {tmp_path / 'adapter'} {edited}" in "".join(done.stdout.split("\n"))
     for source, out in ((edited, again), (edited, edited)):  # another directory, and the adapter's own
-        done = run("surgery", *common, "--adapter", source, "--out", out, "--policy", "random_index")
+        arguments = ("surgery", *common, "--adapter", source, "--out", out, "--policy", "random_index")
+        if out == edited:
+            done = run(*arguments)
+            assert (done.returncode, done.stdout) == (2, "")
+            assert "is the directory of the adapter itself" in done.stderr
+        done = run(*arguments, *(["--overwrite"] if out == edited else []))
         assert done.returncode == 0, done.stderr
+        card = (out / "README.md").read_text()
+        assert card.startswith((tmp_path / "adapter" / "README.md").read_text().rstrip())
+        assert card.count("* `surgery` (") == 2
+        assert (out / "added_tokens.json").read_text() == "{}"
         assert [edit["policy"] for edit in read_edits(out)] == ["abs_select", "random_index"]
 
 
@@ -202,6 +261,9 @@ def test_the_seed_of_surgery_is_the_control_s(adapter, base_model, data, tmp_pat
         ("merge", "a", "b", "out", "--method", "ties", "--density", "0"),
         ("merge", "a", "b", "out", "--rank", "2", "--energy", "0.5"),
         ("export", "a", "out", "--rank", "0"),
+        ("export", "a", "out", "--rank", "most"),
+        ("compress", "a", "out", "--max-rank", "2", "--energy-of", "total"),
+        ("compress", "a", "out", "--ranks", "2", "--per-module"),
         ("surgery", "--adapter", "a", "--data", "d", "--out", "out"),
         ("surgery", "--base", "b", "--adapter", "a", "--data", "d", "--out", "out", "--layers", "5-2"),
         ("surgery", "--base", "b", "--adapter", "a", "--data", "d", "--out", "out", "--policy", "best"),
@@ -217,6 +279,10 @@ def test_bad_input_is_exit_code_2_and_the_target_is_untouched(adapter, base_mode
     adapter(name="out", seed=3)
     out = tmp_path / "out"
     before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for command in ("compress", "export"):
+        done = run(command, tmp_path / "adapter", out, *(["--max-rank", "2"] if command == "compress" else []))
+        assert done.returncode == 2
+        assert "an adapter that lorakit did not write. Pass `overwrite=True` (--overwrite)" in done.stderr
     (tmp_path / "file").write_text("mine")
     operate = ("surgery", "--base", base_model, "--data", data, "--out", out, "--adapter", tmp_path / "adapter")
     bad = {
@@ -232,7 +298,7 @@ def test_bad_input_is_exit_code_2_and_the_target_is_untouched(adapter, base_mode
         (*operate[:3], "--data", tmp_path / "no.jsonl", *operate[5:]): "No such file",
     }
     for arguments, message in bad.items():
-        done = run(*arguments)
+        done = run(*arguments, "--overwrite")
         assert (done.returncode, done.stdout) == (2, ""), arguments
         assert message in done.stderr
         assert "Traceback" not in done.stderr

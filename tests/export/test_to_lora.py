@@ -91,20 +91,18 @@ def test_peft_loads_it_in_a_process_that_cannot_import_lorakit(trained, tiny_lla
 def served_logits(directory, base, ids):
     """As a server does that reads `r` and `lora_alpha`, and of each module its two tensors: W + α/r B A."""
     config = json.loads((directory / "adapter_config.json").read_text())
-    assert config["use_rslora"] is False
+    assert "use_rslora" not in config
     tensors = load_file(directory / "adapter_model.safetensors")
     scaling = config["lora_alpha"] / config["r"]
     modules = dict(base.named_modules())
-    largest = 0
     with torch.no_grad():
         for key, B in tensors.items():
             if key.endswith(".lora_B.weight"):
                 A = tensors[key.replace("lora_B", "lora_A")]
-                largest = max(largest, A.shape[0])
+                assert A.shape[0] == config["r"]
                 modules[key.removeprefix("base_model.model.").removesuffix(".lora_B.weight")].weight += scaling * B @ A
             elif ".lora_" not in key:
                 modules[key.removeprefix("base_model.model.").removesuffix(".weight")].weight.copy_(B)
-    assert largest == config["r"]
     return base(input_ids=ids).logits
 
 
@@ -116,24 +114,34 @@ def test_a_loader_that_ignores_patterns_gets_the_right_update(trained, tiny_llam
     )
 
 
-def test_fisherlora_keeps_its_tensors(tiny_llama, randomize, tmp_path):
+def test_fisherlora_keeps_its_entries(tiny_llama, randomize, tmp_path):
     model = randomize(get_peft_model(tiny_llama(), CONFIGS["fisherlora"]()))
     model.save_pretrained(tmp_path / "own")
     report = to_lora(model, tmp_path / "plain")
-    own, plain = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("own", "plain"))
-    assert own.keys() == plain.keys()
-    assert all(torch.equal(own[key], plain[key]) for key in own)
+    compact = to_lora(model, tmp_path / "compact", pad=False)
+    own, plain, small = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("own", "plain", "compact"))
+    assert own.keys() == plain.keys() == small.keys()
+    for key, tensor in own.items():
+        assert torch.equal(small[key], tensor)
+        rank = tensor.shape["lora_B" in key]
+        kept = plain[key][:, :rank] if "lora_B" in key else plain[key][:rank]
+        assert torch.equal(kept, tensor)
+        assert plain[key].count_nonzero() == tensor.count_nonzero()
     config = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
-    assert config["peft_type"] == "LORA"
-    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (
-        6,
-        12,
-        {"q_proj": 2},
-        {"q_proj": 4},
-    )
-    assert not {"r_q", "r_v", "k", "mode"} & config.keys()
-    assert report.discarded_energy == 0
-    assert report.parameters == sum(tensor.numel() for tensor in own.values())
+    assert config == {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "r": 6,
+        "lora_alpha": 12,
+        "target_modules": ["q_proj", "v_proj"],
+        "inference_mode": True,
+    }
+    config = json.loads((tmp_path / "compact" / "adapter_config.json").read_text())
+    assert (config["rank_pattern"], config["alpha_pattern"]) == ({"q_proj": 2}, {"q_proj": 4})
+    assert report.discarded_energy == compact.discarded_energy == 0
+    assert report.parameters_before == compact.parameters == sum(tensor.numel() for tensor in own.values())
+    assert report.parameters == sum(tensor.numel() for tensor in plain.values())
     assert {module.rank for module in report.modules} == {2, 6}
 
 
@@ -311,7 +319,7 @@ def test_an_existing_directory_keeps_other_files_and_a_failure_keeps_the_old_one
 def test_bad_input_is_a_typed_error_and_writes_nothing(tiny_llama, tmp_path):
     model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
     for rank in (0, -1, 2.0, True):
-        with pytest.raises(ValueError, match="`rank` must be a positive integer or None"):
+        with pytest.raises(ValueError, match="`rank` must be a positive integer, 'auto' or None"):
             to_lora(model, tmp_path / "x", rank=rank)
     with pytest.raises(TypeError, match="`adapter` must be a peft.PeftModel"):
         to_lora(tiny_llama(), tmp_path / "x")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from lorakit.spectral import LowRank
 from lorakit.spectral.weighted import input_weighted, truncate_weighted
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+UNEVEN = {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"q_proj": 4.5}}
 CONFIGS = {
     "plain": lambda: LoraConfig(r=6, lora_alpha=9, target_modules="all-linear"),
     "rslora": lambda: LoraConfig(r=6, lora_alpha=9, use_rslora=True, target_modules=["q_proj", "down_proj"]),
@@ -58,6 +60,14 @@ def optimal_error(W, rank):
     return np.sqrt((np.linalg.svd(W, compute_uv=False)[rank:] ** 2).sum())
 
 
+def codes(report):
+    return {finding.code for finding in report.findings}
+
+
+def finding(report, code):
+    return next(finding for finding in report.findings if finding.code == code)
+
+
 def snapshot(directory):
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
@@ -88,29 +98,50 @@ def test_peft_loads_the_best_update_of_each_rank(trained, tiny_llama, tmp_path, 
     json.dumps(report.to_dict(), allow_nan=False)
 
 
+@pytest.mark.parametrize("pad", [True, False])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_ranks_of_each_module_are_written_as_patterns(trained, tiny_llama, tmp_path, name):
+def test_ranks_given_for_each_module(trained, tiny_llama, tmp_path, name, pad):
     model, directory = trained(CONFIGS[name]())
-    report = truncate(directory, tmp_path / "out", ranks={"q_proj": 1, r"layers\.1\..*": 2})
+    report = truncate(directory, tmp_path / "out", ranks={"q_proj": 1, r"layers\.1\..*": 2}, pad=pad)
     after = updates(PeftModel.from_pretrained(tiny_llama(), tmp_path / "out"))
     for row in report.modules:
         asked = 1 if "q_proj" in row.module_name else 2 if "layers.1." in row.module_name else row.rank
         assert row.kept_rank == asked
         W = updates(model)[row.module_name]
         assert np.linalg.norm(W - after[row.module_name]) <= optimal_error(W, asked) + 1e-5 * np.linalg.norm(W)
-    # a server that ignores the patterns reads the same scalings
     config = json.loads((tmp_path / "out" / CONFIG).read_text())
-    assert config["use_rslora"] is False
-    for module in open_adapter(tmp_path / "out").modules:
+    assert "use_rslora" not in config
+    stored = {module.name: module.rank for module in open_adapter(tmp_path / "out").modules}
+    mixed = len({row.kept_rank for row in report.modules}) > 1
+    assert report.compact == ("rank_pattern" in config) == ("compact" in codes(report)) == (mixed and not pad)
+    assert set(stored.values()) == {report.r} if pad else stored == {r.module_name: r.kept_rank for r in report.modules}
+    for module in open_adapter(tmp_path / "out").modules:  # a server that ignores the patterns reads the same scalings
         assert module.scaling == pytest.approx(config["lora_alpha"] / config["r"])
 
 
-def test_modules_that_keep_rank_and_scaling_keep_their_tensors(trained, tmp_path):
+def test_modules_that_keep_rank_and_scaling_keep_their_entries(trained, tmp_path):
     _, directory = trained(CONFIGS["plain"]())
     truncate(directory, tmp_path / "out", ranks={"q_proj": 1})
     old, new = load_file(directory / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
     assert old.keys() == new.keys()
     assert [key for key in old if not torch.equal(old[key], new[key])] == [key for key in old if "q_proj" in key]
+    for key in old:
+        if "q_proj" in key:  # the rest is padding
+            assert not (new[key][1:] if "lora_A" in key else new[key][:, 1:]).any()
+
+
+def test_padding_keeps_every_entry(trained, tmp_path):
+    _, directory = trained(LoraConfig(r=6, lora_alpha=9, target_modules=["q_proj", "v_proj"], **UNEVEN))
+    report = truncate(directory, tmp_path / "out", max_rank=99)
+    old, new = load_file(directory / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
+    for key in old:
+        rank = old[key].shape["lora_B" in key]
+        kept, rest = (new[key][:, :rank], new[key][:, rank:]) if "lora_B" in key else (new[key][:rank], new[key][rank:])
+        assert torch.equal(kept, old[key])
+        assert not rest.any()
+    assert (report.r, report.lora_alpha) == (6, 9)
+    assert report.parameters > report.parameters_before
+    assert "more parameters than before" in finding(report, "little_saved").message
 
 
 def test_every_layout_is_cut(saved_layers, tmp_path):
@@ -139,24 +170,107 @@ def saved_layers(tmp_path, randomize):
     return model, tmp_path / "layers"
 
 
-def test_energy_keeps_that_share_in_the_smallest_rank(trained, tmp_path):
+def energies(model):
+    return {name: np.linalg.svd(W, compute_uv=False) ** 2 for name, W in updates(model).items()}
+
+
+def smallest_rank(squares, share):
+    return 1 + int((np.cumsum(squares) / squares.sum() < share).sum())
+
+
+def test_energy_chooses_the_smallest_rank_that_keeps_that_share_in_every_module(trained, tmp_path):
     model, directory = trained(CONFIGS["plain"]())
     report = truncate(directory, tmp_path / "out", energy=0.8)
-    for row in report.modules:
-        squares = np.linalg.svd(updates(model)[row.module_name], compute_uv=False) ** 2
-        assert row.kept_rank == 1 + int((np.cumsum(squares) / squares.sum() < 0.8).sum())
-        assert row.energy_kept >= 0.8
+    ranks = [smallest_rank(squares, 0.8) for squares in energies(model).values()]
+    assert min(ranks) < max(ranks)
+    assert {row.kept_rank for row in report.modules} == {report.r} == {max(ranks)}
+    assert min(row.energy_kept for row in report.modules) >= 0.8
     assert truncate(directory, tmp_path / "all", energy=1.0).energy_kept == 1.0
 
 
-@pytest.mark.parametrize("budget", [1500, "1.5k", "6KB"])
-def test_a_budget_is_kept_and_spent_by_energy(trained, tmp_path, budget):
-    _, directory = trained(CONFIGS["plain"]())
+@pytest.mark.parametrize("share", [0.5, 0.8, 0.95])
+def test_energy_of_the_total_may_keep_less_in_a_module(trained, tmp_path, share):
+    model, directory = trained(CONFIGS["patterns"]())
+    report = truncate(directory, tmp_path / "out", energy=share, energy_of="total")
+    total = np.sum([np.pad(squares, (0, 48 - len(squares))) for squares in energies(model).values()], axis=0)
+    assert report.r == smallest_rank(total, share)
+    assert report.energy_kept >= share
+    below = truncate(directory, tmp_path / "below", max_rank=max(1, report.r - 1))
+    assert report.r == 1 or below.energy_kept < share
+
+
+def test_energy_of_each_module_on_request(trained, tmp_path):
+    model, directory = trained(CONFIGS["plain"]())
+    report = truncate(directory, tmp_path / "out", energy=0.8, per_module=True)
+    for row in report.modules:
+        assert row.kept_rank == smallest_rank(energies(model)[row.module_name], 0.8)
+        assert row.energy_kept >= 0.8
+    assert "PEFT ≥ 0.15 and vLLM ≥ 0.33" in finding(report, "compact").message
+
+
+def size_of(directory):
+    return sum(t.numel() for t in load_file(directory / WEIGHTS).values())
+
+
+@pytest.mark.parametrize("budget", [2000, "2k", "8KB"])
+@pytest.mark.parametrize("name", ["plain", "patterns"])
+def test_a_budget_is_spent_on_one_rank_as_written(trained, tmp_path, name, budget):
+    model, directory = trained(CONFIGS[name]())
     report = truncate(directory, tmp_path / "out", budget=budget)
-    size = sum(t.numel() for t in load_file(tmp_path / "out" / WEIGHTS).values())
-    assert report.parameters == size <= 1500
-    assert size > 1500 - 80  # no unit of the largest module fits
+    each = sum(W.shape[0] + W.shape[1] for W in updates(model).values())
+    assert report.r == 2000 // each
+    assert report.parameters == size_of(tmp_path / "out") == report.r * each
+
+
+@pytest.mark.parametrize("budget", [1500, "1.5k", "6KB"])
+def test_a_budget_is_spent_module_by_module_on_request(trained, tmp_path, budget):
+    _, directory = trained(CONFIGS["plain"]())
+    report = truncate(directory, tmp_path / "out", budget=budget, per_module=True)
+    assert report.parameters == size_of(tmp_path / "out") <= 1500
+    assert report.parameters > 1500 - 80  # no unit of the largest module fits
     assert min(row.kept_rank for row in report.modules) >= 1
+
+
+def test_a_rank_that_servers_take_is_filled_with_what_there_is(trained, tmp_path):
+    _, directory = trained(LoraConfig(r=20, target_modules=["q_proj", "down_proj"]))
+    energetic = truncate(directory, tmp_path / "out", energy=0.6, for_server="lorax")
+    assert energetic.r in (8, 16)
+    assert {row.kept_rank for row in energetic.modules} == {energetic.r}
+    bounded = truncate(directory, tmp_path / "out", max_rank=9, for_server=["tgi", "ollama"])
+    assert (bounded.r, {row.kept_rank for row in bounded.modules}) == (16, {9})
+    budget = truncate(directory, tmp_path / "out", budget=bounded.parameters - 1, for_server="tgi")
+    assert budget.r == 8
+    with pytest.raises(ValueError, match="`budget` must cover rank 8 in all 4 modules"):
+        truncate(directory, tmp_path / "out", budget=600, for_server="tgi")
+
+
+def test_little_saved_says_what_saves_more(trained, tmp_path):
+    _, directory = trained(CONFIGS["plain"]())
+    report = truncate(directory, tmp_path / "out", energy=0.999)
+    message = finding(report, "little_saved").message
+    assert "Only 0.0% of the factors' parameters were saved" in message
+    claimed = re.search(r"`max_rank=3`, which keeps (\S+)% of the energy, saves (\d+)%", message)
+    half = truncate(directory, tmp_path / "half", max_rank=3)
+    assert half.energy_kept == pytest.approx(float(claimed[1]) / 100, abs=6e-4)
+    assert 1 - half.parameters / half.parameters_before == pytest.approx(float(claimed[2]) / 100, abs=6e-3)
+    assert "little_saved" not in codes(half)
+
+
+def test_sizes_and_tiers_are_those_of_the_files(trained, tmp_path):
+    _, directory = trained(LoraConfig(r=20, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    config = json.loads((directory / CONFIG).read_text()) | {"base_model_name_or_path": "b ase"}
+    (directory / CONFIG).write_text(json.dumps(config))
+    report = truncate(directory, tmp_path / "out", max_rank=7)
+    for path, size in ((directory, report.size_bytes_before), (tmp_path / "out", report.size_bytes)):
+        assert size == sum(t.nbytes for t in load_file(path / WEIGHTS).values())
+    assert (report.vllm_max_lora_rank_before, report.vllm_max_lora_rank) == (32, 8)
+    assert "rank 20 → 7" in report.headline
+    assert "vLLM: --max-lora-rank 32 → 8" in report.details[1]
+    assert f"lorakit compare {directory} {tmp_path / 'out'}" in report.next_steps
+    assert any(step.startswith("vllm serve 'b ase' --enable-lora --max-lora-rank 8 ") for step in report.next_steps)
+    assert repr(report).startswith("CompressReport: ")
+    assert len(report.to_frame()) == len(report.modules)
+    assert report.plot().axes[0].get_title().endswith("r 7")
 
 
 def test_what_lies_beside_the_updates_is_carried_over(trained, tiny_llama, token_ids, tmp_path):
@@ -190,7 +304,7 @@ def test_dora_keeps_its_magnitudes_and_says_what_the_energy_is_of(trained, tiny_
     _, directory = trained(LoraConfig(r=4, use_dora=True, target_modules=["q_proj"]))
     report = truncate(directory, tmp_path / "out", ranks=2)
     assert all(row.low_rank_part_only for row in report.modules)
-    assert [finding.code for finding in report.findings] == ["low_rank_part_only"]
+    assert codes(report) == {"low_rank_part_only"}
     old, new = load_file(directory / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
     assert old.keys() == new.keys()
     assert all(torch.equal(new[key], old[key]) for key in old if "magnitude" in key)
@@ -374,7 +488,15 @@ def test_bad_inputs_of_weighted_truncation(trained, tmp_path):
         ({"energy": 0}, ValueError, r"\(0, 1\]"),
         ({"energy": 1.1}, ValueError, r"\(0, 1\]"),
         ({"energy": float("nan")}, ValueError, r"\(0, 1\]"),
-        ({"budget": 10}, ValueError, "must cover rank 1 in all"),
+        ({"budget": 10}, ValueError, "must cover rank 1 in all 14 modules"),
+        ({"budget": 10, "per_module": True}, ValueError, "must cover rank 1 in all 14 modules"),
+        ({"energy": 0.5, "energy_of": "sum"}, ValueError, "one of module, total; got 'sum'"),
+        ({"max_rank": 2, "energy_of": "total"}, TypeError, "is for `energy`"),
+        ({"ranks": 2, "per_module": True}, TypeError, "use `pad=False`"),
+        ({"ranks": 2, "for_server": "vllm,nginx"}, ValueError, "must be among peft, .*; got 'vllm,nginx'"),
+        ({"ranks": 2, "for_server": "lorax", "pad": False}, ValueError, "lorax, which needs one rank"),
+        ({"energy": 0.5, "for_server": "tgi", "per_module": True}, ValueError, "tgi, which needs one rank"),
+        ({"ranks": 2, "for_server": "mlx"}, UnsupportedModelError, "mlx reads no PEFT directory"),
         ({"budget": "much"}, ValueError, "`budget` must be"),
     ],
 )
@@ -382,7 +504,7 @@ def test_criteria_that_cannot_be_met(trained, tmp_path, criteria, error, message
     _, directory = trained(CONFIGS["plain"]())
     before = snapshot(directory)
     with pytest.raises(error, match=message):
-        truncate(directory, directory, **criteria)
+        truncate(directory, directory, **criteria, overwrite=True)
     assert snapshot(directory) == before
 
 
@@ -425,7 +547,7 @@ def test_broken_adapters_are_refused_and_the_target_is_untouched(trained, tmp_pa
     (directory / CONFIG).write_text(json.dumps(config))
     before = snapshot(other)
     with pytest.raises(error, match=message):
-        truncate(directory, other, ranks=2)
+        truncate(directory, other, ranks=2, overwrite=True)
     assert snapshot(other) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "out"]
 
@@ -455,13 +577,17 @@ def test_a_file_is_no_target(trained, tmp_path):
 
 
 def test_the_target_may_be_the_source_and_keeps_its_other_files(trained, tiny_llama, tmp_path):
-    model, directory = trained(CONFIGS["plain"]())
+    _, directory = trained(CONFIGS["plain"]())
     (directory / "notes").mkdir()
     (directory / "notes" / "a.txt").write_text("a")
-    readme = (directory / "README.md").read_bytes()
-    truncate(directory, directory, ranks=2)
+    card = (directory / "README.md").read_text()
+    before = snapshot(directory)
+    with pytest.raises(FileExistsError, match="the directory of the adapter itself.*`overwrite=True`"):
+        truncate(directory, directory, ranks=2)
+    assert snapshot(directory) == before
+    truncate(directory, directory, ranks=2, overwrite=True)
     assert (directory / "notes" / "a.txt").read_text() == "a"
-    assert (directory / "README.md").read_bytes() == readme
+    assert (directory / "README.md").read_text().startswith(card.rstrip())
     for name, W in updates(PeftModel.from_pretrained(tiny_llama(), directory)).items():
         assert np.linalg.matrix_rank(W, tol=1e-5) == 2, name
 
@@ -495,7 +621,7 @@ def test_a_disk_that_takes_no_more_leaves_the_target_as_it_was(trained, tmp_path
         with monkeypatch.context() as patched:
             patched.setattr(atomic, part, fail)
             with pytest.raises(OSError, match=os.strerror(code)):
-                truncate(directory, other, ranks=2)
+                truncate(directory, other, ranks=2, overwrite=True)
         assert snapshot(other) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "out"]
 

@@ -1,0 +1,79 @@
+"""Whether another plain LoRA can be made of an adapter, and what of it is carried over as it is."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lorakit.adapters.adapter import Adapter, AdapterModule, TensorInfo
+from lorakit.adapters.atomic import CONFIG_NAME
+from lorakit.errors import AdapterFileError, UnsupportedModelError
+from lorakit.spectral import LowRank
+
+
+def check_rewritable(adapter: Adapter) -> None:
+    """Raise where no plain LoRA with other factors can be made of `adapter`.
+
+    Raises: AdapterFileError for an adapter that is broken or has no config; UnsupportedModelError for kinds that are
+    not covered, by name.
+    """
+    adapter.check()
+    path, settings = adapter.path, adapter.settings
+    if settings.r is None:
+        raise AdapterFileError(f"{path}: there is no {CONFIG_NAME} beside it, so what its factors mean is unknown.")
+    if settings.peft_type == "SPECLORA":
+        raise UnsupportedModelError(
+            f"{path} is a SPECLORA adapter, whose mask is an update of the base weight: its low-rank part cannot be "
+            f"rewritten alone. Use lorakit.export.to_lora(model, out, rank=…), or `lorakit export --base MODEL`, first."
+        )
+    if settings.changes_base:
+        raise UnsupportedModelError(
+            f"{path} was made with init_lora_weights={settings.init!r}, which changed the base weights; its factors "
+            f"mean nothing to the original ones. Save it with `path_initial_model_for_weight_conversion` first."
+        )
+    parameters = [extra.info.key for extra in adapter.extras if extra.kind == "expert_parameters"]
+    if parameters:
+        raise UnsupportedModelError(
+            f"{path} adapts parameters (`target_parameters`), such as {parameters[0]!r}, which is not covered yet."
+        )
+    grouped = [module.name for module in adapter.modules if module.groups > 1]
+    if grouped:
+        raise UnsupportedModelError(f"{path}: {grouped[0]!r} is a grouped convolution, which is not covered yet.")
+    if not adapter.modules:
+        raise AdapterFileError(f"{path}: no module has an update.")
+
+
+def check_finite(adapter: Adapter, module: AdapterModule, update: LowRank) -> None:
+    """Raise AdapterFileError where a factor has NaN or infinite entries."""
+    for half, factor in (("lora_B", update.B), ("lora_A", update.A)):
+        if not bool(factor.isfinite().all()):
+            raise AdapterFileError(f"{adapter.path}: {module.name}: {half} has NaN or infinite entries.")
+
+
+def finite_tensor(adapter: Adapter, info: TensorInfo) -> Tensor:
+    """One tensor as it is stored. Raises: AdapterFileError where it has NaN or infinite entries."""
+    tensor = adapter.tensor(info)
+    if tensor.is_floating_point() and tensor.element_size() > 1 and not bool(tensor.isfinite().all()):
+        raise AdapterFileError(f"{adapter.path}: {info.key} has NaN or infinite entries.")
+    return tensor
+
+
+def carried_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """The tensors beside the updates, by key. Raises: AdapterFileError where one is not finite."""
+    return {extra.info.key: finite_tensor(adapter, extra.info) for extra in adapter.extras}
+
+
+def contents_of(adapter: Adapter) -> set[str]:
+    """What an adapter has beside low-rank updates that servers refuse: DoRA, lora_bias, modules_to_save."""
+    found = set()
+    if any(module.magnitude is not None for module in adapter.modules):
+        found.add("DoRA")
+    if any(module.bias is not None for module in adapter.modules):
+        found.add("lora_bias")
+    if any(extra.kind == "modules_to_save" for extra in adapter.extras):
+        found.add("modules_to_save")
+    return found
+
+
+def stored_bytes(adapter: Adapter) -> int:
+    """Bytes of all tensors of an adapter, as they are stored."""
+    return sum(info.numel * info.dtype.itemsize for info in adapter.source.infos().values() if info.dtype is not None)

@@ -1,0 +1,105 @@
+"""How the updates of one module are combined.
+
+References: Yadav et al., "TIES-Merging", NeurIPS 2023; Yu et al., "Language Models are Super Mario" (DARE), ICML 2024.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lorakit.spectral import LowRank, energy_rank
+from lorakit.spectral.dense import factored, leading
+
+Method = Literal["linear", "svd", "ties", "dare"]
+METHODS: tuple[Method, ...] = get_args(Method)
+DENSE: tuple[Method, ...] = ("ties", "dare")  # defined entry by entry of ΔW
+
+Items = list[tuple[LowRank, float]]  # the updates of one module, with their weights
+Combine = Callable[[list[Tensor], Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """One module's merge, of scaling 1; its rank before the cut, and the energies ‖ΔW‖_F² kept and of the whole."""
+
+    update: LowRank
+    rank: int
+    kept: float
+    total: float
+
+
+def combiner(method: str, density: float | None) -> Combine | None:
+    """PEFT's function from dense updates and weights to their merge; None for methods in factor space."""
+    if method not in DENSE:
+        return None
+    from peft.utils.merge_utils import dare_linear, task_arithmetic, ties
+
+    if density == 1 and method == "dare":  # nothing is left out
+        return lambda dense, weights: task_arithmetic(dense, weights)
+    function = ties if method == "ties" else dare_linear
+
+    def combine(dense: list[Tensor], weights: Tensor) -> Tensor:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The density 1")
+            merged: Tensor = function(dense, weights, density)
+            return merged
+
+    return combine
+
+
+def merged(items: Items, combine: Combine | None, rank: int | None, energy: float | None) -> Merged:
+    """The merge of one module, cut to `rank`, or to the smallest rank that keeps `energy`; else exact.
+
+    With `combine` the updates are formed, and one of the two must be given.
+    """
+    if combine is not None:
+        dense = _dense(items, combine)
+        sigma, vectors, left = leading(dense)
+        kept = _rank_of(sigma, rank, energy)
+        return _result(factored(dense, vectors, left, kept), len(sigma), sigma)
+    total = _sum(items)
+    if rank is None and energy is None:
+        energies = max(0.0, float(total.inner(total)))
+        return Merged(total, total.rank, energies, energies)
+    sigma = total.singular_values().double()
+    kept = _rank_of(sigma, rank, energy)
+    return _result(total.truncate(kept) if kept < total.rank else total, total.rank, sigma)
+
+
+def least_rank(items: Items, combine: Combine | None, energy: float) -> int:
+    """The smallest rank, at least 1, that keeps a share of the energy of one module's merge."""
+    sigma = _sum(items).singular_values() if combine is None else leading(_dense(items, combine))[0]
+    return _rank_of(sigma, None, energy)
+
+
+def _dense(items: Items, combine: Combine) -> Tensor:
+    updates = [update.dense() for update, _ in items]
+    return combine(updates, torch.tensor([weight for _, weight in items], dtype=updates[0].dtype))
+
+
+def _sum(items: Items) -> LowRank:
+    """Σ wᵢ ΔWᵢ with scaling 1, in float32 or better."""
+    total = LowRank.sum([(update * weight).to(dtype=_wide(update)) for update, weight in items])
+    return total if total.scaling == 1 else LowRank(total.B * float(total.scaling), total.A)
+
+
+def _wide(update: LowRank) -> torch.dtype:
+    return torch.promote_types(update.dtype, torch.float32)
+
+
+def _rank_of(sigma: Tensor, rank: int | None, energy: float | None) -> int:
+    if energy is not None:
+        return max(1, int(energy_rank(sigma, energy)))
+    assert rank is not None
+    return min(rank, len(sigma))
+
+
+def _result(update: LowRank, rank: int, sigma: Tensor) -> Merged:
+    squares = sigma.double().square()
+    return Merged(update, rank, float(squares[: update.rank].sum()), float(squares.sum()))

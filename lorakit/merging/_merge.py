@@ -1,0 +1,244 @@
+"""Several adapters as one plain LoRA.
+
+`linear` and `svd` stay in factor space: Σ wᵢ ΔWᵢ has the factors [w₁s₁B₁ … wₙsₙBₙ] and [A₁; …; Aₙ]. `ties` and `dare`
+are defined entry by entry of ΔW, so each module's ΔWs are formed, one module at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm import tqdm
+
+from lorakit._checks import check_integer, check_number
+from lorakit.adapters import Adapter, AdapterModule, open_saved_adapter
+from lorakit.adapters.companions import check_overwrite, companions_of, label_of
+from lorakit.adapters.lora_config import minimal_config
+from lorakit.adapters.rewritable import check_finite, check_rewritable, contents_of
+from lorakit.adapters.write_lora import plain_lora, stored_update, write_lora
+from lorakit.merging._combine import DENSE, METHODS, Items, Merged, Method, combiner, least_rank, merged
+from lorakit.merging._report import MergedModule, MergeReport
+from lorakit.merging._together import Present, config_of, findings_about, layout_of, modules_of, tensors_beside
+from lorakit.serving._needs import Needs, needs_of
+from lorakit.serving._written import Before, compact_finding, summary
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def merge(
+    adapters: Sequence[str | os.PathLike[str] | nn.Module | Adapter],
+    out: str | os.PathLike[str],
+    *,
+    weights: Sequence[float] | None = None,
+    method: Method = "linear",
+    rank: int | None = None,
+    energy: float | None = None,
+    density: float | None = None,
+    seed: int = 0,
+    pad: bool = True,
+    for_server: str | Iterable[str] | None = None,
+    overwrite: bool = False,
+    verify: bool = True,
+) -> MergeReport:
+    """Merge adapters of one base model, and write the merge as a plain LoRA that PEFT and servers load.
+
+    * ``linear``: Σ wᵢ ΔWᵢ, exact with the sum of the ranks, or cut to `rank` or `energy`. (PEFT's "cat"; its "linear"
+      interpolates factors, which is not the sum of the updates.)
+    * ``svd``: the same sum, cut to `rank`, by default the largest of the adapters' ranks.
+    * ``ties``: of each module's ΔWᵢ the `density` largest entries are kept; per entry the sign with the larger total
+      wins, and the wᵢ-weighted values that have it are averaged. Then the best cut to `rank`, by default as in ``svd``.
+    * ``dare``: entries are kept at random with probability `density` and divided by it, then summed with weights; then
+      cut as in ``ties``.
+
+    ``linear`` and ``svd`` never form ΔW. ``ties`` and ``dare`` do, one module at a time, with PEFT's own functions, and
+    need an eigendecomposition of min(d_out, d_in)² entries a module (two with `energy`): minutes to hours on large
+    models. All modules are written at one rank, shorter factors padded with zeros, so every server applies the same ΔW.
+    Adapters may have different ranks, scalings, and partly different modules: a module that one lacks is 0 there.
+    Tensors beside the updates (modules_to_save and the like) are carried over from those that have them, if they agree;
+    tokenizer, chat template and model card come from the first adapter that has them.
+
+    Args:
+        weights: one for each adapter, not normalised; None is 1/n each.
+        rank, energy: one at most; `energy` chooses the smallest rank that keeps that share of ‖ΔW‖_F² in every module.
+        density: for ``ties`` and ``dare``, in (0, 1].
+        seed: of ``dare``'s choice.
+        pad: False writes each module at its own rank, and chooses it module by module: for PEFT ≥ 0.15 and
+            vLLM ≥ 0.33 only.
+        for_server: servers that the file is for, as in `lorakit.compress.truncate`.
+        overwrite: allow `out` to be one of the adapters, or to hold an adapter that lorakit did not write.
+        verify: read back what was written, and compare it with what was meant, before it takes its place.
+    Raises: ValueError for weights, ranks and densities that make no sense, shapes that differ and tensors beside the
+        updates that disagree; TypeError for options that the method has no use for; UnsupportedModelError for DoRA,
+        `lora_bias`, SPECLORA and what else a sum of updates is not one adapter of; AdapterFileError; OverwriteError (a
+        FileExistsError); OSError. `out` is then as it was.
+    References: Yadav et al., "TIES-Merging", NeurIPS 2023; Yu et al., "Language Models are Super Mario" (DARE),
+        ICML 2024.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> base = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
+        >>> model = get_peft_model(base, LoraConfig(r=2, target_modules=["0", "1"]))
+        >>> merge([model, model], tempfile.mkdtemp(), weights=[0.6, 0.4]).r
+        4
+    """
+    chosen = _checked_weights(adapters, weights)
+    _check_options(method, rank, energy, density)
+    check_overwrite(out, adapters, overwrite=overwrite)
+    needs = needs_of(for_server, pad=pad)
+    views = [open_saved_adapter(adapter) for adapter in adapters]
+    for view in views:
+        check_rewritable(view)
+        needs.check(contents_of(view))
+    recipe = _Recipe(method, rank, energy, density, seed, pad, needs)
+    present = modules_of(views)
+    beside, findings = tensors_beside(views)
+    findings += findings_about(views, present)
+    merges = _merge_all(views, present, chosen, recipe)
+    layouts = {name: layout_of(list(modules.values())) for name, modules in present.items()}
+    stored = [stored_update(layouts[name], one.update) for name, one in merges.items()]
+    lora = plain_lora(stored, pad=pad, fitting_rank=needs.rank_at_least, integer_alpha=needs.integer_alpha)
+    needs.check_rank(lora.r)
+    config, about_config = minimal_config(config_of(views, present), **lora.fields)
+    companions = companions_of(adapters)
+    total = sum(one.total for one in merges.values())
+    energy_kept = sum(one.kept for one in merges.values()) / total if total > 0 else 1.0
+    terms = " + ".join(f"{weight:.6g} · {label_of(view.path)}" for weight, view in zip(chosen, views, strict=True))
+    errors = write_lora(
+        out,
+        lora.tensors | beside,
+        config,
+        companions=companions,
+        change=f"`merge` ({method}): {terms}, at rank {lora.r}, {energy_kept:.4%} of the merge's energy kept.",
+        intended={name: one.update for name, one in merges.items()} if verify else None,
+    )
+    return MergeReport(
+        **summary(os.fspath(out), config, lora, Before.of(views), beside),
+        sources=tuple(view.path for view in views),
+        weights=tuple(chosen),
+        method=method,
+        density=density,
+        seed=seed if method == "dare" else None,
+        energy_kept=energy_kept,
+        verified=verify,
+        modules=_rows(present, layouts, merges, lora.r if pad else None, errors),
+        findings=(*findings, *about_config, *companions.findings, *compact_finding(lora)),
+    )
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How to merge; see `merge`."""
+
+    method: Method
+    rank: int | None
+    energy: float | None
+    density: float | None
+    seed: int
+    pad: bool
+    needs: Needs
+
+
+@torch.no_grad()
+def _merge_all(
+    views: Sequence[Adapter], present: Present, weights: Sequence[float], recipe: _Recipe
+) -> dict[str, Merged]:
+    """The merge of every module, of one rank for all where that is chosen here and the file is to be padded."""
+    combine = combiner(recipe.method, recipe.density)
+    rank, energy = recipe.rank, recipe.energy
+    if energy is not None and recipe.pad:
+        with _seeded(recipe):
+            items = _items(views, present, weights, "choosing the rank")
+            rank = recipe.needs.rank_at_least(max(least_rank(each, combine, energy) for _, each in items))
+        energy = None
+    found = {}
+    default = recipe.method != "linear" and rank is None and energy is None
+    if default and recipe.pad:
+        rank = recipe.needs.rank_at_least(max(m.rank for modules in present.values() for m in modules.values()))
+    with _seeded(recipe):
+        for name, each in _items(views, present, weights, "merging"):
+            own = max(update.rank for update, _ in each) if default and not recipe.pad else rank
+            found[name] = merged(each, combine, own, energy)
+    return found
+
+
+@contextlib.contextmanager
+def _seeded(recipe: _Recipe) -> Iterator[None]:
+    """The same random numbers for `dare` each time, and torch's global state as it was afterwards."""
+    with torch.random.fork_rng(enabled=recipe.method == "dare"):
+        if recipe.method == "dare":
+            torch.manual_seed(recipe.seed)
+        yield
+
+
+def _items(
+    views: Sequence[Adapter], present: Present, weights: Sequence[float], progress: str
+) -> Iterator[tuple[str, Items]]:
+    """Module by module, the updates of the adapters that have it, with their weights."""
+    for name, modules in tqdm(present.items(), desc=progress, delay=1.0, unit="module", leave=False, disable=None):
+        items = []
+        for i, module in modules.items():
+            update = views[i].factors(module)
+            check_finite(views[i], module, update)
+            items.append((update, weights[i]))
+        yield name, items
+
+
+def _rows(
+    present: Present,
+    layouts: dict[str, AdapterModule],
+    merges: dict[str, Merged],
+    padded_to: int | None,
+    errors: dict[str, float],
+) -> tuple[MergedModule, ...]:
+    return tuple(
+        MergedModule(
+            module_name=name,
+            role=layouts[name].role,
+            layer=layouts[name].layer,
+            sources=len(present[name]),
+            rank=one.rank,
+            kept_rank=one.update.rank,
+            parameters=(padded_to or one.update.rank) * (layouts[name].d_out + layouts[name].d_in),
+            energy_kept=one.kept / one.total if one.total > 0 else 1.0,
+            error=errors.get(name),
+        )
+        for name, one in merges.items()
+    )
+
+
+def _checked_weights(adapters: object, weights: Sequence[float] | None) -> list[float]:
+    if isinstance(adapters, str | os.PathLike) or not isinstance(adapters, Sequence):
+        raise TypeError(f"`adapters` must be a list of adapters; got {type(adapters).__name__}.")
+    if not adapters:
+        raise ValueError("`adapters` must have at least one adapter; got none.")
+    chosen = [1 / len(adapters)] * len(adapters) if weights is None else [float(weight) for weight in weights]
+    if len(chosen) != len(adapters):
+        raise ValueError(f"`weights` must have one weight for each of {len(adapters)} adapters; got {len(chosen)}.")
+    if not all(math.isfinite(weight) for weight in chosen):
+        raise ValueError(f"`weights` must be finite; got {chosen}.")
+    return chosen
+
+
+def _check_options(method: str, rank: int | None, energy: float | None, density: float | None) -> None:
+    if method not in METHODS:
+        raise ValueError(f"`method` must be one of {', '.join(METHODS)}; got {method!r}.")
+    if rank is not None and energy is not None:
+        raise TypeError("Give `rank` or `energy`, not both.")
+    if rank is not None:
+        check_integer("rank", rank)
+    if energy is not None:
+        check_number("energy", energy, above=0, most=1)
+    if method in DENSE and density is None:
+        raise TypeError(f"`density` must be given for {method!r}: the share of entries that is kept.")
+    if method not in DENSE and density is not None:
+        raise TypeError(f"`density` is for {' and '.join(DENSE)}; {method!r} keeps all entries.")
+    if density is not None:
+        check_number("density", density, above=0, most=1)
