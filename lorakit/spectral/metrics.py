@@ -19,29 +19,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-__all__ = [
-    "ScalingLaw",
-    "adapter_parameters",
-    "capacity_utilization",
-    "dominance",
-    "effective_rank",
-    "energy_curve",
-    "energy_rank",
-    "fit_scaling_law",
-    "forward_multiply_adds",
-    "full_parameters",
-    "imbalance_ratio",
-    "knee",
-    "loss_gap_bound",
-    "parameter_ratio",
-    "pearson",
-    "spectral_entropy",
-    "spectral_truncation_error",
-    "stable_rank",
-    "truncation_error",
-    "utilization",
-]
-
 
 def _checked(singular_values: Tensor) -> Tensor:
     """The spectrum in float32 or better."""

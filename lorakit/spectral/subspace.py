@@ -18,19 +18,6 @@ from lorakit.spectral.lowrank import LowRank
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = [
-    "gradient_overlap",
-    "leading_similarity",
-    "principal_angles",
-    "principal_cosines",
-    "random_subspace_overlap",
-    "random_update_cosine",
-    "residual_ratio",
-    "subspace_overlap",
-    "topk_overlap",
-    "update_cosine",
-]
-
 
 def _bases(first: Tensor, second: Tensor, names: tuple[str, str]) -> tuple[Tensor, Tensor]:
     for name, basis in zip(names, (first, second), strict=True):
