@@ -1,4 +1,4 @@
-"""What `mkdocs build` adds to the pages: the API reference, one page a public package, and the command line's options."""
+"""What `mkdocs build` adds to the pages: the API reference, a page for each package, and the command line."""
 
 from __future__ import annotations
 
@@ -38,14 +38,16 @@ def _pages() -> dict[str, str]:
 
 def _reference(package: str) -> str:
     names = [
-        name
-        for file, listed in _lazy._FILES.get(package, {}).items()
-        for name in listed
-        if not name.startswith("__")
+        name for file, listed in _lazy._FILES.get(package, {}).items() for name in listed if not name.startswith("__")
     ]
     lines = [f"# {package}", "", f"::: {package}"]
     if package in _lazy._FILES:
-        lines += ["    options:", "      members: []", "      show_root_heading: false", "      show_root_toc_entry: false"]
+        lines += [
+            "    options:",
+            "      members: []",
+            "      show_root_heading: false",
+            "      show_root_toc_entry: false",
+        ]
     for name in names:
         lines += ["", f"::: {package}.{name}"]
     return "\n".join(lines) + "\n"

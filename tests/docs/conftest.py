@@ -9,11 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-WORDS = (
-    "the a an adapter adapters model models rank ranks weight weights layer layers update updates matrix singular "
-    "value values query key keys large small smaller low high trained training learns learn loss data text server "
-    "servers reads writes keeps loses most of in on and or is are what how when which base user assistant yes no . ?"
-).split()
 CHAT = (
     "{% for message in messages %}{{ message['role'] }} {{ message['content'] }} <eos> {% endfor %}"
     "{% if add_generation_prompt %}assistant {% endif %}"
@@ -28,6 +23,7 @@ TEXTS = [
     "the value weights learn a large update and the query weights a small update .",
     "the user writes text and the assistant reads the text .",
 ]
+WORDS = ["user", "assistant", *sorted({word for text in TEXTS for word in text.split()})]
 
 
 @pytest.fixture(scope="session")

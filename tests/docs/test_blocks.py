@@ -23,11 +23,14 @@ EXAMPLES = "docs/examples.md"
 # Lines that do not run here, by page and line (comments left out), each with its reason.
 EXEMPT: dict[tuple[str, str], str] = {
     ("README.md", "make demo"): "make: installs an environment and trains for minutes",
+    ("README.md", "make test"): "make: this test suite",
     ("README.md", "pip install ."): "an installer",
-    ("README.md", "pip install torch --index-url https://download.pytorch.org/whl/cpu"): "an installer",
     ("docs/lora-lens-study.md", "python benchmarks/lora_lens_study.py runs/"): "20 trainings, some 70 minutes",
     ("docs/lora-lens-study.md", "python benchmarks/lora_lens_report.py runs/"): "needs the output of the 20 trainings",
-    ("docs/how-to/shell-completion.md", "lorakit --install-completion"): "changes the start-up files of the user's shell",
+    (
+        "docs/how-to/shell-completion.md",
+        "lorakit --install-completion",
+    ): "changes the start-up files of the user's shell",
 }
 
 

@@ -44,5 +44,9 @@ def test_the_reference_has_every_public_name(site):
 def test_readers_of_the_site_fetch_nothing_from_elsewhere(site):
     pages = [page.read_text() for page in site.rglob("*.html")]
     assert len(pages) > 20
-    fetched = {found for page in pages for found in re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?://[^"]+)"', page)}
+    fetched = {
+        found
+        for page in pages
+        for found in re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?://[^"]+)"', page)
+    }
     assert not fetched
