@@ -23,7 +23,7 @@ TEXTS = [
     "the value weights learn a large update and the query weights a small update .",
     "the user writes text and the assistant reads the text .",
 ]
-WORDS = ["user", "assistant", *sorted({word for text in TEXTS for word in text.split()})]
+WORDS = sorted({"user", "assistant", *(word for text in TEXTS for word in text.split())})
 
 
 @pytest.fixture(scope="session")
