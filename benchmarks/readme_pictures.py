@@ -91,7 +91,9 @@ def draw_compression(rows: list[dict[str, float]], parameters: int) -> Any:
         axes.annotate(f"{row['energy']:.0%}", (share, row["mean"]), xytext=(4, 6), textcoords="offset points")
     axes.axhline(0, color="gray", linewidth=1)
     axes.set(
-        xlabel="parameters, as a share of the original's", ylabel="held-out loss less the original's\n(nats a token)"
+        xlim=(0, 1),
+        xlabel="parameters, as a share of the original's",
+        ylabel="held-out loss less the original's\n(nats a token)",
     )
     axes.set_title("The demo's LoRA, cut to keep a share of each update's energy")
     return figure
