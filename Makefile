@@ -21,7 +21,7 @@ demo: setup ## the main job on a real model, offline after the install
 
 test: lint unit wheel ## linters, types, tests, and the wheel
 
-setup: $(STAMP) ## the environment .venv, which all others set up by themselves
+setup: $(STAMP) ## the environment .venv; the other targets run this first
 
 # torch goes first, so that the pinned build is there before anything else asks for one.
 $(STAMP): pyproject.toml constraints.txt
