@@ -91,7 +91,7 @@ def draw_compression(rows: list[dict[str, float]], parameters: int) -> Any:
         axes.annotate(f"{row['energy']:.0%}", (share, row["mean"]), xytext=(4, 6), textcoords="offset points")
     axes.axhline(0, color="gray", linewidth=1)
     axes.set(
-        xlim=(0, 1),
+        xlim=(0, 1.08),
         xlabel="parameters, as a share of the original's",
         ylabel="held-out loss less the original's\n(nats a token)",
     )
