@@ -70,4 +70,4 @@ def print_lines(*lines: str) -> None:
     from rich.text import Text
 
     for line in lines:
-        Console().print(Text(line))
+        Console().print(Text(line), soft_wrap=True)  # a command that is printed can be pasted

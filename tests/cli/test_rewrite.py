@@ -218,7 +218,7 @@ def test_a_second_edit_keeps_the_record_of_the_first(adapter, base_model, data, 
     edited, again = tmp_path / "edited", tmp_path / "again"
     done = run("surgery", *common, "--adapter", tmp_path / "adapter", "--out", edited, "--policy", "abs_select")
     assert done.returncode == 0, done.stderr
-    assert f"next: lorakit compare {tmp_path / 'adapter'} {edited}" in "".join(done.stdout.split("\n"))
+    assert f"next: lorakit compare {tmp_path / 'adapter'} {edited}\n" in done.stdout
     for source, out in ((edited, again), (edited, edited)):  # another directory, and the adapter's own
         arguments = ("surgery", *common, "--adapter", source, "--out", out, "--policy", "random_index")
         if out == edited:
