@@ -47,7 +47,7 @@ class AdapterFileError(LorakitError, ValueError):
 
 
 class OverwriteError(LorakitError, FileExistsError):
-    """A directory has an adapter that is not replaced unasked."""
+    """An adapter or a file that is not replaced unasked."""
 
 
 class MissingExtraError(LorakitError, ImportError):

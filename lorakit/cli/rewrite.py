@@ -25,7 +25,7 @@ For = Annotated[
     str | None, typer.Option("--for", help="Servers that the file is for, with commas between: lorax,tgi,ollama.")
 ]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace the adapter itself, or one that lorakit did not write.")
+    bool, typer.Option("--overwrite", help="Replace the adapter itself, or what lorakit did not write.")
 ]
 
 
@@ -178,7 +178,7 @@ def export(
             raise typer.BadParameter(
                 "takes no --rank, --compact or --for; export to PEFT first.", param_hint="--format"
             )
-        _show(_export_as(format_, adapter, out, base), as_json, None)
+        _show(_export_as(format_, adapter, out, base, overwrite), as_json, None)
         return
     from lorakit.adapters.companions import check_overwrite
     from lorakit.export import to_lora
@@ -204,9 +204,9 @@ def export(
     _show(report, as_json, columns)
 
 
-def _export_as(format_: FormatName, adapter: str, out: str, base: str | None) -> Report:
+def _export_as(format_: FormatName, adapter: str, out: str, base: str | None, overwrite: bool) -> Report:
     if format_ is FormatName.gguf:
-        return serving.write_gguf(adapter, out, base_config=base)
+        return serving.write_gguf(adapter, out, base_config=base, overwrite=overwrite)
     if base is not None:
         raise typer.BadParameter("is for --format peft and gguf.", param_hint="--base")
     write = {
@@ -214,7 +214,7 @@ def _export_as(format_: FormatName, adapter: str, out: str, base: str | None) ->
         FormatName.diffusers: serving.write_diffusers,
         FormatName.kohya: serving.write_kohya,
     }[format_]
-    return write(adapter, out)
+    return write(adapter, out, overwrite=overwrite)
 
 
 def _ranks(text: str) -> int | dict[str, int]:

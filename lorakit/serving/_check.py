@@ -66,6 +66,20 @@ class ServerCheck(Report):
         return tuple(row for row in self.modules if not _is_one(row.applied_over_true))
 
     @property
+    def factors(self) -> str:
+        """The factors by which modules would be off, such as "× 0.25 to × 4"; empty where all are right."""
+        factors = sorted({round(row.applied_over_true or 0.0, 4) for row in self.wrong})
+        if not factors:
+            return ""
+        return f"× {factors[0]:g}" if len(factors) == 1 else f"× {factors[0]:g} to × {factors[-1]:g}"
+
+    @property
+    def only_ranks_differ(self) -> bool:
+        """Whether the server refuses the adapter for nothing but the different ranks of its modules."""
+        ranks = {row.rank for row in self.modules}
+        return len(ranks) > 1 and not PROFILES[self.server].mixed_ranks and len(self.refused) == 1
+
+    @property
     def headline(self) -> str:
         """What the server does, in a line."""
         if self.verdict == "right":
@@ -73,9 +87,9 @@ class ServerCheck(Report):
                 f", started with {' '.join(self.flags)}." if self.flags else "."
             )
         if self.verdict == "wrong":
-            factors = sorted({round(row.applied_over_true or 0.0, 4) for row in self.wrong})
-            span = f"× {factors[0]:g}" if len(factors) == 1 else f"× {factors[0]:g} to × {factors[-1]:g}"
-            return f"{self.server} would scale {len(self.wrong)} of {len(self.modules)} modules wrongly: {span}."
+            return (
+                f"{self.server} would scale {len(self.wrong)} of {len(self.modules)} modules wrongly: {self.factors}."
+            )
         if self.verdict == "own format":
             return f"{self.server} reads no PEFT directory: {self.refused[0]}"
         return f"{self.server} does not load the adapter: {'; '.join(self.refused)}."

@@ -23,6 +23,7 @@ from lorakit.adapters import Adapter, AdapterModule, ExtraTensor, open_adapter
 from lorakit.errors import ExportError
 from lorakit.serving._formats import check_plain, errors_of, padded, replace_file
 from lorakit.serving._gguf_architectures import BaseModel, import_gguf, read_base_config
+from lorakit.serving._overwrite import MARK, check_file, mark_of
 from lorakit.spectral import LowRank
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def write_gguf(
     out: str | os.PathLike[str],
     *,
     base_config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> GGUFReport:
     """Write a plain LoRA, or a FisherLoRA or AdaLoRA, as the GGUF file that llama.cpp loads with ``--lora``.
 
@@ -71,14 +73,16 @@ def write_gguf(
 
     Args:
         adapter: what `lorakit.adapters.open_adapter` takes.
-        out: the file; an existing one is replaced.
+        out: the file; one that lorakit wrote is replaced.
         base_config: the base model's directory or config.json, or the config as a dict. By default that of the
             model, if `adapter` is one, or of the base model that the adapter names.
+        overwrite: also replace a file that lorakit did not write, or that was changed since.
     Raises: ExportError for what llama.cpp cannot load or would compute differently, and where the config of the base
-        model is not found or does not fit; MissingExtraError without the package gguf; AdapterFileError and
-        UnsupportedModelError as `open_adapter`.
+        model is not found or does not fit; OverwriteError; MissingExtraError without the package gguf;
+        AdapterFileError and UnsupportedModelError as `open_adapter`.
     """
     import_gguf()
+    check_file(out, _is_marked, overwrite=overwrite)
     view = open_adapter(adapter)
     model_config: Any = getattr(adapter, "config", None)
     if base_config is None and hasattr(model_config, "to_dict"):
@@ -116,18 +120,33 @@ def _write(path: Path, adapter: Adapter, base: BaseModel, names: Mapping[str, st
     if tokens:  # PEFT's aLoRA: the update is active after these tokens
         kind = gguf.GGUFValueType
         writer.add_key_value(gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS, list(tokens), kind.ARRAY, kind.UINT32)
+    tensors: dict[str, Tensor] = {}
     for module, B, A in padded(adapter):
         if module.kind == "embedding":  # llama.cpp reads rows of A by token
             A = A.mT
         heads = base.permuted_heads(module.name, module.d_out)
         if heads is not None:
             B = B.reshape(heads, 2, -1, rank).transpose(1, 2).reshape(B.shape)
-        writer.add_tensor(f"{names[module.name]}.lora_a", A.contiguous().numpy())
-        writer.add_tensor(f"{names[module.name]}.lora_b", B.contiguous().numpy())
+        tensors[f"{names[module.name]}.lora_a"] = A.contiguous()
+        tensors[f"{names[module.name]}.lora_b"] = B.contiguous()
+    writer.add_string(MARK, mark_of(tensors))
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _is_marked(path: Path) -> bool:
+    gguf = import_gguf()
+    try:
+        reader = gguf.GGUFReader(path)
+        mark = reader.get_field(MARK)
+        tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+        return mark is not None and bool(mark.contents() == mark_of(tensors))
+    except (OSError, ValueError, LookupError, ArithmeticError, TypeError):  # it is no GGUF file, or a broken one
+        return False
 
 
 @torch.no_grad()

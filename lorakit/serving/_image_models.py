@@ -19,6 +19,7 @@ from torch import Tensor
 from lorakit.adapters import Adapter, AdapterModule, open_adapter
 from lorakit.errors import ExportError
 from lorakit.serving._formats import FormatModule, FormatReport, check_plain, errors_of, padded, replace_file
+from lorakit.serving._overwrite import MARK, check_file, has_marked_tensors, mark_of
 from lorakit.spectral import LowRank
 
 if TYPE_CHECKING:
@@ -36,7 +37,11 @@ _KOHYA_PREFIXES = {
 
 
 def write_diffusers(
-    adapter: str | os.PathLike[str] | nn.Module | Adapter, out: str | os.PathLike[str], *, prefix: str | None = None
+    adapter: str | os.PathLike[str] | nn.Module | Adapter,
+    out: str | os.PathLike[str],
+    *,
+    prefix: str | None = None,
+    overwrite: bool = False,
 ) -> FormatReport:
     """Write an adapter of an image model as a file for diffusers' `load_lora_adapter` and `load_lora_weights`.
 
@@ -45,11 +50,13 @@ def write_diffusers(
 
     Args:
         adapter: what `lorakit.adapters.open_adapter` takes.
-        out: the file, such as ``pytorch_lora_weights.safetensors``; an existing one is replaced.
+        out: the file, such as ``pytorch_lora_weights.safetensors``; one that lorakit wrote is replaced.
         prefix: the part of the pipeline that is adapted: "unet", "transformer", "text_encoder" or "text_encoder_2". By
             default "unet" where the modules are named as in a U-Net, else "transformer".
-    Raises: ExportError for what is more than low-rank factors, and for another prefix.
+        overwrite: also replace a file that lorakit did not write, or that was changed since.
+    Raises: ExportError for what is more than low-rank factors, and for another prefix; OverwriteError.
     """
+    check_file(out, has_marked_tensors, overwrite=overwrite)
     view, prefix = _opened(adapter, prefix, "diffusers")
     tensors: dict[str, Tensor] = {}
     rank = 0
@@ -58,11 +65,12 @@ def write_diffusers(
         tensors[f"{prefix}.{module.name}.lora_A.weight"] = _shaped(A, module)
         tensors[f"{prefix}.{module.name}.lora_B.weight"] = _shaped_up(B, module)
     config = {"r": rank, "lora_alpha": rank, "target_modules": [module.name for module in view.modules]}
-    metadata = {f"{prefix}.{key}": value for key, value in config.items()}
+    lora_metadata = {f"{prefix}.{key}": value for key, value in config.items()}
+    metadata = {"format": "pt", _METADATA: json.dumps(lora_metadata), MARK: mark_of(tensors)}
     errors: dict[str, float] = {}
     size = replace_file(
         out,
-        lambda path: save_file(tensors, path, metadata={"format": "pt", _METADATA: json.dumps(metadata)}),
+        lambda path: save_file(tensors, path, metadata=metadata),
         lambda path: errors.update(errors_of(view, _read_diffusers(path, view, prefix))),
     )
     names = {module.name: f"{prefix}.{module.name}" for module in view.modules}
@@ -70,17 +78,22 @@ def write_diffusers(
 
 
 def write_kohya(
-    adapter: str | os.PathLike[str] | nn.Module | Adapter, out: str | os.PathLike[str], *, prefix: str | None = None
+    adapter: str | os.PathLike[str] | nn.Module | Adapter,
+    out: str | os.PathLike[str],
+    *,
+    prefix: str | None = None,
+    overwrite: bool = False,
 ) -> FormatReport:
     """Write an adapter of a diffusers model under kohya's names, as ComfyUI, AUTOMATIC1111 and others load it.
 
     Each module keeps its own rank and has its own alpha = scaling · rank. Factors keep their dtype.
 
     Args:
-        adapter, prefix: as in `write_diffusers`.
-        out: the .safetensors file; an existing one is replaced.
+        adapter, prefix, overwrite: as in `write_diffusers`.
+        out: the .safetensors file; one that lorakit wrote is replaced.
     Raises: as `write_diffusers`; ExportError where two modules would get one name.
     """
+    check_file(out, has_marked_tensors, overwrite=overwrite)
     view, prefix = _opened(adapter, prefix, "kohya's readers")
     names = {module.name: f"{_KOHYA_PREFIXES[prefix]}_{module.name.replace('.', '_')}" for module in view.modules}
     if len(set(names.values())) < len(names):
@@ -98,7 +111,7 @@ def write_kohya(
     errors: dict[str, float] = {}
     size = replace_file(
         out,
-        lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+        lambda path: save_file(tensors, path, metadata={"format": "pt", MARK: mark_of(tensors)}),
         lambda path: errors.update(errors_of(view, _read_kohya(path, view, names))),
     )
     return _report(out, "kohya", None, tensors, size, view, names, errors)

@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorakit.adapters import Adapter, open_adapter
-from lorakit.adapters.atomic import replaced_directory
+from lorakit.adapters.atomic import CONFIG_NAME, replaced_directory
+from lorakit.errors import OverwriteError
 from lorakit.serving._formats import FormatModule, FormatReport, check_plain, errors_of, padded
+from lorakit.serving._overwrite import MARK, has_marked_tensors, mark_of
 from lorakit.spectral import LowRank
 
 if TYPE_CHECKING:
@@ -26,14 +28,18 @@ if TYPE_CHECKING:
 _WEIGHTS = "adapters.safetensors"
 
 
-def write_mlx(adapter: str | os.PathLike[str] | nn.Module | Adapter, out: str | os.PathLike[str]) -> FormatReport:
+def write_mlx(
+    adapter: str | os.PathLike[str] | nn.Module | Adapter, out: str | os.PathLike[str], *, overwrite: bool = False
+) -> FormatReport:
     """Write a plain LoRA, or a FisherLoRA, as a directory for mlx-lm (``--adapter-path``).
 
     Module names are those of transformers, which mlx-lm's models share for the common architectures. Tensors are
-    float32. The directory takes its place in one step, after every update in it was read back.
-    Raises: ExportError for what mlx-lm's LoRA cannot hold; AdapterFileError and UnsupportedModelError as
-        `lorakit.adapters.open_adapter`.
+    float32. The files take their place in one step, after every update in them was read back. An adapter in `out` that
+    this function did not write, PEFT's among them, is replaced only with `overwrite`.
+    Raises: ExportError for what mlx-lm's LoRA cannot hold; OverwriteError; AdapterFileError and UnsupportedModelError
+        as `lorakit.adapters.open_adapter`.
     """
+    _check_directory(out, overwrite=overwrite)
     view = open_adapter(adapter)
     check_plain(view, "mlx-lm", embeddings=True, convolutions=False)
     tensors: dict[str, Tensor] = {}
@@ -53,8 +59,8 @@ def write_mlx(adapter: str | os.PathLike[str] | nn.Module | Adapter, out: str | 
         },
     }
     with replaced_directory(out) as directory:
-        save_file(tensors, directory / _WEIGHTS, metadata={"format": "mlx"})
-        (directory / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        save_file(tensors, directory / _WEIGHTS, metadata={"format": "mlx", MARK: mark_of(tensors)})
+        (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2), encoding="utf-8")
         errors = errors_of(view, _read(directory, view))
         size = sum(path.stat().st_size for path in directory.iterdir())
     modules = tuple(FormatModule(m.name, m.name, rank, errors[m.name]) for m in view.modules)
@@ -62,9 +68,18 @@ def write_mlx(adapter: str | os.PathLike[str] | nn.Module | Adapter, out: str | 
     return FormatReport(os.fspath(out), "mlx-lm", 1.0, parameters, size, max(errors.values()), modules)
 
 
+def _check_directory(out: str | os.PathLike[str], *, overwrite: bool) -> None:
+    there = [name for name in (CONFIG_NAME, _WEIGHTS) if Path(out, name).exists()]
+    if there and not overwrite and not has_marked_tensors(Path(out, _WEIGHTS)):
+        raise OverwriteError(
+            f"`out` {os.fspath(out)!r} has an {there[0]} that lorakit did not write for mlx-lm. Pass `overwrite=True` "
+            f"(--overwrite) to replace it, or name another directory."
+        )
+
+
 def _read(directory: Path, view: Adapter) -> dict[str, LowRank]:
     """The updates as mlx-lm's LoRALinear.fuse computes them: (scale · lora_bᵀ) lora_aᵀ."""
-    scale = float(json.loads((directory / "adapter_config.json").read_bytes())["lora_parameters"]["scale"])
+    scale = float(json.loads((directory / CONFIG_NAME).read_bytes())["lora_parameters"]["scale"])
     tensors = load_file(directory / _WEIGHTS)
     return {
         module.name: LowRank(

@@ -41,6 +41,7 @@ class ServerProfile:
         anchored_patterns: whether keys of patterns may begin with ``^``.
         own_format: the file that it reads instead of a PEFT directory, and the command that writes one.
         note: what else a user must know.
+        superseded: whether the table also has a newer version of the same server.
     """
 
     name: str
@@ -60,6 +61,7 @@ class ServerProfile:
     anchored_patterns: bool = True
     own_format: str | None = None
     note: str | None = None
+    superseded: bool = False
 
     @property
     def one_rank(self) -> bool:
@@ -109,6 +111,7 @@ PROFILES: dict[str, ServerProfile] = {
             reads_rslora=True,
             anchored_patterns=False,
             refuses=("SPECLORA",),
+            superseded=True,
         ),
         ServerProfile(
             "peft-0.13",
@@ -120,6 +123,7 @@ PROFILES: dict[str, ServerProfile] = {
             anchored_patterns=False,
             config_fields=_PEFT_0_13,
             refuses=("lora_bias", "SPECLORA"),
+            superseded=True,
         ),
         ServerProfile(
             "vllm",
@@ -142,6 +146,7 @@ PROFILES: dict[str, ServerProfile] = {
             max_rank=VLLM_RANKS[-1],
             default_max_rank=16,
             flag="--max-lora-rank",
+            superseded=True,
         ),
         ServerProfile(
             "sglang",

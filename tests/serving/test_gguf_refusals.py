@@ -180,6 +180,6 @@ def test_what_reads_back_otherwise_is_not_kept(llama_adapter, spoiled, tmp_path,
     with pytest.raises(
         ExportError, match="has other tensors than were meant" if spoiled == "name" else "was read back"
     ):
-        write_gguf(tmp_path / "adapter", tmp_path / "out.gguf", base_config=base)
+        write_gguf(tmp_path / "adapter", tmp_path / "out.gguf", base_config=base, overwrite=True)
     assert (tmp_path / "out.gguf").read_bytes() == b"old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "out.gguf"]

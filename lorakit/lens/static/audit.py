@@ -13,7 +13,7 @@ from lorakit._report import ordered
 from lorakit.adapters import Adapter, open_adapter
 from lorakit.allocation.budget import read_budget
 from lorakit.lens._rows import grouped
-from lorakit.lens.static.findings import find
+from lorakit.lens.static.findings import find, find_served_wrong
 from lorakit.lens.static.groups import summarize
 from lorakit.lens.static.report import AuditReport
 from lorakit.lens.static.spectra import check_extras, measure
@@ -68,7 +68,7 @@ def audit(
     findings = list(view.findings)
     rows = measure(view, thresholds, findings)
     check_extras(view, findings)
-    findings += find(rows)
+    findings += [*find(rows), *find_served_wrong(view)]
     finite = [row for row in rows if row.energy_rank is not None]
     wanted = suggest_ranks or budget is not None
     suggestions = suggest(finite, str(float(energy)), budget) if wanted else []

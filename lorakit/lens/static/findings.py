@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from lorakit.adapters import Adapter
 from lorakit.errors import Finding
 from lorakit.lens.static.spectra import AuditedModule
+from lorakit.serving._check import ServerCheck, check_all
+from lorakit.serving._profiles import PROFILES
 
 UNUSED_BELOW = 0.25  # utilization
 DOMINANT_ABOVE = 0.5  # share of Σ ‖ΔW‖_F²
 _MANY = 4  # with fewer modules, one of them may well dominate
+SERVED_WRONG = "served_wrong"
 
 
 def find(rows: Sequence[AuditedModule]) -> Iterator[Finding]:
@@ -61,3 +65,30 @@ def _unused(trained: Sequence[AuditedModule]) -> Iterator[Finding]:
             f"{len(unused)} of {len(trained)} modules use less than {UNUSED_BELOW:.0%} of their rank (stable rank / r)."
         )
         yield Finding("info", "unused_capacity", None, message)
+
+
+def find_served_wrong(adapter: Adapter) -> Iterator[Finding]:
+    """One finding that names the servers that would scale updates wrongly, or refuse them for their different ranks.
+
+    Older versions of a server and kernels that are right for some ranks only are named beside others, but alone they
+    are no finding: they concern plain adapters of one rank too.
+    """
+    if any(finding.severity == "error" for finding in adapter.findings):
+        return
+    checks = check_all(adapter)
+    wrong = [check for check in checks if check.verdict == "wrong"]
+    refusing = [check for check in checks if check.verdict == "refused" and check.only_ranks_differ]
+    if not any(_concerns_the_adapter(check) for check in (*wrong, *refusing)):
+        return
+    named = [f"{each.server} ({each.factors} in {len(each.wrong)} of {len(each.modules)} modules)" for each in wrong]
+    message = f"These servers would scale updates wrongly: {', '.join(named)}." if named else ""
+    if refusing:
+        ranks = sorted({row.rank for row in refusing[0].modules})
+        names = ", ".join(check.server for check in refusing)
+        message += f" Modules have ranks from {ranks[0]} to {ranks[-1]}, which these servers refuse: {names}."
+    yield Finding("warning", SERVED_WRONG, None, f"{message.strip()} `lorakit export` writes one rank and one alpha.")
+
+
+def _concerns_the_adapter(check: ServerCheck) -> bool:
+    profile = PROFILES[check.server]
+    return not profile.superseded and (profile.kernel_multiple == 1 or check.only_ranks_differ)

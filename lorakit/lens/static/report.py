@@ -12,6 +12,7 @@ from lorakit.errors import Finding
 from lorakit.lens.render.figures import heatmaps_figure
 from lorakit.lens.static import audit_figures
 from lorakit.lens.static.audit_tables import least_used_table, module_table, role_table, suggestion_table
+from lorakit.lens.static.findings import SERVED_WRONG
 from lorakit.lens.static.groups import GroupSummary
 from lorakit.lens.static.spectra import AuditedModule
 from lorakit.lens.static.suggestions import RankSuggestion
@@ -71,13 +72,13 @@ class AuditReport(Report):
             base = "" if self.base_model is None else shell_argument(self.base_model)
             return (f"lorakit export {source} {self._beside('-lora')} --base {base}",) if base else ()
         steps = []
-        low, high = self.total.ranks or (0, 0)
+        _, high = self.total.ranks or (0, 0)
         if self._needed_rank < high:
             globally = next((s for s in self.suggestions if s.policy == "global_p90"), None)
             criterion = f"--energy {self.energy:g}" if globally is None else f"--max-rank {globally.rank}"
             smaller = self._beside("-compressed")
             steps += [f"lorakit compress {source} {smaller} {criterion}", f"lorakit compare {source} {smaller}"]
-        if self.peft_type != "LORA" or low != high:
+        if self.peft_type != "LORA" or any(finding.code == SERVED_WRONG for finding in self.findings):
             steps.append(f"lorakit export {source} {self._beside('-lora')}")
         return tuple(steps)
 

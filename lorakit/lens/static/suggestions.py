@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from lorakit.allocation.budget import read_budget
 from lorakit.allocation.rules import allocate
 from lorakit.lens.static.spectra import AuditedModule
-
-SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the maximum ranks that servers can be configured with
+from lorakit.serving._needs import SERVED_RANKS
 
 
 @dataclass(frozen=True)
