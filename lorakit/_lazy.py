@@ -24,6 +24,7 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "cost": (),
         "data": (),
         "errors": (),
+        "evaluation": (),
         "experiments": (),
         "export": (),
         "fisher": (),
@@ -58,6 +59,14 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
     "lorakit.data": {
         "_loader": ("DataReport", "ExampleLoader", "as_loader", "loader"),
         "_tokenizer": ("tokenizer_for",),
+    },
+    "lorakit.evaluation": {
+        "_certificate": ("Certificate", "CertifiedTask", "read_certificate"),
+        "_certify": ("CertificationPlan", "certify", "evaluate_adapters"),
+        "_evaluate": ("evaluate",),
+        "_models": ("LoadOptions",),
+        "_scores": ("Scores", "compare"),
+        "_tasks": ("Task", "choices", "exact_match", "function", "lm_eval", "loss"),
     },
     "lorakit.experiments": {
         "_adapt_each_layer": ("LayerGain", "LayerGains", "adapt_each_layer"),
