@@ -14,9 +14,7 @@ _EXIT_CODES = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
 Base = Annotated[str, typer.Option(help="The base model: a path or Hub id, with its tokenizer.")]
 Tasks = Annotated[
     list[str],
-    typer.Option(
-        "--task", help="A file (choices, prompts or text), a YAML config, or a task of lm-evaluation-harness."
-    ),
+    typer.Option("--task", help="A file of documents, a YAML config, or a task of lm-evaluation-harness."),
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Documents of each task at most.")]
 Cache = Annotated[str | None, typer.Option(help="A directory that keeps results for later calls.")]

@@ -107,13 +107,14 @@ class LossTask:
 
     def score(self, model: Any, tokenizer: Any, *, limit: int | None, progress: bool) -> Scored:
         """Losses of the first documents, each over its own tokens."""
-        from lorakit.data import loader
 
         limits = [number for number in (self.num_examples, limit) if number is not None]
         batches: Any = self.source
         if isinstance(self.source, str | os.PathLike) or hasattr(self.source, "column_names"):
             if tokenizer is None:
                 raise EvaluationError(f"Task {self.name!r} needs the model's tokenizer; pass `tokenizer`.")
+            from lorakit.data import loader
+
             batches = loader(
                 self.source,
                 tokenizer,
