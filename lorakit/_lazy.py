@@ -61,10 +61,11 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "_tokenizer": ("tokenizer_for",),
     },
     "lorakit.evaluation": {
+        "_attach": ("load_adapted",),
         "_certificate": ("Certificate", "CertifiedTask", "read_certificate"),
         "_certify": ("CertificationPlan", "certify", "evaluate_adapters"),
         "_evaluate": ("evaluate",),
-        "_models": ("LoadOptions",),
+        "_models": ("LoadOptions", "load_base"),
         "_scores": ("Scores", "compare"),
         "_tasks": ("Task", "choices", "exact_match", "function", "lm_eval", "loss"),
     },

@@ -7,22 +7,17 @@ from typing import Annotated, Any
 import typer
 
 from lorakit import evaluation
+from lorakit.cli._models import Base, Device, Dtype, FourBit, Revision, Trust, load_options
 from lorakit.cli._output import print_json, print_lines
 
 _EXIT_CODES = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
 
-Base = Annotated[str, typer.Option(help="The base model: a path or Hub id, with its tokenizer.")]
 Tasks = Annotated[
     list[str],
     typer.Option("--task", help="A file of documents, a YAML config, or a task of lm-evaluation-harness."),
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Documents of each task at most.")]
 Cache = Annotated[str | None, typer.Option(help="A directory that keeps results for later calls.")]
-Device = Annotated[str | None, typer.Option(help="Device; default: an accelerator where there is one.")]
-Dtype = Annotated[str, typer.Option(help="Dtype of the base model, such as bfloat16.")]
-FourBit = Annotated[bool, typer.Option("--load-in-4bit", help="Load the base model in 4 bits (bitsandbytes).")]
-Revision = Annotated[str | None, typer.Option(help="Revision of the base model on the Hub.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the base model's repository.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
@@ -40,7 +35,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score adapters on tasks, one score a document."""
-    options = evaluation.LoadOptions(device, dtype, load_in_4bit, revision, trust_remote_code)
+    options = load_options(device, dtype, load_in_4bit, revision, trust_remote_code)
     scores = evaluation.evaluate_adapters(base, adapters, task, limit=limit, cache=cache, options=options)
     if as_json:
         print_json({adapter: {name: one.to_dict() for name, one in found.items()} for adapter, found in scores.items()})
@@ -88,7 +83,7 @@ def certify(
     if base is None or not task or margin is None:
         missing = [name for name, value in (("--base", base), ("--task", task), ("--margin", margin)) if not value]
         raise typer.BadParameter("is needed.", param_hint=", ".join(missing))
-    options = evaluation.LoadOptions(device, dtype, load_in_4bit, revision, trust_remote_code)
+    options = load_options(device, dtype, load_in_4bit, revision, trust_remote_code)
     settings: dict[str, Any] = {"margin": margin, "alpha": alpha, "guards": guard or (), "limit": limit}
     settings |= {"plan": plan, "cache": cache, "options": options}
     result = evaluation.certify(base, adapters[0], adapters[1], tasks=task, **settings)

@@ -21,7 +21,7 @@ from lorakit.cli._data import (
     named_targets,
     read_examples,
 )
-from lorakit.cli._models import load_adapted
+from lorakit.cli._models import Device, Dtype, FourBit, Revision, Trust, load_options
 from lorakit.cli._output import Column, print_folded, print_json, print_lines
 from lorakit.data import tokenizer_for
 from lorakit.errors import SurgeryError
@@ -78,18 +78,25 @@ def surgery(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the adapter itself, or one that lorakit did not write.")
     ] = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    load_in_4bit: FourBit = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
 ) -> None:
     """Reweight the singular values of an adapter's updates by what calibration data says of them."""
     bounds = None if layers is None else _bounds(layers)
+    options = load_options(device, dtype, load_in_4bit, revision, trust_remote_code)
     from lorakit.adapters.companions import check_overwrite
     from lorakit.adapters.edit_log import read_edits
+    from lorakit.evaluation import load_adapted
     from lorakit.surgery import reweight
 
     check_overwrite(out, [adapter], overwrite=overwrite)  # before a model is loaded
     batches = read_examples(
         data,
-        tokenizer_for(adapter, base),
+        tokenizer_for(adapter, base, revision=revision, trust_remote_code=trust_remote_code),
         columns,
         length=length,
         batch_size=batch_size,
@@ -98,7 +105,7 @@ def surgery(
         start=start,
         split=split,
     )
-    model = load_adapted(base, adapter)
+    model = load_adapted(base, adapter, options)
     report = reweight(
         model,
         batches,

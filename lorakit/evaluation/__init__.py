@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lorakit import _lazy
+from lorakit._lazy import attach  # not `from lorakit import`, which waits for a thread that imports lorakit
 
 if TYPE_CHECKING:
+    from lorakit.evaluation._attach import load_adapted as load_adapted
     from lorakit.evaluation._certificate import Certificate as Certificate
     from lorakit.evaluation._certificate import CertifiedTask as CertifiedTask
     from lorakit.evaluation._certificate import read_certificate as read_certificate
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from lorakit.evaluation._certify import evaluate_adapters as evaluate_adapters
     from lorakit.evaluation._evaluate import evaluate as evaluate
     from lorakit.evaluation._models import LoadOptions as LoadOptions
+    from lorakit.evaluation._models import load_base as load_base
     from lorakit.evaluation._scores import Scores as Scores
     from lorakit.evaluation._scores import compare as compare
     from lorakit.evaluation._tasks import Task as Task
@@ -24,4 +26,4 @@ if TYPE_CHECKING:
     from lorakit.evaluation._tasks import lm_eval as lm_eval
     from lorakit.evaluation._tasks import loss as loss
 else:
-    __getattr__, __dir__, __all__ = _lazy.attach(__name__)
+    __getattr__, __dir__, __all__ = attach(__name__)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorakit._figures import escape_mathtext, new_figure
 from lorakit._report import Report
 from lorakit.errors import EvaluationError
-from lorakit.evaluation._scores import digest
+from lorakit.evaluation._digests import digest
+from lorakit.evaluation._scores import Scores, aligned
 from lorakit.statistics import combine_tasks, paired_interval, seeds_interval
 
 if TYPE_CHECKING:
@@ -30,7 +32,8 @@ class CertifiedTask:
     """One task of a certificate. Bounds are one-sided, each at the certificate's alpha.
 
     `reference_scores` and `candidate_scores` hold, for each seed, a score a document, in the order of `documents`.
-    `documents_needed` is None where more documents would not help.
+    `groups` numbers the passage that each document belongs to, where several share one. `documents_needed` is None
+    where more documents would not help.
     """
 
     name: str
@@ -48,11 +51,46 @@ class CertifiedTask:
     worst_seed_difference: float | None
     reference_mean: float
     candidate_mean: float
-    base_mean: float | None
     documents: tuple[str, ...]
+    groups: tuple[int, ...] | None
     reference_scores: tuple[tuple[float, ...], ...]
     candidate_scores: tuple[tuple[float, ...], ...]
     settings: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        reference: Sequence[Scores],
+        candidate: Sequence[Scores],
+        *,
+        margin: float,
+        alpha: float,
+        groups: Sequence[Any] | None = None,
+        guard: bool = False,
+    ) -> CertifiedTask:
+        """The result of one task alone, from a `Scores` for each seed of either side.
+
+        Raises: as `lorakit.evaluation.compare`.
+        """
+        first = reference[0]
+        sides = [tuple(tuple(aligned(first, one)) for one in side) for side in (reference, candidate)]
+        codes = None
+        if groups is not None:
+            interval_of(sides[0], sides[1], alpha, groups)  # checks them
+            labels = groups.tolist() if hasattr(groups, "tolist") else list(groups)
+            numbers: dict[Any, int] = {}
+            codes = tuple(numbers.setdefault(label, len(numbers)) for label in labels)
+        return _certified(first.task, guard, margin, alpha, first.documents, codes, sides, first.settings)
+
+    def interval(self, alpha: float) -> Interval:
+        """The interval of the scores."""
+        return interval_of(self.reference_scores, self.candidate_scores, alpha, self.groups)
+
+    def recomputed(self, alpha: float, verdict: Verdict) -> CertifiedTask:
+        """The same, with every figure computed anew from the scores."""
+        sides = [self.reference_scores, self.candidate_scores]
+        again = _certified(self.name, self.guard, self.margin, alpha, self.documents, self.groups, sides, self.settings)
+        return replace(again, verdict=verdict)
 
 
 @dataclass(frozen=True, repr=False)
@@ -111,7 +149,7 @@ class Certificate(Report):
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a task, without the documents' scores."""
-        left_out = {"documents", "reference_scores", "candidate_scores", "settings"}
+        left_out = {"documents", "groups", "reference_scores", "candidate_scores", "settings"}
         return [{k: v for k, v in row.items() if k not in left_out} for row in self.to_dict()["tasks"]]
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -168,25 +206,70 @@ class Certificate(Report):
         stated = self.to_dict()
         if digest({k: v for k, v in stated.items() if k != "sha256"}) != self.sha256:
             raise EvaluationError("The certificate does not verify: its content is not what its SHA-256 says.")
-        rows = [_as_tested(row, self.alpha) for row in self.tasks]
-        again = combine_tasks(
-            {row.name: interval for row, interval in zip(self.tasks, rows, strict=True)},
-            {row.name: row.margin for row in self.tasks},
-        )
-        if again.verdict != self.verdict:
+        intervals = {row.name: row.interval(self.alpha) for row in self.tasks}
+        combined = combine_tasks(intervals, {row.name: row.margin for row in self.tasks})
+        if combined.verdict != self.verdict:
             raise EvaluationError(
-                f"The certificate does not verify: its scores give {again.verdict}, it says {self.verdict}."
+                f"The certificate does not verify: its scores give {combined.verdict}, it says {self.verdict}."
             )
-        for row, interval in zip(self.tasks, rows, strict=True):
-            found = (interval.difference, interval.lower, interval.upper)
-            if any(abs(a - b) > 1e-9 for a, b in zip(found, (row.difference, row.lower, row.upper), strict=True)):
+        for row in self.tasks:
+            again = row.recomputed(self.alpha, combined.verdicts[row.name])
+            wrong = [f.name for f in fields(row) if not _same(getattr(row, f.name), getattr(again, f.name))]
+            if wrong:
                 raise EvaluationError(
-                    f"The certificate does not verify: {row.name}'s bounds are not those of its scores."
+                    f"The certificate does not verify: {row.name}'s {', '.join(wrong)} are not those of its scores."
                 )
+        headline = next(row for row in self.tasks if row.name == combined.headline)
+        for name in ("margin", "difference", "lower", "upper", "documents_needed"):
+            if self.headline_task != headline.name or getattr(self, name) != getattr(headline, name):
+                raise EvaluationError(f"The certificate does not verify: its {name} is not that of {headline.name}.")
 
 
-def _as_tested(row: CertifiedTask, alpha: float) -> Interval:
-    return interval_of(row.reference_scores, row.candidate_scores, alpha)
+def _same(a: Any, b: Any) -> bool:
+    """Whether two figures are the same but for another machine's rounding."""
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-9)
+    return bool(a == b)
+
+
+def _certified(
+    name: str,
+    guard: bool,
+    margin: float,
+    alpha: float,
+    documents: tuple[str, ...],
+    groups: tuple[int, ...] | None,
+    sides: Sequence[tuple[tuple[float, ...], ...]],
+    settings: Mapping[str, Any],
+) -> CertifiedTask:
+    reference, candidate = sides
+    interval = interval_of(reference, candidate, alpha, groups)
+    return CertifiedTask(
+        name=name,
+        guard=guard,
+        margin=margin,
+        verdict=interval.verdict(margin),
+        difference=interval.difference,
+        lower=interval.lower,
+        upper=interval.upper,
+        n=len(documents),
+        method=interval.method,
+        candidate_only=getattr(interval, "candidate_only", None),
+        reference_only=getattr(interval, "reference_only", None),
+        documents_needed=interval.documents_needed(margin),
+        worst_seed_difference=getattr(interval, "worst_seed_difference", None),
+        reference_mean=_mean(reference),
+        candidate_mean=_mean(candidate),
+        documents=documents,
+        groups=groups,
+        reference_scores=reference,
+        candidate_scores=candidate,
+        settings=dict(settings),
+    )
+
+
+def _mean(scores: Sequence[Sequence[float]]) -> float:
+    return math.fsum(math.fsum(one) / len(one) for one in scores) / len(scores)
 
 
 def interval_of(
@@ -219,6 +302,7 @@ def read_certificate(path: str | os.PathLike[str]) -> Certificate:
                 **{
                     **row,
                     "documents": tuple(row["documents"]),
+                    "groups": None if row["groups"] is None else tuple(row["groups"]),
                     "reference_scores": tuple(map(tuple, row["reference_scores"])),
                     "candidate_scores": tuple(map(tuple, row["candidate_scores"])),
                 }

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from typing import Any
 
-from lorakit._checks import check_number
 from lorakit._report import Report
 from lorakit.errors import EvaluationError
-from lorakit.evaluation._certificate import Certificate, CertifiedTask, interval_of
-from lorakit.evaluation._evaluate import environment, evaluate, seeds_of, tasks_of
-from lorakit.evaluation._models import (
-    LoadOptions,
-    adapted,
-    adapter_digest,
-    base_digest,
-    label_of,
-    load_base,
-    load_tokenizer,
-)
-from lorakit.evaluation._scores import Scores, aligned, digest
-from lorakit.evaluation._tasks import Task
-from lorakit.statistics import combine_tasks
+from lorakit.evaluation._attach import adapted
+from lorakit.evaluation._comparison import Comparison, Hypothesis, Settings, Side
+from lorakit.evaluation._digests import adapter_digest, base_digest, digest
+from lorakit.evaluation._evaluate import scored, seeds_of, tasks_of
+from lorakit.evaluation._models import LoadOptions, label_of, load_base, load_tokenizer
+from lorakit.evaluation._scores import Scores
 
 PLAN_DOCUMENTS = 50
 
@@ -46,7 +35,12 @@ class CertificationPlan(Report):
     @property
     def headline(self) -> str:
         """What it will take, in a line."""
-        needs = ", ".join(f"{row['documents_needed']} documents of {row['name']}" for row in self.tasks)
+        needs = ", ".join(
+            f"more seeds of {row['name']}"
+            if row["documents_needed"] is None
+            else f"{row['documents_needed']} documents of {row['name']}"
+            for row in self.tasks
+        )
         return f"A verdict at margin {self.margin:g} needs about {needs}: {self.minutes:.1f} minutes."
 
     def rows(self) -> list[dict[str, Any]]:
@@ -99,34 +93,24 @@ def certify(
         >>> task = lorakit.evaluation.choices("test.jsonl")  # doctest: +SKIP
         >>> lorakit.evaluation.certify("base/", "adapter/", "small/", tasks=task, margin=0.02)  # doctest: +SKIP
     """
-    options = options or LoadOptions()
-    wanted, guarded = tasks_of(tasks), tasks_of(guards) if guards else []
-    everything = tasks_of([*wanted, *guarded])
-    check_number("margin", margin, above=0)
-    if check_number("alpha", alpha, above=0, most=0.5) >= 0.5:
-        raise EvaluationError(f"`alpha` must be below 0.5; got {alpha!r}.")
-    margins = {task.name: margin if task.margin is None else task.margin for task in everything}
-    sides = {"reference": seeds_of(reference), "candidate": seeds_of(candidate)}
-    if len(sides["reference"]) != len(sides["candidate"]) or len(sides["reference"]) == 2:
+    sides = [seeds_of(reference), seeds_of(candidate)]
+    if len(sides[0]) != len(sides[1]) or len(sides[0]) == 2:
         raise EvaluationError(
-            f"Give one adapter a side, or at least three seeds of each; got {len(sides['reference'])} and "
-            f"{len(sides['candidate'])}."
+            f"Give one adapter a side, or at least three seeds of each; got {len(sides[0])} and {len(sides[1])}."
         )
-    model = load_base(base, options)
-    tokenizer = load_tokenizer(base, sides["reference"][0], options) if tokenizer is None else tokenizer
+    settings = Settings(
+        limit=PLAN_DOCUMENTS if plan else limit,
+        used_documents=frozenset(used_documents),
+        cache=cache,
+        progress=progress,
+    )
+    hypothesis = Hypothesis.of(tasks, guards, margin=margin, alpha=alpha, groups=groups)
+    comparison = Comparison(base, hypothesis, settings, tokenizer=tokenizer, reference=sides[0][0], options=options)
     started = time.perf_counter()
-    scores = {
-        side: [_scored(model, adapter, everything, tokenizer, PLAN_DOCUMENTS if plan else limit, cache, progress)
-               for adapter in adapters]
-        for side, adapters in sides.items()
-    }  # fmt: skip
-    seconds = time.perf_counter() - started
-    _refuse_used(scores["reference"][0], set(used_documents))
+    scored_sides = [comparison.score(side) for side in sides]
     if plan:
-        return _plan(scores, everything, margins, alpha, margin, seconds)
-    guards_by_name = {task.name for task in guarded}
-    rows = _rows(scores, everything, margins, alpha, groups or {}, guards_by_name)
-    return _certificate(rows, scores, model, base, sides, margins, alpha, margin)
+        return _plan(hypothesis, scored_sides, time.perf_counter() - started)
+    return comparison.certificate(*scored_sides)
 
 
 def evaluate_adapters(
@@ -141,148 +125,31 @@ def evaluate_adapters(
     progress: bool = True,
 ) -> dict[str, dict[str, Scores]]:
     """The scores of several adapters of one base model, by adapter and task; arguments and errors as in `certify`."""
-    options = options or LoadOptions()
     wanted = tasks_of(tasks)
     model = load_base(base, options)
+    weights = "" if cache is None else base_digest(model)
     found = {}
     for adapter in adapters:
         own = load_tokenizer(base, adapter, options) if tokenizer is None else tokenizer
-        found[label_of(adapter)] = _scored(model, adapter, wanted, own, limit, cache, progress)
+        depends = "" if cache is None else digest([weights, adapter_digest(adapter)])
+        with adapted(model, adapter) as with_adapter:
+            one = scored(with_adapter, wanted, own, limit=limit, cache=cache, weights=depends, progress=progress)
+        found[label_of(adapter)] = {name: replace(scores, model=label_of(adapter)) for name, scores in one.items()}
     return found
 
 
-def _scored(
-    model: Any, adapter: Any, tasks: list[Task], tokenizer: Any, limit: int | None, cache: Any, progress: bool
-) -> dict[str, Scores]:
-    with adapted(model, adapter) as with_adapter:
-        found = evaluate(with_adapter, tasks, tokenizer=tokenizer, limit=limit, cache=cache, progress=progress)
-    return {name: replace(one, model=label_of(adapter)) for name, one in found.items()}
-
-
-def _refuse_used(scores: dict[str, Scores], used: set[str]) -> None:
-    for name, one in scores.items():
-        again = used.intersection(one.documents)
-        if again:
-            raise EvaluationError(
-                f"{len(again)} documents of task {name!r} were used for calibration or selection: a verdict on them "
-                f"would be too good. Take them out of the task."
-            )
-
-
-def _aligned(scores: dict[str, list[dict[str, Scores]]], name: str) -> tuple[list[list[float]], list[list[float]]]:
-    first = scores["reference"][0][name]
-    reference = [aligned(first, one[name]) for one in scores["reference"]]
-    return reference, [aligned(first, one[name]) for one in scores["candidate"]]
-
-
-def _rows(
-    scores: dict[str, list[dict[str, Scores]]],
-    tasks: list[Task],
-    margins: dict[str, float],
-    alpha: float,
-    groups: Mapping[str, Sequence[Any]],
-    guards: set[str],
-) -> tuple[CertifiedTask, ...]:
-    intervals, pairs = {}, {}
-    for task in tasks:
-        pairs[task.name] = _aligned(scores, task.name)
-        intervals[task.name] = interval_of(*pairs[task.name], alpha, groups.get(task.name))
-    combined = combine_tasks(intervals, margins)
-    rows = []
-    for task in tasks:
-        interval, (reference, candidate) = intervals[task.name], pairs[task.name]
-        first = scores["reference"][0][task.name]
-        rows.append(
-            CertifiedTask(
-                name=task.name,
-                guard=task.name in guards,
-                margin=margins[task.name],
-                verdict=combined.verdicts[task.name],
-                difference=interval.difference,
-                lower=interval.lower,
-                upper=interval.upper,
-                n=len(first.documents),
-                method=interval.method,
-                candidate_only=getattr(interval, "candidate_only", None),
-                reference_only=getattr(interval, "reference_only", None),
-                documents_needed=interval.documents_needed(margins[task.name]),
-                worst_seed_difference=getattr(interval, "worst_seed_difference", None),
-                reference_mean=_mean(reference),
-                candidate_mean=_mean(candidate),
-                base_mean=None,
-                documents=first.documents,
-                reference_scores=tuple(map(tuple, reference)),
-                candidate_scores=tuple(map(tuple, candidate)),
-                settings=dict(first.settings),
-            )
-        )
-    return tuple(rows)
-
-
-def _certificate(
-    rows: tuple[CertifiedTask, ...],
-    scores: dict[str, list[dict[str, Scores]]],
-    model: Any,
-    base: Any,
-    sides: dict[str, list[Any]],
-    margins: dict[str, float],
-    alpha: float,
-    margin: float,
-) -> Certificate:
-    intervals = {row.name: interval_of(row.reference_scores, row.candidate_scores, alpha) for row in rows}
-    combined = combine_tasks(intervals, margins)
-    headline = next(row for row in rows if row.name == combined.headline)
-    hashes = {
-        "base": base_digest(model),
-        **{side: [adapter_digest(adapter) for adapter in adapters] for side, adapters in sides.items()},
-        "scores": {side: [{n: s.digest() for n, s in one.items()} for one in found] for side, found in scores.items()},
-    }
-    certificate = Certificate(
-        verdict=combined.verdict,
-        alpha=alpha,
-        margin=headline.margin,
-        difference=headline.difference,
-        lower=headline.lower,
-        upper=headline.upper,
-        documents_needed=headline.documents_needed,
-        headline_task=headline.name,
-        base=label_of(base),
-        reference=tuple(map(label_of, sides["reference"])),
-        candidate=tuple(map(label_of, sides["candidate"])),
-        hashes=hashes,
-        environment={**environment(), "device": str(model.device)},
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        tasks=rows,
-    )
-    content = {key: value for key, value in certificate.to_dict().items() if key != "sha256"}
-    return replace(certificate, sha256=digest(content))
-
-
-def _plan(
-    scores: dict[str, list[dict[str, Scores]]],
-    tasks: list[Task],
-    margins: dict[str, float],
-    alpha: float,
-    margin: float,
-    seconds: float,
-) -> CertificationPlan:
-    rows: list[dict[str, Any]] = []
-    scored = sum(len(scores["reference"][0][task.name].documents) for task in tasks)
-    for task in tasks:
-        interval = interval_of(*_aligned(scores, task.name), alpha)
-        needed = interval.documents_needed(margins[task.name])
-        minutes = math.inf if needed is None else seconds / 60 * needed / max(1, scored)
-        rows.append(
-            {
-                "name": task.name,
-                "margin": margins[task.name],
-                "documents_scored": len(scores["reference"][0][task.name].documents),
-                "documents_needed": needed,
-                "minutes": None if math.isinf(minutes) else minutes,
-            }
-        )
-    return CertificationPlan(margin, alpha, sum(row["minutes"] or 0.0 for row in rows), tuple(rows))
-
-
-def _mean(scores: list[list[float]]) -> float:
-    return math.fsum(math.fsum(one) / len(one) for one in scores) / len(scores)
+def _plan(hypothesis: Hypothesis, sides: Sequence[Side], seconds: float) -> CertificationPlan:
+    results = hypothesis.results(*sides)
+    scored_documents = sum(row.n for row in results)
+    rows: list[dict[str, Any]] = [
+        {
+            "name": row.name,
+            "margin": row.margin,
+            "documents_scored": row.n,
+            "documents_needed": row.documents_needed,
+            "minutes": None if row.documents_needed is None else seconds / 60 * row.documents_needed / scored_documents,
+        }
+        for row in results
+    ]
+    minutes = sum(row["minutes"] or 0.0 for row in rows)
+    return CertificationPlan(hypothesis.margin, hypothesis.alpha, minutes, tuple(rows))

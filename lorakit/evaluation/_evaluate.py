@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 from collections.abc import Iterable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lorakit.errors import EvaluationError
-from lorakit.evaluation._models import base_digest, label_of, load_tokenizer, weights_digest
-from lorakit.evaluation._scores import Scores, digest, scores_of
+from lorakit.evaluation._digests import digest, tokenizer_digest, weights_digest
+from lorakit.evaluation._models import label_of, load_tokenizer
+from lorakit.evaluation._scores import Scores, scores_of
 from lorakit.evaluation._tasks import Task, task_of
 
 
@@ -39,24 +42,37 @@ def evaluate(
     """
     wanted = tasks_of(tasks)
     tokenizer = load_tokenizer(getattr(model, "name_or_path", None)) if tokenizer is None else tokenizer
-    weights: str | None = None
+    weights = "" if cache is None else model_digest(model)
+    return scored(model, wanted, tokenizer, limit=limit, cache=cache, weights=weights, progress=progress)
+
+
+def scored(
+    model: Any,
+    tasks: Sequence[Task],
+    tokenizer: Any,
+    *,
+    limit: int | None,
+    cache: str | os.PathLike[str] | None,
+    weights: str,
+    progress: bool,
+) -> dict[str, Scores]:
+    """`evaluate`, with the hash of the model's weights, which is needed with a cache."""
+    depends = None
+    if cache is not None:
+        depends = [weights, limit, dtype_of(model), model.device.type, tokenizer_digest(tokenizer), environment()]
     found = {}
-    for task in wanted:
-        key = None
-        if cache is not None and task.cacheable:
-            weights = model_digest(model) if weights is None else weights
-            parts = [weights, task.name, task.fingerprint(), limit, dtype_of(model), _tokenizer_digest(tokenizer)]
-            key = digest(parts)
+    for task in tasks:
+        key = digest([depends, task.name, task.fingerprint()]) if depends is not None and task.cacheable else None
         kept = None if key is None or cache is None else _read(Path(cache), key)
         if kept is None:
             training = model.training
             model.eval()
             try:
-                scored = task.score(model, tokenizer, limit=limit, progress=progress)
+                result = task.score(model, tokenizer, limit=limit, progress=progress)
             finally:
                 model.train(training)
-            settings = {**scored.settings, "dtype": dtype_of(model)}
-            kept = scores_of(task.name, label_of(model), scored.documents, scored.scores, settings)
+            settings = {**result.settings, "dtype": dtype_of(model)}
+            kept = scores_of(task.name, label_of(model), result.documents, result.scores, settings)
             if key is not None and cache is not None:
                 _write(Path(cache), key, kept)
         found[task.name] = kept
@@ -82,7 +98,7 @@ def dtype_of(model: Any) -> str:
 
 
 def model_digest(model: Any) -> str:
-    """SHA-256 of a model's weights and of its active adapters', with their scalings."""
+    """SHA-256 of a model's weights, with its adapters' scalings and which of them are active."""
     from peft.tuners.lora import LoraLayer
 
     scalings = [
@@ -90,14 +106,7 @@ def model_digest(model: Any) -> str:
         for name, layer in model.named_modules()
         if isinstance(layer, LoraLayer)
     ]
-    return digest([weights_digest(dict(model.state_dict())), scalings, base_digest(model)])
-
-
-def _tokenizer_digest(tokenizer: Any) -> str:
-    if tokenizer is None:
-        return ""
-    template = getattr(tokenizer, "chat_template", None)
-    return digest([sorted(tokenizer.get_vocab().items()), template if isinstance(template, str) else None])
+    return digest([weights_digest(model.state_dict()), scalings])
 
 
 def _read(cache: Path, key: str) -> Scores | None:
@@ -126,9 +135,6 @@ def seeds_of(models: Any) -> list[Any]:
 
 def environment() -> dict[str, str]:
     """Versions of what the scores depend on."""
-    import platform
-    from importlib import metadata
-
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("transformers", "peft", "lm-eval", "lorakit"):
         try:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lorakit._figures import escape_mathtext, new_figure
 from lorakit._report import Report
 from lorakit.errors import EvaluationError
+from lorakit.evaluation._digests import digest
 from lorakit.statistics import PairedInterval, paired_interval
 
 if TYPE_CHECKING:
@@ -61,11 +61,6 @@ class Scores(Report):
         return figure
 
 
-def digest(value: Any) -> str:
-    """SHA-256 of a value's JSON, with sorted keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
 def scores_of(
     task: str, model: str, documents: Sequence[str], values: Sequence[float], settings: Mapping[str, Any]
 ) -> Scores:
@@ -84,7 +79,7 @@ def scores_of(
             f"(document {wrong[0]}: {values[wrong[0]]}). Check the adapter's weights and the dtype."
         )
     if len(set(documents)) < len(documents):
-        twice = next(d for d in documents if documents.count(d) > 1)
+        twice = next(d for d, count in Counter(documents).items() if count > 1)
         places = [i for i, d in enumerate(documents) if d == twice]
         raise EvaluationError(
             f"Task {task!r} has one document more than once (documents {places[0]} and {places[1]}), which an interval "

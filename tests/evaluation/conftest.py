@@ -6,7 +6,8 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
 
 # The words that each answer is one of; the first is what `trained` prefers.
 LETTERS = [chr(ord("a") + i) for i in range(26)]
@@ -21,7 +22,9 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("evaluation")
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    LlamaForCausalLM(LlamaConfig(vocab_size=256, num_key_value_heads=2, **shape)).save_pretrained(home / "base")
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=256, num_key_value_heads=2, **shape))
+    base.lm_head.weight.data *= 40  # so that what follows depends on what precedes
+    base.save_pretrained(home / "base")
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -63,8 +66,17 @@ def questions(home):
 
 
 @pytest.fixture(scope="module")
-def texts():
-    """Batches of eight documents of twelve tokens, 64 in all."""
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(1, 256, (64, 12), generator=generator)
+def texts(home):
+    """Batches of eight documents of twelve tokens, 64 in all, drawn from the adapter good/."""
+    torch.manual_seed(3)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(home / "base"), home / "good").eval()
+    ids = model.generate(
+        input_ids=torch.randint(1, 256, (64, 2)),
+        attention_mask=torch.ones(64, 2, dtype=torch.long),
+        do_sample=True,
+        top_k=0,
+        min_new_tokens=10,
+        max_new_tokens=10,
+        suppress_tokens=[0],
+    )
     return [{"input_ids": part, "labels": part} for part in ids.split(8)]

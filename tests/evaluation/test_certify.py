@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from lorakit import evaluation
 from lorakit.errors import EvaluationError
 from lorakit.evaluation._certificate import interval_of
+from lorakit.evaluation._digests import digest
 
 SLOW = pytest.mark.slow
 
@@ -49,7 +51,7 @@ def test_a_damaged_adapter_fails(home, texts):
 
 
 def test_too_few_documents_are_inconclusive(home, texts):
-    certificate = certify(home, "bad", evaluation.loss(texts), margin=100.0)
+    certificate = certify(home, "bad", evaluation.loss(texts), margin=100.0, limit=4)
     assert certificate.verdict == "PASS"
     near = float(abs(certificate.difference))
     certificate = certify(home, "bad", evaluation.loss(texts), margin=near, limit=4)
@@ -159,9 +161,70 @@ def test_results_are_kept_by_what_they_depend_on(home, texts, tmp_path, monkeypa
 def test_an_adapter_that_is_not_applied_is_an_error(home, texts):
     base = AutoModelForCausalLM.from_pretrained(home / "base")
     model = PeftModel.from_pretrained(base, home / "good")
-    model.merge_adapter()
+    settings = {"tasks": evaluation.loss(texts), "margin": 0.1, "progress": False}
+    model.base_model.disable_adapter_layers()
     with pytest.raises(EvaluationError, match="it is not applied"):
-        evaluation.certify(base, model, model, tasks=evaluation.loss(texts), margin=0.1, progress=False)
+        evaluation.certify(home / "base", model, model, **settings)
+    model.base_model.enable_adapter_layers()
+    model.merge_adapter()
+    with pytest.raises(
+        EvaluationError, match=r"is merged into the base model's weights .* `unmerge_adapter\(\)` first"
+    ):
+        evaluation.certify(home / "base", model, model, **settings)
+
+
+def test_models_in_memory(home, texts):
+    def load(name):
+        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(home / "base"), home / name)
+
+    settings = {"tasks": evaluation.loss(texts), "margin": 0.05, "progress": False}
+    in_memory = evaluation.certify(load("good").get_base_model(), load("good"), load("bad"), **settings)
+    on_disk = certify(home, "bad", evaluation.loss(texts))
+    assert in_memory.hashes["base"] == on_disk.hashes["base"]
+    assert in_memory.difference == pytest.approx(on_disk.difference, abs=1e-12)
+    other = load("good")
+    other.get_base_model().lm_head.weight.data[3, 5] += 1
+    with pytest.raises(EvaluationError, match="is on a base model with other weights than"):
+        evaluation.certify(home / "base", other, other, **settings)
+
+
+def test_the_batch_size_changes_a_loss_by_less_than_is_stated(home, tmp_path):
+    rows = [{"text": f"document {i} " + "and more " * (i % 7)} for i in range(20)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = [
+        evaluation.evaluate_adapters(
+            home / "base", [home / "good"], evaluation.loss(tmp_path / "texts.jsonl", batch_size=size), progress=False
+        )[str(home / "good")]["texts"]
+        for size in (1, 8)
+    ]
+    assert found[0].documents == found[1].documents
+    interval = evaluation.compare(*found)
+    assert max(abs(a - b) for a, b in zip(found[0].scores, found[1].scores, strict=True)) < 1e-4
+    assert interval.verdict(1e-4) == "PASS"
+
+
+def test_groups_are_kept_in_the_certificate(home, texts):
+    groups = {"loss": [f"passage {i // 4}" for i in range(64)]}
+    certificate = certify(home, "bad", evaluation.loss(texts), groups=groups)
+    [row] = certificate.tasks
+    assert row.method == "cluster-t"
+    assert row.groups == tuple(i // 4 for i in range(64))
+    certificate.verify()
+    with pytest.raises(EvaluationError, match=r"`groups` names 'other', which is no task; the tasks are \['loss'\]"):
+        certify(home, "bad", evaluation.loss(texts), groups={"other": [1] * 64})
+
+
+def test_forged_figures_do_not_verify(home, texts):
+    certificate = certify(home, "bad", evaluation.loss(texts))
+    [row] = certificate.tasks
+    for forged, message in [
+        (replace(certificate, tasks=(replace(row, candidate_mean=0.0),)), "loss's candidate_mean are not those"),
+        (replace(certificate, verdict="PASS"), "its scores give FAIL, it says PASS"),
+        (replace(certificate, lower=0.0), "its lower is not that of loss"),
+    ]:
+        content = {key: value for key, value in forged.to_dict().items() if key != "sha256"}
+        with pytest.raises(EvaluationError, match=message):
+            replace(forged, sha256=digest(content)).verify()
 
 
 def test_a_base_that_does_not_fit_is_named(home, texts, tmp_path):
