@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorakit import fisher
+from lorakit import evaluation, fisher
 from lorakit.cli._data import (
     DATA_HELP,
     BatchSize,
@@ -72,12 +72,7 @@ def probe(
     as_json: Annotated[bool, typer.Option("--json", help="Print report and ranks as JSON on stdout.")] = False,
 ) -> None:
     """Measure the Fisher information of a model's modules, and give them ranks under a budget."""
-    if budget is not None and params is not None:
-        raise typer.BadParameter(
-            "give a fraction or a number of parameters, not both.", param_hint="--budget, --params"
-        )
-    if budget is not None and not 0 < budget <= 1:
-        raise typer.BadParameter("must be a fraction in (0, 1].", param_hint="--budget")
+    _check_budget(budget, params)
     options = load_options(device, dtype, load_in_4bit, revision, trust_remote_code)
     settings: dict[str, Any] = {
         "budget": budget,
@@ -88,8 +83,6 @@ def probe(
         "max_rank": max_rank,
         "per": "role" if per_role else "module",
     }
-    from lorakit.evaluation import load_base
-
     batches = read_examples(
         data,
         tokenizer_for(model, revision=revision, trust_remote_code=trust_remote_code),
@@ -102,7 +95,7 @@ def probe(
         split=split,
     )
     report = fisher.probe(
-        load_base(model, options),
+        evaluation.load_base(model, options),
         batches,
         target_modules=named_targets(target_modules),
         num_examples=num_examples,
@@ -114,6 +107,15 @@ def probe(
         print_json({name: value.to_dict() for name, value in found.items()})
     else:
         sys.stdout.write("\n".join(_lines(report, allocation, batches.report, out)) + "\n")
+
+
+def _check_budget(budget: float | None, params: int | None) -> None:
+    if budget is not None and params is not None:
+        raise typer.BadParameter(
+            "give a fraction or a number of parameters, not both.", param_hint="--budget, --params"
+        )
+    if budget is not None and not 0 < budget <= 1:
+        raise typer.BadParameter("must be a fraction in (0, 1].", param_hint="--budget")
 
 
 def _allocate(report: Any, settings: dict[str, Any], model_name: str, out: Path | None) -> Any:

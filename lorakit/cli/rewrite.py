@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lorakit import serving
-from lorakit.cli._models import load_adapted
-from lorakit.cli._output import Column, check_share, print_folded, print_json, print_lines
+from lorakit import evaluation, serving
+from lorakit.cli._models import Device, Dtype, FourBit, Revision, Trust, load_options
+from lorakit.cli._output import Column, Overwrite, check_share, print_folded, print_json, print_lines
 
 if TYPE_CHECKING:
     from lorakit._report import Report
@@ -23,9 +23,6 @@ Compact = Annotated[
 ]
 For = Annotated[
     str | None, typer.Option("--for", help="Servers that the file is for, with commas between: lorax,tgi,ollama.")
-]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace the adapter itself, or one that lorakit did not write.")
 ]
 
 
@@ -168,11 +165,17 @@ def export(
     compact: Compact = False,
     for_server: For = None,
     overwrite: Overwrite = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    load_in_4bit: FourBit = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Write an adapter as a plain LoRA that needs no lorakit: LORA, FISHERLORA, and SPECLORA with its base model."""
     check_share("--energy", energy)
     chosen = _rank(rank)
+    options = load_options(device, dtype, load_in_4bit, revision, trust_remote_code)
     if format_ is not FormatName.peft:
         if rank is not None or compact or for_server is not None:
             raise typer.BadParameter(
@@ -185,7 +188,7 @@ def export(
 
     check_overwrite(out, [adapter], overwrite=overwrite)  # before a model is loaded
     report = to_lora(
-        adapter if base is None else load_adapted(base, adapter),
+        adapter if base is None else evaluation.load_adapted(base, adapter, options),
         out,
         rank=chosen,
         energy=energy,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorakit import evaluation
 from lorakit.cli._data import (
     DATA_HELP,
     BatchSize,
@@ -22,7 +23,7 @@ from lorakit.cli._data import (
     read_examples,
 )
 from lorakit.cli._models import Device, Dtype, FourBit, Revision, Trust, load_options
-from lorakit.cli._output import Column, print_folded, print_json, print_lines
+from lorakit.cli._output import Column, Overwrite, print_folded, print_json, print_lines
 from lorakit.data import tokenizer_for
 from lorakit.errors import SurgeryError
 from lorakit.naming.roles import layer_of
@@ -75,9 +76,7 @@ def surgery(
     columns: Columns = None,
     split: Split = None,
     seed: Annotated[int, typer.Option(help="Seed of policies that draw.")] = 0,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the adapter itself, or one that lorakit did not write.")
-    ] = False,
+    overwrite: Overwrite = False,
     device: Device = None,
     dtype: Dtype = "auto",
     load_in_4bit: FourBit = False,
@@ -87,10 +86,8 @@ def surgery(
 ) -> None:
     """Reweight the singular values of an adapter's updates by what calibration data says of them."""
     bounds = None if layers is None else _bounds(layers)
-    options = load_options(device, dtype, load_in_4bit, revision, trust_remote_code)
     from lorakit.adapters.companions import check_overwrite
     from lorakit.adapters.edit_log import read_edits
-    from lorakit.evaluation import load_adapted
     from lorakit.surgery import reweight
 
     check_overwrite(out, [adapter], overwrite=overwrite)  # before a model is loaded
@@ -105,7 +102,8 @@ def surgery(
         start=start,
         split=split,
     )
-    model = load_adapted(base, adapter, options)
+    options = load_options(device, dtype, load_in_4bit, revision, trust_remote_code)
+    model = evaluation.load_adapted(base, adapter, options)
     report = reweight(
         model,
         batches,
@@ -117,13 +115,13 @@ def surgery(
         seed=seed,
     )
     report.save(out, previous=read_edits(adapter), source=adapter, overwrite=overwrite)
+    _show(adapter, out, report, batches.report, as_json)
+
+
+def _show(adapter: str, out: str, report: Any, data: DataReport, as_json: bool) -> None:
     if as_json:
-        print_json({**report.to_dict(), "data": batches.report.to_dict(), "path": out})
+        print_json({**report.to_dict(), "data": data.to_dict(), "path": out})
         return
-    _print(adapter, out, report, batches.report)
-
-
-def _print(adapter: str, out: str, report: Any, data: DataReport) -> None:
     headings: list[Column] = [
         ("modules", lambda rows: str(len(rows))),
         ("gate, least", lambda rows: f"{min(min(row.gate, default=1.0) for row in rows):.3f}"),

@@ -143,7 +143,8 @@ class Certificate(Report):
     @property
     def next_steps(self) -> tuple[str, ...]:
         """What to do with this verdict."""
-        if self.verdict == "INCONCLUSIVE" and self.documents_needed is not None:
+        n = next(row.n for row in self.tasks if row.name == self.headline_task)
+        if self.verdict == "INCONCLUSIVE" and self.documents_needed is not None and self.documents_needed > n:
             return (f"# score {self.documents_needed} documents of {self.headline_task} for a verdict at this margin",)
         return ()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -53,11 +54,20 @@ def test_a_damaged_adapter_fails(home, texts):
 def test_too_few_documents_are_inconclusive(home, texts):
     certificate = certify(home, "bad", evaluation.loss(texts), margin=100.0, limit=4)
     assert certificate.verdict == "PASS"
-    near = float(abs(certificate.difference))
-    certificate = certify(home, "bad", evaluation.loss(texts), margin=near, limit=4)
+    near = abs(certificate.difference)
+    assert certify(home, "bad", evaluation.loss(texts), margin=near, limit=4).verdict == "INCONCLUSIVE"
+
+
+def test_an_inconclusive_certificate_says_how_many_documents_are_needed(home):
+    right = evaluation.function(lambda model: [1.0] * 200, name="right")
+    certificate = certify(home, "same", right, margin=0.01)
     assert certificate.verdict == "INCONCLUSIVE"
-    assert certificate.documents_needed > 4
-    assert "documents" in certificate.next_steps[0]
+    z, power = 1.6448536269514722, 0.8416212335729143
+    variance = z**2 / (200 + z**2)
+    assert certificate.documents_needed == math.ceil((z + power) ** 2 * variance / 0.01**2)
+    assert certificate.next_steps == (
+        f"# score {certificate.documents_needed} documents of right for a verdict at this margin",
+    )
 
 
 @SLOW
