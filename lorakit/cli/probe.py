@@ -72,17 +72,8 @@ def probe(
     as_json: Annotated[bool, typer.Option("--json", help="Print report and ranks as JSON on stdout.")] = False,
 ) -> None:
     """Measure the Fisher information of a model's modules, and give them ranks under a budget."""
-    _check_budget(budget, params)
+    settings = _settings(budget, params, rule.value, rank, min_rank, max_rank, per_role)
     options = load_options(device, dtype, load_in_4bit, revision, trust_remote_code)
-    settings: dict[str, Any] = {
-        "budget": budget,
-        "params": params,
-        "rule": rule.value,
-        "r": rank,
-        "min_rank": min_rank,
-        "max_rank": max_rank,
-        "per": "role" if per_role else "module",
-    }
     batches = read_examples(
         data,
         tokenizer_for(model, revision=revision, trust_remote_code=trust_remote_code),
@@ -109,13 +100,31 @@ def probe(
         sys.stdout.write("\n".join(_lines(report, allocation, batches.report, out)) + "\n")
 
 
-def _check_budget(budget: float | None, params: int | None) -> None:
+def _settings(
+    budget: float | None,
+    params: int | None,
+    rule: str,
+    rank: int,
+    min_rank: int,
+    max_rank: int | None,
+    per_role: bool,
+) -> dict[str, Any]:
+    """The options of `allocation_of`."""
     if budget is not None and params is not None:
         raise typer.BadParameter(
             "give a fraction or a number of parameters, not both.", param_hint="--budget, --params"
         )
     if budget is not None and not 0 < budget <= 1:
         raise typer.BadParameter("must be a fraction in (0, 1].", param_hint="--budget")
+    return {
+        "budget": budget,
+        "params": params,
+        "rule": rule,
+        "r": rank,
+        "min_rank": min_rank,
+        "max_rank": max_rank,
+        "per": "role" if per_role else "module",
+    }
 
 
 def _allocate(report: Any, settings: dict[str, Any], model_name: str, out: Path | None) -> Any:

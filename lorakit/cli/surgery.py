@@ -54,6 +54,11 @@ class EnergyName(StrEnum):
     none = "none"
 
 
+Aggregate = Annotated[
+    AggregateName | None, typer.Option(help="Over examples; default: what the policy needs.", show_default=False)
+]
+
+
 def surgery(
     base: Annotated[str, typer.Option(help="The base model: a path or Hub id, with its tokenizer.")],
     adapter: Annotated[str, typer.Option(help="The adapter: a directory or Hub id.")],
@@ -64,9 +69,7 @@ def surgery(
     modules: Annotated[
         str | None, typer.Option(help="Names with commas between, or all-linear; default: what writes the residual.")
     ] = None,
-    aggregate: Annotated[
-        AggregateName | None, typer.Option(help="Over examples; default: what the policy needs.", show_default=False)
-    ] = None,
+    aggregate: Aggregate = None,
     preserve_energy: Annotated[EnergyName, typer.Option(help="Norm of the spectrum that is kept.")] = EnergyName.l1,
     num_examples: NumExamples = 128,
     start: Start = 0,
@@ -102,8 +105,9 @@ def surgery(
         start=start,
         split=split,
     )
-    options = load_options(device, dtype, load_in_4bit, revision, trust_remote_code)
-    model = evaluation.load_adapted(base, adapter, options)
+    model = evaluation.load_adapted(
+        base, adapter, load_options(device, dtype, load_in_4bit, revision, trust_remote_code)
+    )
     report = reweight(
         model,
         batches,

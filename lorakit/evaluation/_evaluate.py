@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 
 from lorakit.errors import EvaluationError
 from lorakit.evaluation._digests import digest, tokenizer_digest, weights_digest
@@ -99,8 +100,6 @@ def dtype_of(model: Any) -> str:
 
 def model_digest(model: Any) -> str:
     """SHA-256 of a model's weights, with its adapters' scalings and which of them are active."""
-    from peft.tuners.lora import LoraLayer
-
     scalings = [
         [name, dict(layer.scaling), list(layer.active_adapters), bool(layer.disable_adapters)]
         for name, layer in model.named_modules()
