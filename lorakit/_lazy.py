@@ -61,6 +61,7 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "_tokenizer": ("tokenizer_for",),
     },
     "lorakit.evaluation": {
+        "_agreement": ("Agreement", "DocumentAgreement", "Estimate", "agreement", "agreement_task"),
         "_attach": ("load_adapted",),
         "_certificate": ("Certificate", "CertifiedTask", "read_certificate"),
         "_certify": ("CertificationPlan", "certify", "evaluate_adapters"),

@@ -14,6 +14,7 @@ from lorakit.naming.roles import group_of
 if TYPE_CHECKING:
     from lorakit._report import Report
 
+EXIT_CODES = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the adapter itself, or one that lorakit did not write.")
 ]

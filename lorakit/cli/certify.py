@@ -8,9 +8,7 @@ import typer
 
 from lorakit import evaluation
 from lorakit.cli._models import Base, Device, Dtype, FourBit, Revision, Trust, load_options
-from lorakit.cli._output import print_json, print_lines
-
-_EXIT_CODES = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
+from lorakit.cli._output import EXIT_CODES, print_json, print_lines
 
 Tasks = Annotated[
     list[str],
@@ -93,7 +91,7 @@ def certify(
         result.to_html(html)
     _show(result, as_json)
     if not plan:
-        raise typer.Exit(_EXIT_CODES[result.verdict])
+        raise typer.Exit(EXIT_CODES[result.verdict])
 
 
 def _show(report: Any, as_json: bool) -> None:

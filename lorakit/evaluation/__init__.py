@@ -7,6 +7,11 @@ from typing import TYPE_CHECKING
 from lorakit._lazy import attach  # not `from lorakit import`, which waits for a thread that imports lorakit
 
 if TYPE_CHECKING:
+    from lorakit.evaluation._agreement import Agreement as Agreement
+    from lorakit.evaluation._agreement import DocumentAgreement as DocumentAgreement
+    from lorakit.evaluation._agreement import Estimate as Estimate
+    from lorakit.evaluation._agreement import agreement as agreement
+    from lorakit.evaluation._agreement import agreement_task as agreement_task
     from lorakit.evaluation._attach import load_adapted as load_adapted
     from lorakit.evaluation._certificate import Certificate as Certificate
     from lorakit.evaluation._certificate import CertifiedTask as CertifiedTask

@@ -59,6 +59,8 @@ class AttachedAdapter:
     def _load(self, base: nn.Module, adapter: AdapterSource) -> None:
         before = [(module, dict(module.named_children())) for module in base.modules()]
         trainable = {parameter: parameter.requires_grad for parameter in base.parameters()}
+        marks = ("peft_config", "_hf_peft_config_loaded")  # of adapters that are in the base now
+        kept = {mark: vars(base).pop(mark) for mark in marks if mark in vars(base)}
         biases = {p: p.detach().clone() for name, p in base.named_parameters() if name.endswith("bias")}
         try:
             self.model = _applied_by_peft(base, adapter)
@@ -75,9 +77,9 @@ class AttachedAdapter:
                     bias.data.copy_(value)
             for parameter, flag in trainable.items():
                 parameter.requires_grad_(flag)
-            for attribute in ("peft_config", "_hf_peft_config_loaded"):
-                if attribute in vars(base):
-                    delattr(base, attribute)
+            for mark in marks:
+                vars(base).pop(mark, None)
+            vars(base).update(kept)
 
     @property
     def changes_biases(self) -> bool:

@@ -36,12 +36,12 @@ def file_digest(path: str | os.PathLike[str]) -> str:
 
 
 def data_digest(source: Any) -> str:
-    """SHA-256 of a file, of a Dataset's fingerprint, of batches of tensors, or of a dataset's id."""
+    """SHA-256 of a file, of a Dataset's fingerprint, of texts, of batches of tensors, or of a dataset's id."""
     if isinstance(source, str | os.PathLike):
         return file_digest(source) if Path(source).is_file() else digest(os.fspath(source))
     if hasattr(source, "column_names"):
         return digest(str(getattr(source, "_fingerprint", None) or source.to_dict()))
-    return digest([weights_digest(batch) for batch in source])
+    return digest([one if isinstance(one, str) else weights_digest(one) for one in source])
 
 
 def document_digests(batch: Mapping[str, Tensor]) -> list[str]:

@@ -33,7 +33,8 @@ def evaluate(
 
     Args:
         model: a causal language model, with an adapter or without.
-        tasks: a task or several: what `choices`, `exact_match`, `loss`, `lm_eval` and `function` make, or paths.
+        tasks: a task or several: what `choices`, `exact_match`, `loss`, `lm_eval`, `function` and
+            `agreement_task` make, or paths.
         tokenizer: None: that of the model's own path.
         limit: how many documents of each task at most.
         cache: a directory for results, each kept by the hash of weights, task, settings and data; None: none are kept.
