@@ -51,7 +51,11 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "run": ("Probe", "collect"),
         "tally": ("Collected",),
     },
-    "lorakit.compress": {"_report": ("CompressReport", "CompressedModule"), "_truncate": ("truncate",)},
+    "lorakit.compress": {
+        "_report": ("CompressReport", "CompressedModule"),
+        "_smallest": ("SmallestReport", "SmallestStep", "smallest"),
+        "_truncate": ("truncate",),
+    },
     "lorakit.cost": {
         "_accounting": ("accounting",),
         "_report": ("AccountedModule", "Accounting", "Flops", "Memory"),

@@ -108,21 +108,21 @@ class Comparison:
         self._tokenizer = load_tokenizer(base, reference, options) if tokenizer is None else tokenizer
         self._weights = base_digest(self._model)
 
-    def score(self, adapters: Sequence[Any]) -> Side:
-        """The seeds of one side, scored on every task.
+    def score(self, adapters: Sequence[Any], names: Sequence[str] | None = None) -> Side:
+        """The seeds of one side, scored on every task; `names` are what reports call them.
 
         Raises: EvaluationError for adapters that do not fit, are of another base model or are not applied, documents
             that were used before, and scores that are not finite.
         """
-        names, hashes, found = [], [], []
-        for adapter in adapters:
+        names = [label_of(adapter) for adapter in adapters] if names is None else names
+        hashes, found = [], []
+        for name, adapter in zip(names, adapters, strict=True):
             hashes.append(adapter_digest(adapter))
-            names.append(label_of(adapter))
             weights = digest([self._weights, hashes[-1]])
             with adapted(self._model, adapter) as model:
                 if model is adapter and base_digest(model) != self._weights:
                     raise EvaluationError(
-                        f"The adapter in {names[-1]!r} is on a base model with other weights than {self._base!r}."
+                        f"The adapter in {name!r} is on a base model with other weights than {self._base!r}."
                     )
                 scores = scored(
                     model,
@@ -134,7 +134,7 @@ class Comparison:
                     progress=self._settings.progress,
                 )
             self._refuse_used(scores)
-            found.append({name: replace(one, model=names[-1]) for name, one in scores.items()})
+            found.append({task: replace(one, model=name) for task, one in scores.items()})
         return Side(tuple(names), tuple(hashes), tuple(found))
 
     def _refuse_used(self, scores: Mapping[str, Scores]) -> None:

@@ -325,3 +325,24 @@ def test_the_commands(home, questions, tmp_path):
     done = run("evaluate", home / "good", home / "bad", *common, "--limit", "12", "--json")
     assert done.returncode == 0, done.stderr
     assert set(json.loads(done.stdout)) == {str(home / "good"), str(home / "bad")}
+
+
+@SLOW
+def test_the_command_that_finds_the_smallest(home, tmp_path):
+    rows = [{"text": f"document {i} " + "and more " * (i % 7)} for i in range(40)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def run(*arguments):
+        command = [sys.executable, "-W", "ignore", "-m", "lorakit", "compress", home / "good", tmp_path / "out"]
+        return subprocess.run([*map(str, [*command, *arguments])], capture_output=True, text=True, timeout=300)
+
+    common = ("--smallest", "--base", home / "base", "--task", tmp_path / "texts.jsonl", "--margin")
+    done = run(*common, "1000", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rank"] == 1
+    assert (tmp_path / "out" / "lorakit_certificate.json").exists()
+    done = run(*common, "0.00000001", "--limit", "2")
+    assert done.returncode == 3, done.stderr
+    assert "Nothing is written" in done.stdout
+    assert run("--smallest", "--base", home / "base").returncode == 2
+    assert run("--max-rank", "2", "--margin", "0.1").returncode == 2
