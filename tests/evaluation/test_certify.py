@@ -328,7 +328,7 @@ def test_the_commands(home, questions, tmp_path):
 
 
 @SLOW
-def test_the_command_that_finds_the_smallest(home, tmp_path):
+def test_the_command_that_finds_the_smallest(home, questions, tmp_path):
     rows = [{"text": f"document {i} " + "and more " * (i % 7)} for i in range(40)]
     (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
@@ -341,8 +341,9 @@ def test_the_command_that_finds_the_smallest(home, tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["rank"] == 1
     assert (tmp_path / "out" / "lorakit_certificate.json").exists()
-    done = run(*common, "0.00000001", "--limit", "2")
-    assert done.returncode == 3, done.stderr
+    # No accuracy can PASS on 8 questions at one point.
+    done = run("--smallest", "--base", home / "base", "--task", questions, "--margin", "0.01", "--limit", "8")
+    assert done.returncode in (1, 3), done.stderr
     assert "Nothing is written" in done.stdout
     assert run("--smallest", "--base", home / "base").returncode == 2
     assert run("--max-rank", "2", "--margin", "0.1").returncode == 2
