@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lorakit import cost as cost
     from lorakit import data as data
     from lorakit import errors as errors
+    from lorakit import evaluation as evaluation
     from lorakit import experiments as experiments
     from lorakit import export as export
     from lorakit import fisher as fisher

@@ -24,6 +24,7 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "cost": (),
         "data": (),
         "errors": (),
+        "evaluation": (),
         "experiments": (),
         "export": (),
         "fisher": (),
@@ -50,7 +51,11 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "run": ("Probe", "collect"),
         "tally": ("Collected",),
     },
-    "lorakit.compress": {"_report": ("CompressReport", "CompressedModule"), "_truncate": ("truncate",)},
+    "lorakit.compress": {
+        "_report": ("CompressReport", "CompressedModule"),
+        "_smallest": ("SmallestReport", "SmallestStep", "smallest"),
+        "_truncate": ("truncate",),
+    },
     "lorakit.cost": {
         "_accounting": ("accounting",),
         "_report": ("AccountedModule", "Accounting", "Flops", "Memory"),
@@ -58,6 +63,16 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
     "lorakit.data": {
         "_loader": ("DataReport", "ExampleLoader", "as_loader", "loader"),
         "_tokenizer": ("tokenizer_for",),
+    },
+    "lorakit.evaluation": {
+        "_agreement": ("Agreement", "DocumentAgreement", "Estimate", "agreement", "agreement_task"),
+        "_attach": ("load_adapted",),
+        "_certificate": ("Certificate", "CertifiedTask", "read_certificate"),
+        "_certify": ("CertificationPlan", "certify", "evaluate_adapters"),
+        "_evaluate": ("evaluate",),
+        "_models": ("LoadOptions", "load_base"),
+        "_scores": ("Scores", "compare"),
+        "_tasks": ("Task", "choices", "exact_match", "function", "lm_eval", "loss"),
     },
     "lorakit.experiments": {
         "_adapt_each_layer": ("LayerGain", "LayerGains", "adapt_each_layer"),

@@ -34,13 +34,14 @@ def named_targets(text: str | None) -> str | list[str] | None:
 
 
 def read_examples(data: str, tokenizer: Any, columns: str | None, **options: Any) -> ExampleLoader:
-    """`lorakit.data.loader`, with columns as the shell has them: FIELD=COLUMN with commas between, or None."""
+    """`lorakit.data.loader`, with columns as the shell has them."""
     from lorakit.data import loader
 
-    return loader(data, tokenizer, columns=_named_columns(columns), **options)
+    return loader(data, tokenizer, columns=named_columns(columns), **options)
 
 
-def _named_columns(text: str | None) -> dict[str, str] | None:
+def named_columns(text: str | None) -> dict[str, str] | None:
+    """The columns as the shell has them: FIELD=COLUMN with commas between, or None."""
     if text is None:
         return None
     pairs = [part.partition("=") for part in text.split(",") if part.strip()]

@@ -1,41 +1,32 @@
-"""Loading a base model with an adapter, for commands that need both."""
+"""How commands load a model: the options that all of them have."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Annotated
 
-from lorakit.errors import UnsupportedModelError
+import typer
 
-if TYPE_CHECKING:
-    from peft import PeftModel
+from lorakit import evaluation
 
-_AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
+Base = Annotated[str, typer.Option(help="The base model: a path or Hub id, with its tokenizer.")]
+Device = Annotated[
+    str | None,
+    typer.Option(help="Default: an accelerator where there is one.", show_default=False),
+]
+Dtype = Annotated[str, typer.Option(help="Dtype of the model, such as bfloat16; auto: as it is stored.")]
+FourBit = Annotated[bool, typer.Option("--load-in-4bit", help="Load the model in 4 bits (bitsandbytes).")]
+Revision = Annotated[str | None, typer.Option(help="Revision of the model on the Hub.", show_default=False)]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the model's repository.")]
 
 
-def load_adapted(base: str, adapter: str) -> PeftModel:
-    """The adapter in its base model, in the dtypes they are stored in.
-
-    The class is that of the adapter's `task_type`, or else the one that the base model was saved with.
-    Raises: OSError and ValueError for what cannot be loaded.
-    """
-    import transformers
-    from peft import PeftModel
-
-    from lorakit.adapters import open_adapter
-
-    task = open_adapter(adapter).settings.raw.get("task_type")
-    name = _AUTO_CLASSES.get(str(task))
-    if name is None:
-        config = transformers.AutoConfig.from_pretrained(base)
-        name = (config.architectures or [""])[0]
-        if not hasattr(transformers, name):
-            raise UnsupportedModelError(f"{base!r} does not say which class it is of; load it in Python instead.")
-    model = getattr(transformers, name).from_pretrained(base, dtype="auto")
-    return PeftModel.from_pretrained(model, adapter)
+def load_options(
+    device: str | None, dtype: str, load_in_4bit: bool, revision: str | None, trust_remote_code: bool
+) -> evaluation.LoadOptions:
+    """The options as `lorakit.evaluation` takes them. Raises: EvaluationError."""
+    return evaluation.LoadOptions(
+        device=device,
+        dtype=dtype,
+        load_in_4bit=load_in_4bit,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )

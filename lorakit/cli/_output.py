@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,10 @@ from lorakit.naming.roles import group_of
 if TYPE_CHECKING:
     from lorakit._report import Report
 
+EXIT_CODES = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the adapter itself, or one that lorakit did not write.")
+]
 Column = tuple[str, Callable[[Sequence[Any]], str]]
 
 

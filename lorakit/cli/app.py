@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from lorakit._version import __version__
+from lorakit.cli.agree import agree
+from lorakit.cli.certify import certify, evaluate
 from lorakit.cli.demo import demo
 from lorakit.cli.inspect import alignment, audit, compare
 from lorakit.cli.probe import probe
@@ -34,7 +36,21 @@ def _root(
     """Audit, compress, merge, edit and train LoRA adapters of Hugging Face PEFT."""
 
 
-for _command in (audit, compare, alignment, compress, merge, export, servable, probe, surgery, demo):
+for _command in (
+    audit,
+    compare,
+    alignment,
+    compress,
+    merge,
+    export,
+    servable,
+    probe,
+    surgery,
+    evaluate,
+    certify,
+    agree,
+    demo,
+):
     app.command()(_command)
 
 

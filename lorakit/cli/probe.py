@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorakit import fisher
+from lorakit import evaluation, fisher
 from lorakit.cli._data import (
     DATA_HELP,
     BatchSize,
@@ -22,11 +22,12 @@ from lorakit.cli._data import (
     named_targets,
     read_examples,
 )
+from lorakit.cli._models import Device, Dtype, FourBit, Revision, Trust, load_options
 from lorakit.cli._output import print_json
 from lorakit.data import tokenizer_for
 
 if TYPE_CHECKING:
-    from lorakit.data import DataReport, ExampleLoader
+    from lorakit.data import DataReport
 
 
 class RuleName(StrEnum):
@@ -62,28 +63,20 @@ def probe(
     max_rank: Annotated[int | None, typer.Option(min=1, help="The largest rank of a module.")] = None,
     per_role: Annotated[bool, typer.Option("--per-role", help="One rank for all modules of a role.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the temporary adapter.")] = 0,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    load_in_4bit: FourBit = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
     out: Annotated[Path | None, typer.Option(help="Write adapter_config.json into this directory.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print report and ranks as JSON on stdout.")] = False,
 ) -> None:
     """Measure the Fisher information of a model's modules, and give them ranks under a budget."""
-    if budget is not None and params is not None:
-        raise typer.BadParameter(
-            "give a fraction or a number of parameters, not both.", param_hint="--budget, --params"
-        )
-    if budget is not None and not 0 < budget <= 1:
-        raise typer.BadParameter("must be a fraction in (0, 1].", param_hint="--budget")
-    settings: dict[str, Any] = {
-        "budget": budget,
-        "params": params,
-        "rule": rule.value,
-        "r": rank,
-        "min_rank": min_rank,
-        "max_rank": max_rank,
-        "per": "role" if per_role else "module",
-    }
+    settings = _settings(budget, params, rule.value, rank, min_rank, max_rank, per_role)
+    options = load_options(device, dtype, load_in_4bit, revision, trust_remote_code)
     batches = read_examples(
         data,
-        tokenizer_for(model),
+        tokenizer_for(model, revision=revision, trust_remote_code=trust_remote_code),
         columns,
         length=length,
         batch_size=batch_size,
@@ -92,7 +85,13 @@ def probe(
         start=start,
         split=split,
     )
-    report = _measure(model, batches, named_targets(target_modules), num_examples, seed)
+    report = fisher.probe(
+        evaluation.load_base(model, options),
+        batches,
+        target_modules=named_targets(target_modules),
+        num_examples=num_examples,
+        seed=seed,
+    )
     allocation = _allocate(report, settings, model, out)
     if as_json:
         found = {"report": report, "allocation": allocation, "data": batches.report}
@@ -101,17 +100,31 @@ def probe(
         sys.stdout.write("\n".join(_lines(report, allocation, batches.report, out)) + "\n")
 
 
-def _measure(
-    model_name: str, batches: ExampleLoader, targets: str | list[str] | None, num_examples: int, seed: int
-) -> Any:
-    """The Fisher report of the model on these examples.
-
-    Raises: OSError for files that cannot be read; ValueError subclasses for data or targets that do not fit.
-    """
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(model_name, dtype="auto")
-    return fisher.probe(model, batches, target_modules=targets, num_examples=num_examples, seed=seed)
+def _settings(
+    budget: float | None,
+    params: int | None,
+    rule: str,
+    rank: int,
+    min_rank: int,
+    max_rank: int | None,
+    per_role: bool,
+) -> dict[str, Any]:
+    """The options of `allocation_of`."""
+    if budget is not None and params is not None:
+        raise typer.BadParameter(
+            "give a fraction or a number of parameters, not both.", param_hint="--budget, --params"
+        )
+    if budget is not None and not 0 < budget <= 1:
+        raise typer.BadParameter("must be a fraction in (0, 1].", param_hint="--budget")
+    return {
+        "budget": budget,
+        "params": params,
+        "rule": rule,
+        "r": rank,
+        "min_rank": min_rank,
+        "max_rank": max_rank,
+        "per": "role" if per_role else "module",
+    }
 
 
 def _allocate(report: Any, settings: dict[str, Any], model_name: str, out: Path | None) -> Any:

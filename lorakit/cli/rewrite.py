@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lorakit import serving
-from lorakit.cli._models import load_adapted
-from lorakit.cli._output import Column, check_share, print_folded, print_json, print_lines
+from lorakit import evaluation, serving
+from lorakit.cli._models import Device, Dtype, FourBit, Revision, Trust, load_options
+from lorakit.cli._output import EXIT_CODES, Column, Overwrite, check_share, print_folded, print_json, print_lines, show
 
 if TYPE_CHECKING:
     from lorakit._report import Report
+    from lorakit.compress import SmallestReport
 
 Adapter = Annotated[str, typer.Argument(help="A directory, a file with its config beside it, or a Hub id.")]
 Out = Annotated[str, typer.Argument(help="Directory to write.")]
@@ -23,9 +24,6 @@ Compact = Annotated[
 ]
 For = Annotated[
     str | None, typer.Option("--for", help="Servers that the file is for, with commas between: lorax,tgi,ollama.")
-]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace the adapter itself, or what lorakit did not write.")
 ]
 
 
@@ -55,47 +53,62 @@ class EnergyOf(StrEnum):
     total = "total"
 
 
+Ranks = Annotated[
+    str | None, typer.Option(help="One rank, or ranks by name or pattern: q_proj=4,v_proj=16; others keep theirs.")
+]
+Energy = Annotated[float | None, typer.Option(help="Share of the updates' energy to keep, in (0, 1].")]
+Budget = Annotated[str | None, typer.Option(help="For all factors as written: 2000000, 2M (parameters), 4MB (bytes).")]
+EnergyOfOption = Annotated[EnergyOf, typer.Option("--energy-of", help="Keep the energy in every module, or in total.")]
+PerModule = Annotated[bool, typer.Option("--per-module", help="Choose ranks module by module; the file is compact.")]
+
+
 def compress(
     adapter: Adapter,
     out: Out,
-    ranks: Annotated[
-        str | None, typer.Option(help="One rank, or ranks by name or pattern: q_proj=4,v_proj=16; others keep theirs.")
-    ] = None,
-    energy: Annotated[float | None, typer.Option(help="Share of the updates' energy to keep, in (0, 1].")] = None,
-    budget: Annotated[
-        str | None, typer.Option(help="For all factors as written: 2000000, 2M (parameters), 4MB (bytes).")
-    ] = None,
+    ranks: Ranks = None,
+    energy: Energy = None,
+    budget: Budget = None,
     max_rank: Annotated[int | None, typer.Option(min=1, help="No module has a higher rank.")] = None,
-    energy_of: Annotated[
-        EnergyOf, typer.Option(help="Keep the energy in every module, or in total.")
-    ] = EnergyOf.module,
-    per_module: Annotated[
-        bool, typer.Option("--per-module", help="Choose ranks module by module; the file is compact.")
-    ] = False,
+    smallest: Annotated[bool, typer.Option("--smallest", help="The smallest rank that PASSes --task.")] = False,
+    energy_of: EnergyOfOption = EnergyOf.module,
+    per_module: PerModule = False,
     compact: Compact = False,
     for_server: For = None,
+    base: Annotated[str | None, typer.Option(help="The base model, for --smallest: a path or Hub id.")] = None,
+    task: Annotated[list[str] | None, typer.Option("--task", help="As in `lorakit certify`, for --smallest.")] = None,
+    margin: Annotated[float | None, typer.Option(help="How much worse it may be, for --smallest.")] = None,
+    alpha: Annotated[float, typer.Option(help="Level of each one-sided bound, for --smallest.")] = 0.05,
+    guard: Annotated[list[str] | None, typer.Option("--guard", help="As in `lorakit certify`.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task at most.")] = None,
+    cache: Annotated[str | None, typer.Option(help="A directory that keeps scores for later calls.")] = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    load_in_4bit: FourBit = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
     overwrite: Overwrite = False,
     verify: Verify = True,
     as_json: Json = False,
 ) -> None:
-    """Write the best adapter of lower rank as a plain LoRA; give one of --ranks, --energy, --budget, --max-rank."""
+    """Write the best adapter of lower rank; give one of --ranks, --energy, --budget, --max-rank, --smallest."""
     given = {"ranks": ranks, "energy": energy, "budget": budget, "max_rank": max_rank}
-    if sum(value is not None for value in given.values()) != 1:
-        raise typer.BadParameter("give exactly one.", param_hint="--ranks, --energy, --budget, --max-rank")
-    check_share("--energy", energy)
-    if energy_of is EnergyOf.total and (energy is None or per_module):
-        raise typer.BadParameter("is for --energy without --per-module.", param_hint="--energy-of")
-    if per_module and ranks is not None:
-        raise typer.BadParameter("does not go with --ranks; use --compact.", param_hint="--per-module")
-    if ranks is not None:
-        given["ranks"] = _ranks(ranks)  # type: ignore[assignment]
+    _check_criterion({**given, "smallest": smallest or None}, energy_of, per_module)
+    _check_task(smallest, {"--base": base, "--task": task, "--margin": margin})
+    from lorakit.compress import smallest as write_smallest
     from lorakit.compress import truncate
 
-    options: dict[str, Any] = given
+    if smallest:
+        if compact or for_server is not None:
+            raise typer.BadParameter("do not go with --smallest.", param_hint="--compact, --for")
+        options = load_options(device, dtype, load_in_4bit, revision, trust_remote_code)
+        settings: dict[str, Any] = {"alpha": alpha, "guards": guard or (), "limit": limit, "cache": cache}
+        settings |= {"base": base, "tasks": task, "margin": margin, "options": options}
+        _show_smallest(write_smallest(adapter, out, **settings, overwrite=overwrite, verify=verify), as_json)
+    criterion: dict[str, Any] = given if ranks is None else {"ranks": _ranks(ranks)}
     report = truncate(
         adapter,
         out,
-        **options,
+        **criterion,
         energy_of=energy_of.value,
         per_module=per_module,
         pad=not compact,
@@ -104,6 +117,31 @@ def compress(
         verify=verify,
     )
     _show(report, as_json, _columns("rank"))
+
+
+def _check_criterion(given: dict[str, Any], energy_of: EnergyOf, per_module: bool) -> None:
+    if sum(value is not None for value in given.values()) != 1:
+        raise typer.BadParameter("give exactly one.", param_hint="--ranks, --energy, --budget, --max-rank, --smallest")
+    check_share("--energy", given["energy"])
+    if energy_of is EnergyOf.total and (given["energy"] is None or per_module):
+        raise typer.BadParameter("is for --energy without --per-module.", param_hint="--energy-of")
+    if per_module and given["ranks"] is not None:
+        raise typer.BadParameter("does not go with --ranks; use --compact.", param_hint="--per-module")
+    if per_module and given["smallest"]:
+        raise typer.BadParameter("does not go with --smallest.", param_hint="--per-module")
+
+
+def _check_task(smallest: bool, needed: dict[str, Any]) -> None:
+    wrong = [option for option, value in needed.items() if smallest == (not value)]
+    if wrong:
+        message = "is needed with --smallest." if smallest else "is for --smallest."
+        raise typer.BadParameter(message, param_hint=", ".join(wrong))
+
+
+def _show_smallest(report: SmallestReport, as_json: bool) -> None:
+    """Print the report, and exit: 0 where an adapter was written, else as the first rank's verdict says."""
+    show(report, as_json)
+    raise typer.Exit(0 if report.rank is not None else EXIT_CODES[report.certificate.verdict])
 
 
 def merge(
@@ -168,11 +206,17 @@ def export(
     compact: Compact = False,
     for_server: For = None,
     overwrite: Overwrite = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    load_in_4bit: FourBit = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Write an adapter as a plain LoRA that needs no lorakit: LORA, FISHERLORA, and SPECLORA with its base model."""
     check_share("--energy", energy)
     chosen = _rank(rank)
+    options = load_options(device, dtype, load_in_4bit, revision, trust_remote_code)
     if format_ is not FormatName.peft:
         if rank is not None or compact or for_server is not None:
             raise typer.BadParameter(
@@ -185,7 +229,7 @@ def export(
 
     check_overwrite(out, [adapter], overwrite=overwrite)  # before a model is loaded
     report = to_lora(
-        adapter if base is None else load_adapted(base, adapter),
+        adapter if base is None else evaluation.load_adapted(base, adapter, options),
         out,
         rank=chosen,
         energy=energy,

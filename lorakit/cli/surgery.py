@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorakit import evaluation
 from lorakit.cli._data import (
     DATA_HELP,
     BatchSize,
@@ -21,8 +22,8 @@ from lorakit.cli._data import (
     named_targets,
     read_examples,
 )
-from lorakit.cli._models import load_adapted
-from lorakit.cli._output import Column, print_folded, print_json, print_lines
+from lorakit.cli._models import Device, Dtype, FourBit, Revision, Trust, load_options
+from lorakit.cli._output import Column, Overwrite, print_folded, print_json, print_lines
 from lorakit.data import tokenizer_for
 from lorakit.errors import SurgeryError
 from lorakit.naming.roles import layer_of
@@ -53,6 +54,11 @@ class EnergyName(StrEnum):
     none = "none"
 
 
+Aggregate = Annotated[
+    AggregateName | None, typer.Option(help="Over examples; default: what the policy needs.", show_default=False)
+]
+
+
 def surgery(
     base: Annotated[str, typer.Option(help="The base model: a path or Hub id, with its tokenizer.")],
     adapter: Annotated[str, typer.Option(help="The adapter: a directory or Hub id.")],
@@ -63,9 +69,7 @@ def surgery(
     modules: Annotated[
         str | None, typer.Option(help="Names with commas between, or all-linear; default: what writes the residual.")
     ] = None,
-    aggregate: Annotated[
-        AggregateName | None, typer.Option(help="Over examples; default: what the policy needs.", show_default=False)
-    ] = None,
+    aggregate: Aggregate = None,
     preserve_energy: Annotated[EnergyName, typer.Option(help="Norm of the spectrum that is kept.")] = EnergyName.l1,
     num_examples: NumExamples = 128,
     start: Start = 0,
@@ -75,9 +79,12 @@ def surgery(
     columns: Columns = None,
     split: Split = None,
     seed: Annotated[int, typer.Option(help="Seed of policies that draw.")] = 0,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the adapter itself, or one that lorakit did not write.")
-    ] = False,
+    overwrite: Overwrite = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    load_in_4bit: FourBit = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
 ) -> None:
     """Reweight the singular values of an adapter's updates by what calibration data says of them."""
@@ -89,7 +96,7 @@ def surgery(
     check_overwrite(out, [adapter], overwrite=overwrite)  # before a model is loaded
     batches = read_examples(
         data,
-        tokenizer_for(adapter, base),
+        tokenizer_for(adapter, base, revision=revision, trust_remote_code=trust_remote_code),
         columns,
         length=length,
         batch_size=batch_size,
@@ -98,7 +105,9 @@ def surgery(
         start=start,
         split=split,
     )
-    model = load_adapted(base, adapter)
+    model = evaluation.load_adapted(
+        base, adapter, load_options(device, dtype, load_in_4bit, revision, trust_remote_code)
+    )
     report = reweight(
         model,
         batches,
@@ -110,13 +119,13 @@ def surgery(
         seed=seed,
     )
     report.save(out, previous=read_edits(adapter), source=adapter, overwrite=overwrite)
+    _show(adapter, out, report, batches.report, as_json)
+
+
+def _show(adapter: str, out: str, report: Any, data: DataReport, as_json: bool) -> None:
     if as_json:
-        print_json({**report.to_dict(), "data": batches.report.to_dict(), "path": out})
+        print_json({**report.to_dict(), "data": data.to_dict(), "path": out})
         return
-    _print(adapter, out, report, batches.report)
-
-
-def _print(adapter: str, out: str, report: Any, data: DataReport) -> None:
     headings: list[Column] = [
         ("modules", lambda rows: str(len(rows))),
         ("gate, least", lambda rows: f"{min(min(row.gate, default=1.0) for row in rows):.3f}"),

@@ -23,7 +23,7 @@ def tokenizer_for(
 
     The chat template beside the adapter wins as well, also over that of the base's tokenizer; where there is none
     beside the adapter it is the base's. `path` and `base` are directories or Hub ids (`path` an adapter's file, too);
-    `revision` is that of `base`.
+    `revision` is that of `base`, or of `path` where there is no `base`.
     Raises: DataError where neither has a tokenizer; OSError and ValueError, transformers' own, for one that cannot be
     loaded.
     """
@@ -34,7 +34,7 @@ def tokenizer_for(
 
     where = os.fspath(Path(path).parent if os.path.isfile(path) else path)
     if any(_beside(where, name) for name in _TOKENIZER_FILES):
-        tokenizer = load(where, None)
+        tokenizer = load(where, revision if base is None else None)
         if tokenizer.chat_template is None and base is not None and os.fspath(base) != where:
             tokenizer.chat_template = load(os.fspath(base), revision).chat_template
         return tokenizer

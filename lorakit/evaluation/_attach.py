@@ -1,0 +1,229 @@
+"""Adapters in a base model, for as long as they are needed, and that an adapter is really applied."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.adapters import open_adapter
+from lorakit.errors import EvaluationError, LorakitError
+from lorakit.evaluation._models import AdapterSource, LoadOptions, label_of, load_base
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+_Places = list[tuple[nn.Module, str, nn.Module]]  # a module, the name of its child, and the child
+
+
+def load_adapted(base: str | os.PathLike[str], adapter: AdapterSource, options: LoadOptions | None = None) -> PeftModel:
+    """The adapter in its base model, as PEFT applies it, in eval mode.
+
+    The model's class is that of the adapter's `task_type`, or else the one that the base model was saved with.
+    Raises: EvaluationError where the base model cannot be loaded, or the adapter's modules or shapes do not fit it.
+    """
+    view = open_adapter(adapter)
+    model = load_base(base, options, task_type=view.settings.raw.get("task_type"))
+    return _applied_by_peft(model, adapter)
+
+
+class AttachedAdapter:
+    """An adapter that can be put into its base model and taken out again at once, leaving the base as it was.
+
+    `PeftModel.unload` is no way back: it leaves trained copies of modules (`modules_to_save`) in the base. A PeftModel
+    is taken as it is, in its own base.
+    Raises: EvaluationError where its modules or shapes do not fit the base.
+    """
+
+    def __init__(self, base: nn.Module, adapter: AdapterSource | PeftModel) -> None:
+        from peft import PeftModel
+
+        self.name = label_of(adapter)
+        self._base = base
+        self._own = isinstance(adapter, PeftModel)
+        self._children: _Places = []
+        self._biases: dict[Tensor, Tensor] = {}
+        if isinstance(adapter, PeftModel):
+            _check_not_merged(adapter)
+            self.model = adapter
+            return
+        with without_adapters(base):
+            self._load(base, adapter)
+
+    def _load(self, base: nn.Module, adapter: AdapterSource) -> None:
+        before = [(module, dict(module.named_children())) for module in base.modules()]
+        trainable = {parameter: parameter.requires_grad for parameter in base.parameters()}
+        marks = ("peft_config", "_hf_peft_config_loaded")  # of adapters that are in the base now
+        kept = {mark: vars(base).pop(mark) for mark in marks if mark in vars(base)}
+        biases = {p: p.detach().clone() for name, p in base.named_parameters() if name.endswith("bias")}
+        try:
+            self.model = _applied_by_peft(base, adapter)
+        finally:
+            for module, children in before:
+                for name, child in children.items():
+                    now = getattr(module, name)
+                    if now is not child:
+                        self._children.append((module, name, now))
+                        setattr(module, name, child)
+            for bias, value in biases.items():
+                if not torch.equal(bias, value):
+                    self._biases[bias] = bias.detach().clone()
+                    bias.data.copy_(value)
+            for parameter, flag in trainable.items():
+                parameter.requires_grad_(flag)
+            for mark in marks:
+                vars(base).pop(mark, None)
+            vars(base).update(kept)
+
+    @property
+    def changes_biases(self) -> bool:
+        """Whether the adapter has values for biases of the base model."""
+        return bool(self._biases)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[Any]:
+        """The model with this adapter alone, until the block ends."""
+        if self._own:
+            yield self.model
+            return
+        values = {bias: bias.detach().clone() for bias in self._biases}
+        with without_adapters(self._base), _exchanged(self._children):
+            try:
+                for bias, value in self._biases.items():
+                    bias.data.copy_(value)
+                yield self.model
+            finally:
+                for bias, value in values.items():
+                    bias.data.copy_(value)
+
+
+@contextlib.contextmanager
+def adapted(base: Any, adapter: AdapterSource | PeftModel) -> Iterator[Any]:
+    """The base model with the adapter, until the block ends; a PeftModel is taken as it is.
+
+    Raises: EvaluationError where its modules or shapes do not fit the base, or where it changes nothing although its
+        updates are not zero.
+    """
+    attached = AttachedAdapter(base, adapter)
+    with attached.applied() as model:
+        check_applied(model, attached.name)
+        yield model
+
+
+@contextlib.contextmanager
+def without_adapters(base: nn.Module) -> Iterator[None]:
+    """Every adapter's layer replaced by the layer it is on, until the block ends."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    places: _Places = []
+    for module in list(base.modules()):
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            continue
+        for name, child in module.named_children():
+            if isinstance(child, BaseTunerLayer):
+                places.append((module, name, child.get_base_layer()))
+            elif isinstance(child, AuxiliaryTrainingWrapper):
+                places.append((module, name, child.original_module))
+    with _exchanged(places):
+        yield
+
+
+@contextlib.contextmanager
+def _exchanged(places: _Places) -> Iterator[None]:
+    before = [(module, name, getattr(module, name)) for module, name, _ in places]
+    try:
+        for module, name, child in places:
+            setattr(module, name, child)
+        yield
+    finally:
+        for module, name, child in before:
+            setattr(module, name, child)
+
+
+def _applied_by_peft(base: Any, adapter: AdapterSource) -> PeftModel:
+    from peft import PeftModel
+
+    _check_fits(base, adapter)
+    try:
+        return PeftModel.from_pretrained(base, os.fspath(adapter)).eval()
+    except LorakitError:
+        raise
+    except (RuntimeError, ValueError, KeyError, OSError, TypeError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise EvaluationError(
+            f"The adapter {os.fspath(adapter)!r} does not fit the base model {label_of(base)!r}: {reason}"
+        ) from error
+
+
+def _check_fits(base: Any, adapter: AdapterSource) -> None:
+    view = open_adapter(adapter)
+    view.check()
+    shapes = {name: tuple(parameter.shape) for name, parameter in base.named_parameters()}
+    modules = {name for name, _ in base.named_modules()}
+    own = label_of(base)
+    for module in view.modules:
+        if module.name not in modules:
+            raise EvaluationError(
+                f"The adapter {os.fspath(adapter)!r} adapts {module.name!r}, which the base model {own!r} does not "
+                f"have. Name the model that it was trained on."
+            )
+        shape = shapes.get(f"{module.name}.weight")
+        expected = (module.d_out, module.d_in)
+        plain = module.kind == "linear" and shape is not None and len(shape) == 2
+        if plain and not _is_quantized(base) and shape not in (expected, expected[::-1]):
+            raise EvaluationError(
+                f"The adapter {os.fspath(adapter)!r} has an update of shape {expected} for {module.name!r}, whose "
+                f"weight in the base model {own!r} has shape {shape}. Name the model that it was trained on."
+            )
+    named = view.settings.base_model
+    if named and Path(named).name != Path(own).name:
+        warnings.warn(
+            f"The adapter {os.fspath(adapter)!r} was made for {named!r}; it is applied to {own!r}.", stacklevel=3
+        )
+
+
+def _is_quantized(base: Any) -> bool:
+    """Whether weights are packed, so that their shapes are not those of the modules."""
+    return getattr(base, "hf_quantizer", None) is not None or bool(getattr(base, "is_quantized", False))
+
+
+def _check_not_merged(model: PeftModel) -> None:
+    merged = next((name for name, module in model.named_modules() if getattr(module, "merged", False) is True), None)
+    if merged is not None:
+        raise EvaluationError(
+            f"The adapter in {label_of(model)!r} is merged into the base model's weights (in {merged!r}). Call "
+            f"`unmerge_adapter()` first."
+        )
+
+
+@torch.no_grad()
+def check_applied(model: PeftModel, name: str) -> None:
+    """Raise EvaluationError where the logits are the base model's, although the adapter's updates are not 0."""
+    view = open_adapter(model)
+    with_update = [m for m in view.modules if m.scaling != 0]
+    nonzero = any(bool((view.factors(m).B.any() & view.factors(m).A.any()).item()) for m in with_update)
+    if not nonzero and not any(m.mask is not None or m.magnitude is not None for m in view.modules):
+        return
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    device = model.get_input_embeddings().weight.device
+    ids = (torch.arange(24, device=device) * 7919 + 11).remainder(vocabulary).unsqueeze(0)
+    was_training = model.training
+    model.eval()
+    try:
+        changed = model(input_ids=ids).logits
+        with without_adapters(model.get_base_model()):
+            plain = model(input_ids=ids).logits
+    finally:
+        model.train(was_training)
+    if torch.equal(changed, plain):
+        raise EvaluationError(
+            f"The adapter {name!r} has updates, but the model's logits are the base model's: it is not applied. Is it "
+            f"disabled, or of modules that do not run?"
+        )
