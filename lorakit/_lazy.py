@@ -71,7 +71,7 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "_certify": ("CertificationPlan", "certify", "evaluate_adapters"),
         "_evaluate": ("evaluate",),
         "_models": ("LoadOptions", "load_base"),
-        "_scores": ("Scores", "compare"),
+        "_scores": ("Scores", "compare", "paired_interval"),
         "_tasks": ("Task", "choices", "exact_match", "function", "lm_eval", "loss"),
     },
     "lorakit.experiments": {

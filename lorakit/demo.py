@@ -83,8 +83,8 @@ class DemoRow:
 def run_demo(settings: DemoSettings, say: Callable[[str], None]) -> dict[str, Any]:
     """Run the demo and return its results; `say` is called with a line about each stage.
 
-    Written into ``settings.out``: ``results.json``, ``demo.png``, the adapters, and ``base/``, the base model that the
-    adapters' configs name.
+    Written into ``settings.out``: ``results.json``, ``demo.png``, the adapters, ``base/``, the base model that the
+    adapters' configs name, and ``held-out.jsonl``, the text that nothing was trained on.
     """
     started = time.perf_counter()
     if settings.threads:
@@ -96,6 +96,8 @@ def run_demo(settings: DemoSettings, say: Callable[[str], None]) -> dict[str, An
     if settings.model is None:
         _save_base(model, tokenizer, out / "base")
     data = split_data(tokenizer, settings)
+    texts = (json.dumps({"text": text}) + "\n" for text in tokenizer.batch_decode(data["held_out"]))
+    (out / "held-out.jsonl").write_text("".join(texts), encoding="utf-8")
     say(
         f"Text from pydoc_data.topics, by document: {len(data['train'])} training, {len(data['calibration'])} "
         f"calibration and {len(data['held_out'])} held-out sequences of {settings.length} tokens."

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lorakit.evaluation._models import load_base as load_base
     from lorakit.evaluation._scores import Scores as Scores
     from lorakit.evaluation._scores import compare as compare
+    from lorakit.evaluation._scores import paired_interval as paired_interval
     from lorakit.evaluation._tasks import Task as Task
     from lorakit.evaluation._tasks import choices as choices
     from lorakit.evaluation._tasks import exact_match as exact_match

@@ -12,7 +12,8 @@ from lorakit._figures import escape_mathtext, new_figure
 from lorakit._report import Report
 from lorakit.errors import EvaluationError
 from lorakit.evaluation._digests import digest
-from lorakit.statistics import PairedInterval, paired_interval
+from lorakit.statistics import PairedInterval
+from lorakit.statistics import paired_interval as paired_interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

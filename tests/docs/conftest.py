@@ -42,6 +42,7 @@ def example_files(tmp_path_factory) -> Path:
     (root / "demo-output").mkdir()
     shutil.copytree(root / "base", root / "demo-output" / "base")
     shutil.copytree(root / "adapter", root / "demo-output" / "lora")
+    _write_rows(root / "demo-output" / "held-out.jsonl", [{"text": text} for text in TEXTS[4:]])
     return root
 
 
