@@ -36,7 +36,7 @@ lint: setup ## ruff and mypy
 
 # Two files at a time, with one thread each: threads of two processes would wait for each other.
 unit: setup ## all tests that run in .venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/backends --ignore=tests/servers
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=25 --ignore=tests/backends --ignore=tests/servers
 
 fast: setup ## the quick tests, under a minute on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" --ignore=tests/backends --ignore=tests/servers
