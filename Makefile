@@ -10,7 +10,7 @@ SERVERS        := build/servers
 SERVERS_STAMP  := $(SERVERS)/.installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test fast format docs test-backends test-servers test-processors lint unit wheel dist setup clean
+.PHONY: help demo test fast format docs test-backends test-docs test-servers test-processors lint unit wheel dist setup clean
 
 # A target's help is what stands behind ## on its line.
 help: ## this list
@@ -35,11 +35,15 @@ lint: setup ## ruff and mypy
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files --show-diff-on-failure
 
 # Two files at a time, with one thread each: threads of two processes would wait for each other.
-unit: setup ## all tests that run in .venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=25 --ignore=tests/backends --ignore=tests/servers
+unit: setup ## the tests that `make test` runs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=25 \
+		--ignore=tests/backends --ignore=tests/docs --ignore=tests/servers
 
 fast: setup ## the quick tests, under a minute on two cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" --ignore=tests/backends --ignore=tests/servers
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" --ignore=tests/backends --ignore=tests/docs --ignore=tests/servers
+
+test-docs: setup ## run every block of the README and docs, and build the site
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/docs
 
 # The fast tests with the kernels that torch and MKL choose on other processors: no test may depend on which these are.
 test-processors: setup ## the quick tests with other processors' kernels
