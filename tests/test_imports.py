@@ -157,6 +157,7 @@ def test_no_two_files_import_each_other():
     list(graphlib.TopologicalSorter(GRAPH).static_order())  # raises CycleError, which names the cycle
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", FILES)
 def test_imports_inside_functions_have_a_reason(module):
     """A heavy or optional package, or a file of lorakit's that imports one, which this file does not load anyway."""
@@ -169,6 +170,7 @@ def test_imports_inside_functions_have_a_reason(module):
         assert deferred, f"{module}, line {line}: {name} defers nothing; import it at the top of the file"
 
 
+@pytest.mark.slow
 def test_importing_lorakit_imports_nothing_heavy(run_python):
     code = f"import sys, lorakit; print(sorted({{n.partition('.')[0] for n in sys.modules}} & set({sorted(DEFERRED)})))"
     assert run_python(code).stdout.strip() == "[]"

@@ -20,6 +20,7 @@ NAMES = [f"model.layers.{i}.{leaf}" for i in (0, 1, 10) for leaf in ("q_proj", "
 KEYS = st.sampled_from(["q_proj", r"layers\.1\..*", "^model.layers.0.q_proj", "k_proj", "up_proj|v_proj", *NAMES])
 
 
+@pytest.mark.slow
 @given(
     ranks=st.dictionaries(KEYS, st.integers(1, 64)),
     alphas=st.dictionaries(KEYS, st.floats(0.5, 64)),
@@ -90,6 +91,7 @@ def test_an_adapter_is_parsed_in_one_pass(monkeypatch):
     assert sorted(map(str, seen["role_of"])) == sorted(map(str, seen["layer_of"])) == sorted(NAMES)
 
 
+@pytest.mark.slow
 def test_the_time_to_parse_grows_linearly():
     """Also with a pattern that has an entry for every module."""
 

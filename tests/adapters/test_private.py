@@ -51,6 +51,7 @@ def test_torch_keeps_parameters_in_a_dict():
     assert module.weight is before, why
 
 
+@pytest.mark.slow
 def test_torch_names_its_wrappers(model):
     why = f"torch {torch.__version__} names its wrappers in another way"
     base = model.get_base_model()

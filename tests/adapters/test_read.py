@@ -416,6 +416,7 @@ def test_a_file_that_changes_after_it_was_opened_is_an_error(plain):
         adapter.factors(adapter.modules[0])
 
 
+@pytest.mark.slow
 def test_the_time_to_read_modules_one_by_one_grows_linearly(tmp_path):
     def seconds(count):
         names = [f"layers.{i}.q_proj" for i in range(count)]

@@ -28,6 +28,7 @@ MODULES = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(MODULES, st.booleans(), st.booleans(), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
 def test_every_reading_is_the_update(modules, pad, integer_alpha, dtype):
     updates = [update(str(i), rank, s, dtype, seed=i) for i, (rank, s) in enumerate(modules)]
@@ -51,6 +52,7 @@ def test_every_reading_is_the_update(modules, pad, integer_alpha, dtype):
     assert lora.lora_alpha != 0
 
 
+@pytest.mark.slow
 @given(MODULES, st.sampled_from([torch.float32, torch.bfloat16]))
 def test_factors_at_the_written_scaling_keep_their_entries(modules, dtype):
     updates = [update(str(i), rank, s, dtype, seed=i) for i, (rank, s) in enumerate(modules)]

@@ -52,6 +52,7 @@ def problems(draw):
     }
 
 
+@pytest.mark.slow
 @given(problem=problems())
 @settings(max_examples=300, deadline=None)
 def test_every_rule_keeps_within_budget_and_bounds(problem):
@@ -61,6 +62,7 @@ def test_every_rule_keeps_within_budget_and_bounds(problem):
     json.dumps(result.to_dict(), allow_nan=False)
 
 
+@pytest.mark.slow
 @given(problem=problems(), order=st.randoms())
 @settings(max_examples=200, deadline=None)
 def test_the_order_of_the_modules_does_not_matter(problem, order):
@@ -70,6 +72,7 @@ def test_the_order_of_the_modules_does_not_matter(problem, order):
     assert allocate(**shuffled).ranks == allocate(**problem).ranks
 
 
+@pytest.mark.slow
 @given(problem=problems())
 @settings(max_examples=200, deadline=None)
 def test_ranks_per_role_are_the_same_in_a_role(problem):
@@ -106,6 +109,7 @@ def test_a_larger_budget_never_keeps_less_energy(modules, extra, more):
     assert energy(spectra, large) >= energy(spectra, small) * (1 - 1e-12)
 
 
+@pytest.mark.slow
 @given(
     modules=st.lists(
         st.tuples(st.lists(st.integers(0, 20), min_size=1, max_size=3), st.integers(1, 5)), min_size=1, max_size=3
@@ -205,6 +209,7 @@ def allocated(**changes):
     return allocate(dict.fromkeys(roles, 1.0), dict.fromkeys(roles, 128), 5120, **settings)
 
 
+@pytest.mark.slow
 def test_it_is_a_report():
     report = allocated()
     assert report.headline == "4 modules, rank 4–16, 5.12k of 5.12k spent (rule fisherlora, per module)"
@@ -218,6 +223,7 @@ def test_it_is_a_report():
     assert empty.plot().axes == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropped", [(), ("layers.1.q_proj",)])
 def test_its_next_step_makes_a_model_with_its_ranks(dropped):
     names = [f"layers.{i}.{name}" for i in range(9) for name in ("q_proj", "v_proj")]

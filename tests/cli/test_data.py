@@ -31,6 +31,7 @@ def adapter(tiny_llama, randomize, tmp_path):
     return tmp_path / "adapter"
 
 
+@pytest.mark.slow
 def test_probe_takes_the_rows_that_a_loader_does(base_model, tmp_path):
     rows = [{"q": f"w{i}", "a": " w1 w2 w3" if i % 2 else " w4 w5"} for i in range(12)]
     Dataset.from_list(rows).to_csv(tmp_path / "a.csv")

@@ -18,6 +18,7 @@ def run(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_version_and_help():
     done = run("--version")
     assert (done.returncode, done.stdout) == (0, f"lorakit {lorakit.__version__}\n")
@@ -43,6 +44,7 @@ def test_bad_input_is_exit_code_2_with_a_message_and_no_traceback(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_the_command_starts_without_torch(run_python):
     code = """
         import sys

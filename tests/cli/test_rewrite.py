@@ -102,6 +102,7 @@ def test_merge(adapter, tmp_path):
     assert "partial_modules" in done.stdout
 
 
+@pytest.mark.slow
 def test_export_from_a_path(adapter, tiny_llama, token_ids, tmp_path):
     model = adapter(FisherLoRAConfig(r=4, r_q=2, use_rslora=True, task_type="CAUSAL_LM"))
     done = run("export", tmp_path / "adapter", tmp_path / "out", "--json")
@@ -120,6 +121,7 @@ def test_export_from_a_path(adapter, tiny_llama, token_ids, tmp_path):
     assert {module.rank for module in open_adapter(tmp_path / "out").modules} == {1}
 
 
+@pytest.mark.slow
 def test_servers_compact_files_and_served_ranks(adapter, tmp_path):
     adapter(FisherLoRAConfig(r=10, r_q=2, task_type="CAUSAL_LM"))
     source, out = tmp_path / "adapter", tmp_path / "out"
@@ -147,6 +149,7 @@ def test_servers_compact_files_and_served_ranks(adapter, tmp_path):
     assert run("export", source, source, "--overwrite").returncode == 0
 
 
+@pytest.mark.slow
 def test_the_table_ends_with_what_to_do_next(adapter, tmp_path):
     adapter()
     done = run("compress", tmp_path / "adapter", tmp_path / "out", "--max-rank", "2")
@@ -157,6 +160,7 @@ def test_the_table_ends_with_what_to_do_next(adapter, tmp_path):
     assert "lorakit servable" in steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kohya", "mlx", "diffusers"])
 def test_export_to_other_formats(adapter, tmp_path, name):
     adapter(LoraConfig(r=2, target_modules=["q_proj"]))
@@ -217,6 +221,7 @@ def test_surgery_edits_the_layers_asked_for(adapter, base_model, data, tmp_path)
     assert "smooth_abs edited 4 modules, 2 examples gates from" in " ".join(done.stdout.split())
 
 
+@pytest.mark.slow
 def test_a_second_edit_keeps_the_record_of_the_first(adapter, base_model, data, tmp_path):
     adapter()
     (tmp_path / "adapter" / "added_tokens.json").write_text("{}")
@@ -240,6 +245,7 @@ def test_a_second_edit_keeps_the_record_of_the_first(adapter, base_model, data, 
         assert [edit["policy"] for edit in read_edits(out)] == ["abs_select", "random_index"]
 
 
+@pytest.mark.slow
 def test_the_seed_of_surgery_is_the_control_s(adapter, base_model, data, tmp_path):
     adapter()
     common = ("--base", base_model, "--adapter", tmp_path / "adapter", "--data", data, "--policy", "random_index")
@@ -280,6 +286,7 @@ def test_wrong_usage_is_exit_code_2(arguments):
     assert (done.returncode, done.stdout) == (2, "")
 
 
+@pytest.mark.slow
 def test_bad_input_is_exit_code_2_and_the_target_is_untouched(adapter, base_model, data, tmp_path):
     adapter()
     adapter(name="out", seed=3)

@@ -43,6 +43,7 @@ def held_out(base, adapter):
     return evaluation.loss([{"input_ids": part, "labels": part} for part in ids.split(16)])
 
 
+@pytest.mark.slow
 def test_the_smallest_rank_that_passes_is_written(base, adapter, held_out, tmp_path):
     report = smallest(adapter, tmp_path / "out", base=base, tasks=held_out, margin=0.01, progress=False)
     assert [(step.rank, step.verdict) for step in report.steps] == [(4, "PASS"), (2, "PASS"), (1, "FAIL")]
@@ -78,6 +79,7 @@ def test_nothing_is_written_where_none_passes(base, adapter, held_out, tmp_path)
     assert "documents of few" in report.next_steps[0]
 
 
+@pytest.mark.slow
 def test_the_reference_is_scored_once(base, adapter, tmp_path):
     seen = []
 

@@ -72,6 +72,7 @@ def snapshot(directory):
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["directory", "file", "model"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_peft_loads_the_best_update_of_each_rank(trained, tiny_llama, tmp_path, name, source):
@@ -371,6 +372,7 @@ def root(C):
     return vectors * np.sqrt(np.clip(values, 0, None))
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**31),
@@ -416,6 +418,7 @@ def test_ranks_that_the_inputs_do_not_see_go_to_the_plain_best():
     assert torch.allclose(nothing.dense(), update.truncate(2).dense())
 
 
+@pytest.mark.slow
 def test_calibrated_adapters(trained, tiny_llama, tmp_path):
     model, directory = trained(LoraConfig(r=6, target_modules=["q_proj", "v_proj"]))
     torch.manual_seed(0)
@@ -608,6 +611,7 @@ def test_what_was_written_wrongly_never_takes_its_place(trained, tmp_path, monke
     assert (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
 def test_a_disk_that_takes_no_more_leaves_the_target_as_it_was(trained, tmp_path, monkeypatch, code):
     _, other = trained(CONFIGS["patterns"](), name="out")

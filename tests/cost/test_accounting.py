@@ -203,6 +203,7 @@ def test_a_config_without_cache_can_be_run():
     assert config.use_cache is False
 
 
+@pytest.mark.slow
 def test_dtypes(tiny_llama):
     half = cost.accounting(LlamaConfig(**SMALL), CONFIGS["lora"])  # which names no dtype
     assert half.memory.weights == 2 * half.base_params
@@ -228,6 +229,7 @@ def test_encoder_decoders_and_classifiers():
     assert [row.module_name for row in found.modules if row.in_full] == ["score"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beside", [{"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": [1, 2]}])
 def test_shared_parameters_of_tied_modules_count_once(beside):
     lora = LoraConfig(r=4, target_modules=["q_proj"], ensure_weight_tying=True, **beside)
@@ -238,6 +240,7 @@ def test_shared_parameters_of_tied_modules_count_once(beside):
     assert sum(row.params for row in found.modules) == found.trainable_params
 
 
+@pytest.mark.slow
 def test_experts():
     shape = SMALL | {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
     s, expert = 16, 3 * 32 * 48  # multiply-adds of an expert for a token
@@ -333,6 +336,7 @@ def test_a_model_whose_inputs_are_unknown_is_not_run():
     assert found.trainable_params == 16
 
 
+@pytest.mark.slow
 def test_the_report(tiny_llama):
     found = cost.accounting(tiny_llama(), FisherLoRAConfig(r=8, r_q=2), sequence_length=16)
     text = found.explain()

@@ -18,6 +18,7 @@ from lorakit.errors import DataError
 ROWS = [{"prompt": "7", "completion": "None"}, {"prompt": 'a,\n"b"', "completion": "ü"}]
 
 
+@pytest.mark.slow
 def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     dataset = Dataset.from_list(ROWS)
     dataset.to_csv(tmp_path / "a.csv")

@@ -35,6 +35,7 @@ def log_probabilities(home, name, text):
     return log_softmax(model.eval()(input_ids=ids).logits[0, :-1].double().numpy(), axis=-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_kl_and_agreement_are_those_of_the_definition(home, batch_size):
     found = agreement(home, "bad", batch_size=batch_size)
@@ -55,6 +56,7 @@ def test_kl_and_agreement_are_those_of_the_definition(home, batch_size):
     assert found.tokens == sum(row.tokens for row in found.documents)
 
 
+@pytest.mark.slow
 def test_an_adapter_agrees_with_itself(home):
     found = agreement(home, "same", margin=0.01)
     assert (found.kl.mean, found.kl.upper, found.top1.mean, found.verdict) == (0.0, 0.0, 1.0, "PASS")
@@ -65,6 +67,7 @@ def test_an_adapter_agrees_with_itself(home):
     assert found.plot().axes
 
 
+@pytest.mark.slow
 def test_a_verdict_at_a_margin(home):
     assert agreement(home, "bad", margin=1e-4).verdict == "FAIL"
     assert agreement(home, "bad", margin=1e3).verdict == "PASS"
@@ -73,6 +76,7 @@ def test_a_verdict_at_a_margin(home):
         agreement(home, "bad", margin=0)
 
 
+@pytest.mark.slow
 def test_the_task_is_certified_like_any_other(home):
     task = evaluation.agreement_task(home / "good", PROMPTS, margin=0.01)
     settings = {"tasks": task, "margin": 1.0, "progress": False}
@@ -85,6 +89,7 @@ def test_the_task_is_certified_like_any_other(home):
     assert damaged.tasks[0].documents == tuple(row.document for row in found.documents)
 
 
+@pytest.mark.slow
 def test_models_in_memory_and_adapters_of_different_kinds(home, tmp_path):
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(home / "base"),
@@ -101,6 +106,7 @@ def test_models_in_memory_and_adapters_of_different_kinds(home, tmp_path):
     assert in_memory.adapter_kl.mean == pytest.approx(on_disk.adapter_kl.mean, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_prompts_that_are_refused(home, texts):
     with pytest.raises(EvaluationError, match="one document more than once"):
         agreement(home, "bad", ["the same text", "the same text"])

@@ -39,6 +39,7 @@ def logits(model):
     return model.eval()(input_ids=IDS).logits
 
 
+@pytest.mark.slow
 def test_an_adapter_is_what_peft_makes_of_it_and_leaves_its_base_as_it_was(home, adapter):
     base = AutoModelForCausalLM.from_pretrained(home / "base")
     plain, flags = logits(base), [p.requires_grad for p in base.parameters()]

@@ -33,6 +33,7 @@ def test_an_adapter_against_itself_differs_by_exactly_0_and_passes(home, texts):
     certificate.verify()
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_each_document_alone(home, texts):
     found = evaluation.evaluate_adapters(home / "base", [home / "good"], evaluation.loss(texts), progress=False)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(home / "base"), home / "good").eval()
@@ -43,6 +44,7 @@ def test_losses_are_those_of_each_document_alone(home, texts):
     assert list(scores.scores) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_damaged_adapter_fails(home, texts):
     certificate = certify(home, "bad", evaluation.loss(texts), margin=0.01)
     assert certificate.verdict == "FAIL"
@@ -51,6 +53,7 @@ def test_a_damaged_adapter_fails(home, texts):
     assert row.candidate_mean < row.reference_mean
 
 
+@pytest.mark.slow
 def test_too_few_documents_are_inconclusive(home, texts):
     certificate = certify(home, "bad", evaluation.loss(texts), margin=100.0, limit=4)
     assert certificate.verdict == "PASS"
@@ -138,6 +141,7 @@ def test_several_tasks_and_guards(home, texts):
     assert (rows["always"].margin, rows["loss"].margin) == (0.05, 0.01)
 
 
+@pytest.mark.slow
 def test_seeds_are_paired(home, texts):
     three = [home / "good"] * 3
     certificate = evaluation.certify(
@@ -152,6 +156,7 @@ def test_seeds_are_paired(home, texts):
         interval_of([[1.0, 2.0]], [[1.0, 2.0]] * 3, 0.05)
 
 
+@pytest.mark.slow
 def test_documents_that_were_used_before_are_refused(home, texts):
     certificate = certify(home, "same", evaluation.loss(texts))
     used = certificate.tasks[0].documents[3:5]
@@ -183,6 +188,7 @@ def test_an_adapter_that_is_not_applied_is_an_error(home, texts):
         evaluation.certify(home / "base", model, model, **settings)
 
 
+@pytest.mark.slow
 def test_models_in_memory(home, texts):
     def load(name):
         return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(home / "base"), home / name)
@@ -198,6 +204,7 @@ def test_models_in_memory(home, texts):
         evaluation.certify(home / "base", other, other, **settings)
 
 
+@pytest.mark.slow
 def test_the_batch_size_changes_a_loss_by_less_than_is_stated(home, tmp_path):
     rows = [{"text": f"document {i} " + "and more " * (i % 7)} for i in range(20)]
     (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -282,6 +289,7 @@ def test_a_certificate_with_one_changed_byte_does_not_verify(home, texts, tmp_pa
         evaluation.read_certificate(tmp_path / "changed.json").verify()
 
 
+@pytest.mark.slow
 def test_the_page_and_the_card_escape_names(home, texts, tmp_path):
     certificate = certify(home, "bad", evaluation.loss(texts, name="<script>alert(1)</script>"))
     page = certificate.to_html(tmp_path / "deep" / "certificate.html")
@@ -292,6 +300,7 @@ def test_the_page_and_the_card_escape_names(home, texts, tmp_path):
     assert len(repr(certificate)) < 1500
 
 
+@pytest.mark.slow
 def test_a_plan_says_what_a_verdict_takes(home, texts):
     plan = certify(home, "bad", evaluation.loss(texts), margin=0.01, plan=True)
     [row] = plan.tasks

@@ -41,6 +41,7 @@ def by_hand(model, layer, data, evaluate, seed):
         return evaluate(adapted).double()
 
 
+@pytest.mark.slow
 def test_each_layer_is_trained_alone_as_by_hand(tiny_llama, data, evaluate):
     model = tiny_llama()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -62,6 +63,7 @@ def test_each_layer_is_trained_alone_as_by_hand(tiny_llama, data, evaluate):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("by", "names"),
     [
@@ -81,6 +83,7 @@ def test_groups(tiny_llama, data, evaluate, by, names):
     assert found.scores == {group.name: max(0.0, group.gain.value) for group in found.groups}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [FisherLoRAConfig(r=4, r_q=2), SpecLoRAConfig(r=2, k=5, target_modules="all-linear", task_type="CAUSAL_LM")],
@@ -147,6 +150,7 @@ def test_a_module_whose_name_is_the_end_of_another_name_is_adapted_alone(data):
     assert [(group.name, group.params) for group in found.groups] == [("proj", 16), ("inner.proj", 16)]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_continues(tiny_llama, data, evaluate, tmp_path):
     calls = []
 

@@ -63,6 +63,7 @@ def ids():
     return torch.randint(1, 64, (5, 9), generator=torch.Generator().manual_seed(4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ablate", "adapt"])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_layers_against_models_built_without_them(kind, mode, tiny_llama, randomize, ids):

@@ -119,6 +119,7 @@ def plain_loop(model, config, data, evaluate, seed, steps, size, rate, warmup, d
         return evaluate(adapted).tolist(), losses
 
 
+@pytest.mark.slow
 def test_training_against_a_plain_loop(tiny_llama, data, evaluate):
     dropped = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, lora_dropout=0.2)
     found = experiments.rank_sweep(
@@ -211,6 +212,7 @@ def test_one_number_and_one_seed_have_no_standard_error(tiny_llama, data):
     assert found.plot().axes
 
 
+@pytest.mark.slow
 def test_query_ranks_alone(tiny_llama, data, evaluate):
     configs = {r_q: FisherLoRAConfig(r=8, r_q=r_q) for r_q in (8, 2)}
     found = experiments.rank_sweep(tiny_llama(), configs, data, evaluate, seeds=(0,), **SETTINGS)
@@ -222,6 +224,7 @@ def test_query_ranks_alone(tiny_llama, data, evaluate):
     assert found.plot().axes[0].get_xlabel() == "config"
 
 
+@pytest.mark.slow
 def test_interrupted_sweeps_continue(tiny_llama, data, evaluate, tmp_path):
     path = tmp_path / "sweep.json"
     whole = experiments.rank_sweep(tiny_llama(), LORA, data, evaluate, ranks=(2, 4), seeds=(0, 1), **SETTINGS)
@@ -422,6 +425,7 @@ def test_templates_that_cannot_be_scaled_to_a_rank():
         at_rank(IA3Config(), 2)
 
 
+@pytest.mark.slow
 def test_invalid_arguments_are_refused(tiny_llama, data, evaluate):
     def sweep(configs=LORA, examples=data, model=None, **changes):
         experiments.rank_sweep(model or tiny_llama(), configs, examples, evaluate, **SETTINGS | changes)

@@ -145,6 +145,7 @@ def test_fisherlora_keeps_its_entries(tiny_llama, randomize, tmp_path):
     assert {module.rank for module in report.modules} == {2, 6}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_speclora_is_exact_at_rank_r_plus_k_and_optimal_below(tiny_llama, randomize, tmp_path, mode):
     model = randomize(get_peft_model(tiny_llama(), CONFIGS[f"speclora-{mode}"]()), std=0.3)

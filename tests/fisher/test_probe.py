@@ -142,6 +142,7 @@ def test_neither_batches_nor_order_nor_padding_matter(tiny_llama, randomize, sid
         assert [row.fisher for row in report.modules] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_batch_with_as_many_examples_as_tokens_is_told_apart_in_parts(tiny_llama, monkeypatch):
     """Such a batch as a whole could be time first, and is not run one example at a time for that."""
     model, calls = tiny_llama(), []
@@ -271,6 +272,7 @@ def test_a_model_that_mixes_the_examples_is_run_one_at_a_time(tiny_llama, random
     assert [row.fisher for row in report.modules] == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "tolerance"), [("gpt2", 1e-10), ("gemma2", 1e-5)])
 def test_the_loss_is_of_the_model_s_own_function_and_logits_that_hooks_keep_stay(kind, tolerance, tiny_gpt2, randomize):
     """GPT-2 in float64 throughout, and Gemma2 with a soft cap on its logits."""
@@ -399,6 +401,7 @@ def test_an_adapter_in_training_is_left_as_it_was(tiny_llama, fails):
     assert all(map(torch.equal, *ends))
 
 
+@pytest.mark.slow
 def test_the_probe_after_some_training(tiny_llama):
     """Deterministic by seed; after steps at a rate of zero it is the probe at step 0."""
     model, batches = tiny_llama(), padded(text_examples(), 2)
@@ -426,6 +429,7 @@ def test_the_next_steps_run(tiny_llama):
     assert isinstance(names["config"], FisherLoRAConfig)
 
 
+@pytest.mark.slow
 def test_under_inference_mode_the_result_is_the_same(tiny_llama, randomize):
     model = tiny_llama()
     adapted = adapt(tiny_llama(), ["q_proj", "v_proj"], randomize).float()
@@ -502,6 +506,7 @@ def test_speclora_and_named_targets(tiny_llama, randomize):
     assert some.target_modules == ("model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj")
 
 
+@pytest.mark.slow
 def test_what_cannot_be_probed_says_why(tiny_llama, tiny_gpt2):
     batches = padded(text_examples(), 5)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -10,6 +11,7 @@ from lorakit.lens import _private
 TORCH = f"torch {torch.__version__}"
 
 
+@pytest.mark.slow
 def test_compiled_modules_are_recognized():
     assert not _private.is_compiled(nn.Sequential(nn.Linear(2, 2)))
     wrapped = torch.compile(nn.Linear(2, 2), backend="eager")
@@ -22,6 +24,7 @@ def test_compiled_modules_are_recognized():
     assert _private.is_compiled(nn.Sequential(in_place))
 
 
+@pytest.mark.slow
 def test_compiled_modules_ignore_hooks_that_are_added_later():
     """The reason to ask."""
     compiled, seen = torch.compile(nn.Linear(2, 2), backend="eager"), []

@@ -119,6 +119,7 @@ def test_energy_keeps_that_share_in_every_module(pair, tmp_path):
     assert dense.r == report.r
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("combination", "method"), [("cat", "linear"), ("svd", "svd")])
 def test_peft_s_own_combinations_are_the_same(tiny_llama, randomize, trained, tmp_path, combination, method):
     _, a = trained(LoraConfig(**FIRST), "a")
@@ -160,6 +161,7 @@ def test_ties_is_the_paper_s_formula_cut_to_rank(pair, tiny_llama, tmp_path):
         assert np.linalg.norm(cut[name] - best(merged, 5)) <= 1e-4 * np.linalg.norm(merged), name
 
 
+@pytest.mark.slow
 def test_dare_keeps_and_rescales_at_random_and_is_unbiased(trained, tiny_llama, tmp_path):
     model, a = trained(LoraConfig(r=2, target_modules=["down_proj"]), "a")
     W = updates(model)["model.layers.0.mlp.down_proj"]
@@ -244,6 +246,7 @@ def test_half_precision_stays(trained, tmp_path):
     assert {t.dtype for t in load_file(tmp_path / "out" / WEIGHTS).values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_modules_to_save_are_carried_where_they_agree(trained, tiny_llama, token_ids, tmp_path):
     _, a = trained(LoraConfig(**FIRST, modules_to_save=["lm_head"]), "a")
     _, b = trained(LoraConfig(**FIRST), "b", seed=3)
@@ -291,6 +294,7 @@ def test_adapters_that_are_not_a_list(pair, tmp_path):
         merge([], tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_adapters_of_other_models_and_kinds_are_refused(pair, trained, tiny_llama, tmp_path):
     (_, a), _ = pair
     before = snapshot(a)

@@ -25,6 +25,7 @@ EXPRESSIONS = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @given(names=NAMES, keys=st.lists(LITERALS | EXPRESSIONS, max_size=8, unique=True))
 @example(names=["a_b", "x.a.b"], keys=["a.b", r"a\.b", "^a.b"])
 @example(names=["q", "x.q"], keys=["^q", "q"])
@@ -48,6 +49,7 @@ def names_of(count: int) -> list[str]:
     return [f"model.layers.{i // 7}.mlp.experts.{i % 7}.down_proj" for i in range(count)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key_of", [lambda name: "^" + name, lambda name: "^" + re.escape(name), lambda name: name])
 def test_ten_thousand_names_take_no_more_than_linear_time(key_of):
     """At 16 times as many, the quadratic way would take 256 times as long."""
@@ -64,6 +66,7 @@ def test_ten_thousand_names_take_no_more_than_linear_time(key_of):
     assert seconds(10_000) < 64 * small
 
 
+@pytest.mark.slow
 def test_patterns_of_ten_thousand_modules_are_compacted_in_seconds():
     names = names_of(10_000)
     values = {name: 1 + i % 3 for i, name in enumerate(names)}

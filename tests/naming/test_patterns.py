@@ -34,6 +34,7 @@ def test_every_module_gets_its_value_in_any_order(data, names, order):
         assert {n: shuffled.get(get_pattern_key(shuffled.keys(), n), 16) for n in names} == values
 
 
+@pytest.mark.slow
 @given(
     names=NAMES,
     keys=st.lists(st.sampled_from(["q", "v", "a+b", r"a\+b", r"layers\.1.*", "^q", "1", "q_.*"]), unique=True),

@@ -145,6 +145,7 @@ def test_a_row_order_means_the_same_rotary_embedding():
     np.testing.assert_allclose(in_conversion_order(halves[:, None], 1)[:, 0], neighbours)
 
 
+@pytest.mark.slow
 @hypothesis.given(
     kv_heads=st.integers(1, 3),
     groups=st.integers(1, 3),

@@ -37,6 +37,7 @@ def written(out):
     return json.loads((out / CONFIG).read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "padded"), [(3, 8), (8, 8), (9, 16), (14, 16), (24, 32), (48, 48), (72, 80)])
 def test_lorax_and_tgi_get_eight_or_a_multiple_of_sixteen(make, tmp_path, rank, padded):
     model, path = make(r=rank, size=80)

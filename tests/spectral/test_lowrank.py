@@ -103,6 +103,7 @@ def reference(B, A, scaling=1.0):
     return sigma[..., : min(B.shape[-2], B.shape[-1], A.shape[-1])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_singular_values_and_svd_match_numpy(case, dtype):
@@ -359,6 +360,7 @@ def test_update_is_frozen_and_describes_itself():
         update.scaling = 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shapes", [((7, 3), (3, 6)), ((2, 7, 3), (2, 3, 6)), ((3, 8), (8, 5)), ((1, 2), (2, 4))])
 def test_singular_value_gradients(shapes):
     B, A = (rand(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes))

@@ -76,6 +76,7 @@ def test_effective_and_stable_rank_of_known_spectra(spectrum, expected, dtype):
 spectra = st.lists(st.floats(0.015625, 16, width=16), min_size=1, max_size=12).map(np.array)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SUMMARIES)
 @settings(deadline=None, max_examples=40)
 @given(spectrum=spectra)

@@ -93,6 +93,7 @@ def test_the_lowest_coverage_of_the_bound_that_decides_a_fail_is_as_documented(n
     assert coverage(200, 0.1, -0.1)[1] == pytest.approx(0.933, abs=0.001)  # 20 pairs, all one way
 
 
+@pytest.mark.slow
 def test_enumeration_agrees_with_drawn_documents():
     cell = (100, 0.06, -0.03)
     rng = np.random.default_rng(0)
@@ -118,6 +119,7 @@ def simulated(interval_of_draw, truth, draws=DRAWS):
     return lower, np.mean([interval.upper >= truth for interval in intervals])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [5, 40])
 def test_t_bounds_cover_95_percent_of_normal_differences(n):
     def draw(rng):
@@ -127,6 +129,7 @@ def test_t_bounds_cover_95_percent_of_normal_differences(n):
     assert simulated(draw, -0.2) == pytest.approx((0.95, 0.95), abs=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_cluster_bounds_cover_95_percent_where_plain_t_bounds_do_not():
     groups = np.repeat(np.arange(20), 10)
 
@@ -139,6 +142,7 @@ def test_cluster_bounds_cover_95_percent_where_plain_t_bounds_do_not():
     assert max(plain) < 0.85
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seed_spread", "document_spread"), [(1.0, 0.0), (0.1, 1.0), (0.0, 1.0)])
 def test_seeds_bounds_cover_at_least_95_percent(seed_spread, document_spread):
     def draw(rng):
@@ -148,6 +152,7 @@ def test_seeds_bounds_cover_at_least_95_percent(seed_spread, document_spread):
     assert min(simulated(draw, 0.0)) > 0.95 - TOLERANCE
 
 
+@pytest.mark.slow
 def test_seeds_bounds_cover_binary_scores():
     def draw(rng):
         easy = rng.random(200) < 0.9

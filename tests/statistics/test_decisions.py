@@ -120,6 +120,7 @@ def test_documents_cannot_make_up_for_seeds():
     assert same.documents_needed(0.01) == interval(0, n=50).documents_needed(0.01)
 
 
+@pytest.mark.slow
 def test_a_candidate_as_good_as_the_reference_passes_with_the_documents_needed():
     rng = np.random.default_rng(2)
     n = documents_needed(math.sqrt(0.04), 0.02)
@@ -157,6 +158,7 @@ def test_power_is_checked_for_seeds_too():
 # --- Several tests at once
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)  # statsmodels collects garbage at every call
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_is_statsmodels_holm(p_values):
@@ -218,6 +220,7 @@ def test_each_task_has_its_margin_in_its_own_units():
     assert combine_tasks(tasks, {"loss": 0.1, "arc": 0.02}).verdict == "FAIL"
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.integers(0, 40), st.integers(0, 40), st.floats(0.001, 0.2))
 def test_one_task_alone_has_its_own_verdict(lost, gained, margin):
@@ -286,6 +289,7 @@ def family_wise_error(decide, draws, seed):
     return np.mean([decide(rng) for _ in range(draws)])
 
 
+@pytest.mark.slow
 def test_candidates_that_are_all_just_too_bad_rarely_pass():
     # Every true difference is −margin; without Holm about 1 − 0.95⁵ = 23 % of the draws have a PASS.
     def any_pass(rng):

@@ -121,6 +121,7 @@ FINITE = st.floats(-1e6, 1e6)
 PAIRS = st.lists(st.tuples(FINITE, FINITE), min_size=2, max_size=30).map(lambda pairs: np.array(pairs).T)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(PAIRS, st.integers(-40, 40))
 def test_t_bounds_scale_with_the_scores(pair, exponent):
@@ -133,6 +134,7 @@ def test_t_bounds_scale_with_the_scores(pair, exponent):
         )
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(PAIRS, st.floats(0.001, 0.5), st.floats(0.001, 0.5))
 def test_bounds_contain_the_difference_shrink_with_alpha_and_swap_with_the_sides(pair, first, second):
@@ -184,6 +186,7 @@ def test_a_group_a_document_is_no_grouping():
     assert (alone.lower, alone.upper) == pytest.approx((plain.lower, plain.upper))
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(0, 5)), min_size=2, max_size=40).filter(

@@ -110,6 +110,7 @@ def test_swapping_the_sides_swaps_and_negates_the_bounds(table, alpha):
     assert (-upper, -lower) == tango_bounds(c, b, n, alpha)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(tables(), st.floats(1e-6, 0.5), st.floats(1e-6, 0.5))
 def test_bounds_contain_the_difference_and_shrink_as_alpha_grows(table, first, second):
@@ -128,6 +129,7 @@ def test_alpha_within_rounding_of_one_half_gives_the_difference():
             assert (lower, upper) == pytest.approx(((2 * b + 1 - n) / n,) * 2, abs=1e-12)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(tables(100_000_000), st.sampled_from([0.5 - 1e-12, 0.05, 1e-12]))
 def test_bounds_of_huge_and_lopsided_tables_solve_the_equation(table, alpha):

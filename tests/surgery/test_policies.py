@@ -95,6 +95,7 @@ def apply(policy, sigma, g, seed=0):
     return policy(torch.tensor(sigma), torch.tensor(g), generator=generator).numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFERENCES)
 @given(seed=st.integers(0, 10**6), r=st.integers(1, 40))
 @settings(max_examples=60, deadline=None)

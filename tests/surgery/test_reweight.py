@@ -100,6 +100,7 @@ def test_the_policy_sees_the_reported_numbers(adapted, batches):
         assert row.gate == pytest.approx([0.5, 1, 1, 1])
 
 
+@pytest.mark.slow
 def test_aggregate_is_what_the_policy_needs_unless_given(adapted, batches):
     assert reweight(adapted(), batches(), progress=False).aggregate == "mean_abs"
     assert reweight(adapted(), batches(), policy="grad_direction", progress=False).aggregate == "mean"
@@ -109,6 +110,7 @@ def test_aggregate_is_what_the_policy_needs_unless_given(adapted, batches):
     assert given.modules[0].sensitivity == pytest.approx([abs(g) for g in signed.modules[0].sensitivity])
 
 
+@pytest.mark.slow
 def test_policy_parameters_and_seeds(adapted, batches):
     model = adapted()
     report = reweight(
@@ -314,6 +316,7 @@ def test_a_save_that_fails_leaves_the_directory_as_it_was(adapted, batches, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_under_inference_mode_the_edit_is_the_same(adapted, batches):
     expected, model = adapted(), adapted()
     before = state_of(model)
@@ -374,6 +377,7 @@ def test_the_report_of_an_edit(adapted, batches):
     assert sorted(np.round(shown, 6)) == sorted(np.round(frame.gate, 6))
 
 
+@pytest.mark.slow
 def test_the_next_steps_run(adapted, batches, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = adapted()
@@ -462,6 +466,7 @@ def test_an_edit_changes_nothing_but_the_factors(adapted, batches):
     assert after == before
 
 
+@pytest.mark.slow
 def test_an_unusable_result_of_a_policy_is_an_error(adapted, batches):
     class Bad:
         aggregate = "mean"
@@ -558,6 +563,7 @@ def test_a_loss_that_is_nan_says_so(adapted, batches):
         reweight(model, batches(), progress=False)
 
 
+@pytest.mark.slow
 def test_models_and_adapters_of_other_kinds_are_refused(tiny_llama, adapted, batches, randomize):
     with pytest.raises(TypeError, match="`adapter` must be a peft.PeftModel; got LlamaForCausalLM"):
         reweight(tiny_llama(), batches())
@@ -589,6 +595,7 @@ def test_models_and_adapters_of_other_kinds_are_refused(tiny_llama, adapted, bat
         reweight(disabled, batches())
 
 
+@pytest.mark.slow
 def test_surgery_on_an_offloaded_adapter_edits_what_is_offloaded(adapted, batches, token_ids):
     from accelerate import cpu_offload
 

@@ -51,6 +51,7 @@ def assert_same(report, expected, tolerance=TOLERANCE):
         assert (row.per_example - wanted).abs().max() <= tolerance * wanted.abs().max(), row.module_name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_it_equals_autograd_on_each_example_alone(adapted, examples, batches, batch_size, side):
@@ -82,6 +83,7 @@ def test_aggregates(adapted, batches, aggregate):
         assert row.sensitivity == pytest.approx(wanted.tolist(), rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
@@ -98,6 +100,7 @@ def test_other_adapters(adapted, examples, batches, config):
     assert_same(sensitivity(model, batches(3), progress=False), expected, 3e-5)
 
 
+@pytest.mark.slow
 def test_float64(adapted, examples, batches):
     """The decomposition is in float64; transformers computes the loss itself in float32."""
     model = adapted(dtype=torch.float64)
@@ -106,6 +109,7 @@ def test_float64(adapted, examples, batches):
     assert report.modules[0].per_example.dtype == torch.float64
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_the_same_weights_in_float32(adapted, examples, batches):
     model = adapted(dtype=torch.bfloat16)
     wide = adapted()
@@ -128,6 +132,7 @@ def test_bfloat16_is_near_the_same_weights_in_float32(adapted, examples, batches
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(adapted, examples, batches, reentrant):
     model = adapted()
@@ -140,6 +145,7 @@ def test_gradient_checkpointing(adapted, examples, batches, reentrant):
     assert_same(report, by_autograd(model, examples))
 
 
+@pytest.mark.slow
 def test_a_checkpointed_forward_in_eval_mode(adapted, examples, batches):
     """Recomputation runs the stand-ins twice; the gradient is that of once."""
     model = adapted()
@@ -158,6 +164,7 @@ def test_a_module_that_only_ran_without_gradients_is_an_error(adapted, batches):
         sensitivity(model, batches(), progress=False)
 
 
+@pytest.mark.slow
 def test_a_model_that_flattens_examples_is_run_one_at_a_time(adapted, examples, batches):
     """Tokens of all examples in one row cannot be told apart for certain (mixtures of experts do this)."""
     model = adapted()
@@ -168,6 +175,7 @@ def test_a_model_that_flattens_examples_is_run_one_at_a_time(adapted, examples, 
     assert_same(sensitivity(model, batches(4), progress=False), expected)
 
 
+@pytest.mark.slow
 def test_time_first_activations_are_told_from_batch_first_ones(adapted, examples, batches):
     model = adapted()
     expected = by_autograd(model, examples)
@@ -178,6 +186,7 @@ def test_time_first_activations_are_told_from_batch_first_ones(adapted, examples
         assert_same(sensitivity(model, batches(batch_size, pad_to=batch_size), progress=False), expected)
 
 
+@pytest.mark.slow
 def test_tied_weights_and_shared_modules(adapted, examples, batches, tiny_llama):
     model = adapted(base=tiny_llama(tie_word_embeddings=True))
     assert model.get_base_model().lm_head.weight is model.get_base_model().model.embed_tokens.weight
@@ -189,6 +198,7 @@ def test_tied_weights_and_shared_modules(adapted, examples, batches, tiny_llama)
     assert_same(sensitivity(shared, batches(3), progress=False), expected)
 
 
+@pytest.mark.slow
 def test_the_adapter_named_is_the_one_measured(adapted, examples, batches, randomize):
     model = adapted()
     model.add_adapter("b", LoraConfig(r=2, target_modules=["o_proj", "down_proj"], modules_to_save=["lm_head"]))
@@ -369,6 +379,7 @@ def test_an_empty_report_can_be_drawn(tiny_llama, batches):
     assert "no module has singular components" in report.plot().texts[-1].get_text()
 
 
+@pytest.mark.slow
 def test_cpu_offloaded_bases(adapted, examples, batches):
     from accelerate import cpu_offload
 

@@ -115,6 +115,7 @@ def test_dpo(make_any_config, make_dpo, tiny_llama, trainable, load, token_ids):
     check_trained_and_saved(trainer, before, trainable, load, token_ids)
 
 
+@pytest.mark.slow
 def test_the_reference_of_a_peft_config_is_the_base_model(make_any_config, make_dpo, tiny_llama, randomize):
     trainer = make_dpo(tiny_llama(), make_any_config())
     randomize(trainer.model, std=0.5)

@@ -762,6 +762,7 @@ def check_life(family: Family, config: Any, tmp_path: Any, *, export: bool = Tru
     return layers
 
 
+@pytest.mark.slow
 @each_family
 def test_speclora(family, tmp_path):
     default = PEFT_DEFAULTS.get(getattr(family.build().config, "model_type", None))
@@ -774,6 +775,7 @@ def test_speclora(family, tmp_path):
     assert all(layer.lora_spec["default"].weight.shape == (K,) for layer in layers.values())
 
 
+@pytest.mark.slow
 @each_family
 def test_fisherlora(family, tmp_path):
     base = family.build()
@@ -792,6 +794,7 @@ def test_fisherlora(family, tmp_path):
         assert layer.scaling["default"] == 2.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [speclora, fisherlora], ids=["speclora", "fisherlora"])
 def test_an_auto_class_finds_base_and_adapter(config, tmp_path):
     family = next(family for family in FAMILIES if family.name == "qwen3")
@@ -804,6 +807,7 @@ def test_an_auto_class_finds_base_and_adapter(config, tmp_path):
     assert_close_outputs(family.outputs(loaded), family.outputs(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
 def test_fisherlora_on_the_weights_of_experts(name, tmp_path):
     family = next(family for family in FAMILIES if family.name == name)
@@ -834,6 +838,7 @@ def test_mamba_s_output_projection_is_refused_as_in_lora(config, targets):
 NATIVE = [family for family in DIFFUSERS if family.name != "pixart"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [speclora, fisherlora], ids=["speclora", "fisherlora"])
 @pytest.mark.parametrize("family", NATIVE, ids=[family.name for family in NATIVE])
 def test_diffusers_adds_it_natively(family, config):

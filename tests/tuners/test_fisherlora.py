@@ -131,6 +131,7 @@ def test_other_roles_take_r_and_rank_pattern_wins(tiny_llama):
     assert {layer.scaling["default"] for layer in layers.values()} == {1.5}
 
 
+@pytest.mark.slow
 @given(
     r=st.integers(1, 24),
     r_q=st.integers(1, 24),

@@ -328,6 +328,7 @@ def test_a_convolution_s_mask_pads_and_dilates_as_the_layer_does():
         torch.testing.assert_close(term, base(x), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_saved_keys_are_lora_s_and_one_more_a_module(tmp_path):
     from safetensors.torch import load_file
 

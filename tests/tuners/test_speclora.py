@@ -132,6 +132,7 @@ def test_a_new_adapter_changes_nothing():
         assert_close_outputs(model(x), expected)
 
 
+@pytest.mark.slow
 @given(k=st.integers(1, 60), d_out=st.integers(1, 30), d_in=st.integers(1, 30), mode=st.sampled_from(MODES))
 @settings(max_examples=40, deadline=None)
 @pytest.mark.filterwarnings("ignore:SpecLoRA. `k` is clipped")
@@ -348,6 +349,7 @@ def test_saving_and_loading_give_the_same_bits(tiny_llama, randomize, token_ids,
     assert all(keys[key].shape == (12,) for key in masks)  # d alone: no block of the base weight
 
 
+@pytest.mark.slow
 def test_low_cpu_memory_loading(tiny_llama, randomize, token_ids, tmp_path):
     for mode in MODES:
         config = SpecLoRAConfig(r=2, k=12, mode=mode, target_modules=["q_proj"], task_type="CAUSAL_LM")

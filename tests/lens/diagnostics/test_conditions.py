@@ -100,6 +100,7 @@ def test_draws_depend_on_the_seed_alone(from_spectrum, in_memory):
     assert (alone.modules[0].random_std, alone.total.random_std) == (None, None)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=15)
 @given(st.integers(1, 5), st.floats(1e-3, 1e3), st.integers(0, 100))
 def test_every_condition_is_in_0_1_and_does_not_depend_on_the_scale(in_memory, r, scale, seed):
@@ -121,6 +122,7 @@ class Layers(nn.Module):
         self.grouped = nn.Conv1d(8, 12, 3, groups=2)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*eva")
 @pytest.mark.parametrize("init", [True, "gaussian", "Gaussian", "orthogonal", "eva", False])
 def test_init_is_what_peft_makes(randomize, tiny_llama, updates, init):

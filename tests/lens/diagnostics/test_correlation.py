@@ -44,6 +44,7 @@ def check_group(group, rows, pairs):
     assert group.random_pearson == pytest.approx(numpy.corrcoef(x, random)[0, 1], abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_numbers_against_numpy_for_all_sources_of_weights_and_adapters(tmp_path, randomize, tiny_llama, updates, dtype):
     config = LoraConfig(r=3, target_modules="all-linear", use_rslora=True)
@@ -122,6 +123,7 @@ def test_weights_of_every_layout(tmp_path, randomize, tiny_gpt2):
     )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=20)
 @given(st.lists(st.integers(0, 9), min_size=2, max_size=6), st.integers(0, 50))
 def test_the_correlation_against_numpy(tmp_path_factory, from_spectrum, in_memory, tails, seed):
@@ -230,6 +232,7 @@ def test_quantized_checkpoints_are_refused(tmp_path, from_spectrum, in_memory):
             rank_correlation(adapter, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_control_shows_a_correlation_from_widths_alone(tmp_path, in_memory):
     generator = torch.Generator().manual_seed(0)
     shapes = {f"layers.{i}.q_proj": (8 + 8 * i, 96) for i in range(8)}

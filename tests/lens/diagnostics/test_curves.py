@@ -29,6 +29,7 @@ def reference(sigma):
     return energy, tail, following
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_numbers_against_numpy(tmp_path, randomize, tiny_llama, updates, dtype):
     config = LoraConfig(
@@ -66,6 +67,7 @@ def test_numbers_against_numpy(tmp_path, randomize, tiny_llama, updates, dtype):
             assert report.total.energy_rank_of_all[q] == max(row.energy_rank[q] for row in report.modules)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.floats(1e-3, 10), min_size=1, max_size=8), st.floats(1e-3, 1e3))
 def test_curves_rise_to_one_and_do_not_depend_on_the_scale(from_spectrum, in_memory, sigma, scale):

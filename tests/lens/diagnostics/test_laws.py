@@ -52,6 +52,7 @@ def check(fit, points):
     assert fit.reason is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_numbers_against_numpy(tmp_path, randomize, tiny_llama, updates, dtype):
     models, paths = [], []
@@ -92,6 +93,7 @@ def spectrum(target, r):
     return [q**i for i in range(r)]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=15)
 @given(st.floats(0.3, 0.9), st.floats(1.0, 1.1))
 def test_a_law_is_recovered(from_spectrum, in_memory, beta, a):

@@ -255,6 +255,7 @@ def test_one_figure_has_all_parts_with_the_names_of_the_tables(adapter):
     assert energy_axes.xaxis.get_major_formatter()(999_552, 0) == "1M"
 
 
+@pytest.mark.slow
 def test_of_many_roles_the_ones_with_the_most_energy_are_drawn(tmp_path):
     names = [f"block{i}" for i in range(12)]
     report = audit(write(tmp_path / "a", layers=2, names=names))

@@ -48,6 +48,7 @@ def bases(model, k):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 3, 4])
 def test_every_number_is_numpy_s_for_every_role(tmp_path, randomize, tiny_llama, k):
     config = LoraConfig(r=5, target_modules="all-linear", rank_pattern={"down_proj": 8}, use_rslora=True)
@@ -166,6 +167,7 @@ def adapter(write_adapter):
     return write_adapter("adapter", {name: factors(4, seed=i) for i, name in enumerate(names)})
 
 
+@pytest.mark.slow
 def test_it_is_shown_in_80_columns(adapter):
     console = Console(width=80, record=True, file=io.StringIO())
     print_report(alignment(adapter), console)
@@ -190,6 +192,7 @@ def test_an_adapter_without_pairs_has_a_figure_that_says_so(write_adapter):
     assert [text.get_text() for text in figure.texts][-1] == "no role has two modules to compare"
 
 
+@pytest.mark.slow
 def test_the_figure_has_a_matrix_for_each_role_and_quantity(adapter):
     report = alignment(adapter)
     matrices = [axes for axes in report.plot().axes if axes.images]

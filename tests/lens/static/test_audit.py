@@ -80,6 +80,7 @@ def reference(update, rank):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_every_number_is_numpy_s(tmp_path, randomize, tiny_llama, rslora, dtype):
@@ -221,6 +222,7 @@ def test_a_budget_is_kept_and_spent_on_the_largest_gains(known, budget):
     assert suggestion.energy_kept == pytest.approx((first + sum(gains)) / sum(v**2 for s in KNOWN for v in s), rel=1e-5)
 
 
+@pytest.mark.slow
 @given(
     spectra=st.lists(st.lists(st.floats(1e-3, 10), min_size=1, max_size=5), min_size=1, max_size=8),
     energy=st.floats(0.1, 1),
@@ -424,12 +426,14 @@ BYTES = st.lists(
 )  # which most often leave a file that can be read
 
 
+@pytest.mark.slow
 @given(edits=EDITS | BYTES)
 @FUZZ
 def test_mutated_weights_give_a_report_or_a_typed_error(tmp_path, valid, edits):
     audit_of(tmp_path, mutate(valid[0], edits), valid[1])
 
 
+@pytest.mark.slow
 @given(edits=EDITS | BYTES, legacy=st.booleans())
 @FUZZ
 def test_mutated_pickles_give_a_report_or_a_typed_error(tmp_path, valid, edits, legacy):
@@ -440,6 +444,7 @@ def test_mutated_pickles_give_a_report_or_a_typed_error(tmp_path, valid, edits, 
     audit_of(tmp_path, mutate(buffer.getvalue(), edits), valid[1], "adapter_model.bin")
 
 
+@pytest.mark.slow
 @given(edits=EDITS | BYTES)
 @FUZZ
 def test_mutated_configs_give_a_report_or_a_typed_error(tmp_path, valid, edits):

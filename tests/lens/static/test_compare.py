@@ -109,6 +109,7 @@ def dense(model, adapter_name):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_number_is_numpy_s_for_paths_files_models_and_adapters_of_one_model(tmp_path, randomize, dtype):
     targets = ["embedding", "conv", "gpt", "q_proj", "v_proj"]
@@ -360,6 +361,7 @@ def test_findings_of_the_adapters_say_which(write_adapter, tmp_path):
     assert report.findings[0].message.startswith("B: ")
 
 
+@pytest.mark.slow
 def test_other_types_have_their_low_rank_part_compared(tmp_path, randomize, tiny_llama):
     configs = {
         "plain": LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
@@ -408,6 +410,7 @@ def test_what_cannot_be_read(write_adapter, tmp_path):
         compare(one, one, adapter_name_b="default")
 
 
+@pytest.mark.slow
 def test_it_is_shown_in_80_columns_with_markup_in_names(write_adapter):
     names = [Q.format(i) for i in range(32)] + [f"model.layers.{i}.mlp.[bold]x[/bold]" for i in range(32)]
     one, other = ({name: factors(4, seed=i + shift) for i, name in enumerate(names)} for shift in (0, 99))

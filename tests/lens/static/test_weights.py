@@ -379,6 +379,7 @@ def test_options_out_of_range(checkpoint, options, message):
         compare_weights(good, good, **options)
 
 
+@pytest.mark.slow
 def test_the_figure_shows_spectra_and_cosines_by_role_with_chance(checkpoint):
     names = [f"model.layers.{i}.self_attn.{leaf}" for i in range(3) for leaf in ("q_proj", "v_proj")]
     before = {f"{name}.weight": random(D_OUT, D_IN, seed=i) for i, name in enumerate(names)}

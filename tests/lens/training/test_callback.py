@@ -67,6 +67,7 @@ def steps(trajectory):
     return [one.step for one in trajectory.snapshots]
 
 
+@pytest.mark.slow
 def test_it_measures_at_the_start_every_n_steps_and_at_the_end(make_trainer, tmp_path):
     callback = SpectralCallback(every=3, also=[1])
     trainer = make_trainer([callback])
@@ -83,6 +84,7 @@ def test_it_measures_at_the_start_every_n_steps_and_at_the_end(make_trainer, tmp
     assert all(0 < row.kappa <= 1 for row in last.modules)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("detail", ["summary", "roles", "modules"])
 def test_loggers_get_the_metrics_and_the_trainers_own_logs_do_not_change(make_trainer, detail):
     logger = Logger()
@@ -105,6 +107,7 @@ def test_loggers_get_the_metrics_and_the_trainers_own_logs_do_not_change(make_tr
     assert all(row["epoch"] == pytest.approx(row["step"] / 8) for row in history)
 
 
+@pytest.mark.slow
 def test_passed_in_callbacks_it_writes_file_and_history_and_says_once_how_to_reach_the_loggers(make_trainer, tmp_path):
     logger, callback = Logger(), SpectralCallback(every=3)
     trainer = make_trainer(first=[logger, callback])
@@ -215,6 +218,7 @@ def test_a_new_training_keeps_the_existing_file(make_trainer, tmp_path):
     assert steps(Trajectory.read(tmp_path / "run" / "spectra-1.jsonl")) == [0, 4, 7]
 
 
+@pytest.mark.slow
 def test_the_last_step_is_measured_when_training_stops_early(make_trainer):
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -422,6 +426,7 @@ def test_invalid_settings(options, message):
         SpectralCallback(**options)
 
 
+@pytest.mark.slow
 def test_a_model_without_an_adapter_is_refused_before_training(tiny_llama, make_trainer, tmp_path):
     trainer = make_trainer([SpectralCallback()])
     trainer.model = trainer.model_wrapped = trainer.callback_handler.model = tiny_llama()

@@ -259,6 +259,7 @@ def test_metrics_have_one_name_each(adapted):
 # gradients
 
 
+@pytest.mark.slow
 def test_kappa_against_the_dense_gradient(adapted, batch):
     with lens.watch_gradients(adapted, projections=16384) as gradients:
         adapted(**batch).loss.backward()
@@ -451,6 +452,7 @@ def test_on_a_gpu_as_on_the_cpu(tiny_llama, randomize, batch):
 # the report
 
 
+@pytest.mark.slow
 def test_kappa_by_chance_is_that_of_random_subspaces():
     """Against the mean over random factors: κ² averages r² / (d_out d_in)."""
     d_out, d_in, r = 12, 10, 3
