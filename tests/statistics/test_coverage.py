@@ -16,6 +16,8 @@ from scipy import stats
 from lorakit.statistics import paired_interval, seeds_interval
 from lorakit.statistics._tango import score
 
+pytestmark = pytest.mark.slow  # exact enumeration over many cells
+
 ALPHA = 0.05
 Z = stats.norm.isf(ALPHA)
 SIZES = (50, 100, 200, 500, 1000, 2000)
