@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorakit.errors import Finding, MissingExtraError
@@ -169,11 +169,6 @@ def counted(findings: Sequence[Finding]) -> str:
     """How many errors and warnings there are, as text: "1 error, 2 warnings" or "no errors or warnings"."""
     counts = [(sum(f.severity == kind for f in findings), kind) for kind in ("error", "warning")]
     return ", ".join(f"{n} {kind}{'s' * (n > 1)}" for n, kind in counts if n) or "no errors or warnings"
-
-
-def field_names(report: Report) -> tuple[str, ...]:
-    """The names of a report's fields."""
-    return tuple(field.name for field in fields(report))  # type: ignore[arg-type]
 
 
 def shell_argument(path: str, suffix: str = "") -> str | None:
