@@ -1,12 +1,12 @@
-"""The run on real data of docs/evidence: a LoRA of rank 64 for ARC-Easy, its audit, and the smallest adapter that passes.
+"""The run of docs/evidence/arc-easy.md: a LoRA of rank 64 trained on ARC-Easy, and the smallest adapter that passes.
 
     python benchmarks/arc_easy.py STAGE --data DIR --out DIR
 
-DIR of `--data` holds arc_easy_train.jsonl and arc_easy_test.jsonl: ARC-Easy (Clark et al., 2018; allenai/ai2_arc on the
-Hub), one document a line with `question`, `choices` (a list of texts) and `answer` (the index of the right one).
-The stages, in order: `train`, `audit`, `smallest`, `certify`, `agree`. Each skips what an earlier call has finished, and
-training goes on from its last checkpoint, so an interrupted run is simply started again. Nothing is tuned: the settings
-stand below.
+The DIR of `--data` holds arc_easy_train.jsonl and arc_easy_test.jsonl: ARC-Easy (Clark et al., 2018; allenai/ai2_arc on
+the Hub), one document a line with `question`, `choices` (a list of texts) and `answer` (the right one's index). Stages,
+in order: `train`, `audit`, `smallest`, `agree`. What an earlier call has finished is not done again: training goes on
+from its last checkpoint, and scores are kept in a cache. Nothing is tuned: the settings stand below. The bench of the
+same page is `lorakit bench benchmarks/recipes/arc_easy.yaml`, run in the directory of `--out`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -47,7 +48,6 @@ def completion(document: dict[str, Any]) -> dict[str, str]:
 
 def prepare(data: Path, out: Path) -> None:
     """The base model, and the splits: train.jsonl, selection.jsonl, test.jsonl (choices), test_loss.jsonl."""
-    out.mkdir(parents=True, exist_ok=True)
     if not (out / "base" / "config.json").exists():
         model, tokenizer = load_model(None)
         model.save_pretrained(out / "base")
@@ -103,14 +103,58 @@ def train(out: Path) -> None:
     trainer.save_model(str(adapter))
 
 
+def audit() -> None:
+    """What the spectra say about the ranks."""
+    from lorakit.lens import audit as audit_adapter
+    from lorakit.lens import write_html
+
+    report = audit_adapter("adapter", energy=0.9)
+    Path("audit.json").write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
+    write_html(report, "audit.html")
+    print(report)
+
+
+def smallest() -> None:
+    """The smallest served rank that is within two points of the adapter, on all test questions; and the base model."""
+    from lorakit import compress, evaluation
+
+    task = evaluation.choices("test.jsonl", name="arc_easy")
+    report = compress.smallest(
+        "adapter", "small", base="base", tasks=task, margin=MARGIN, cache="cache", overwrite=True
+    )
+    Path("smallest.json").write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
+    print(report)
+    report.certificate.save("certificate.json")
+    report.certificate.to_html("certificate.html")
+    model = evaluation.load_base("base")
+    scores = evaluation.evaluate(model, task, cache="cache")["arc_easy"]
+    Path("base.json").write_text(json.dumps(scores.to_dict()), encoding="utf-8")
+    print(scores)
+
+
+def agree() -> None:
+    """How far the small adapter's predictions are the trained one's, on texts that are not questions."""
+    from lorakit.evaluation import agreement
+
+    found = agreement("base", "adapter", "small", "documentation.jsonl", length=LENGTH, num_examples=150, batch_size=4)
+    Path("agreement.json").write_text(json.dumps(found.to_dict(), indent=1), encoding="utf-8")
+    print(found)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("train",))
+    parser.add_argument("stage", choices=("train", "audit", "smallest", "agree"))
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    prepare(options.data, options.out)
-    train(options.out)
+    data = options.data.resolve()
+    options.out.mkdir(parents=True, exist_ok=True)
+    os.chdir(options.out)  # so that what is written names base/, not a path of this machine
+    if options.stage == "train":
+        prepare(data, Path())
+        train(Path())
+    else:
+        {"audit": audit, "smallest": smallest, "agree": agree}[options.stage]()
 
 
 if __name__ == "__main__":
