@@ -58,7 +58,8 @@ def prepare(data: Path, out: Path) -> None:
     write_rows(out / "selection.jsonl", [completion(row) for row in train[:HELD_BACK]])
     write_rows(out / "train.jsonl", [completion(row) for row in train[HELD_BACK:]])
     write_rows(out / "test.jsonl", test)
-    write_rows(out / "test_loss.jsonl", [completion(row) for row in test])
+    known = [completion(row) for row in train]  # ARC-Easy has a few questions in both of its parts
+    write_rows(out / "test_loss.jsonl", [row for row in map(completion, test) if row not in known])
     prompts = [{"text": " ".join(text.split())[:600]} for _, text in sorted(topics.items())]
     write_rows(out / "documentation.jsonl", prompts)
 
