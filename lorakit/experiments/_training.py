@@ -56,7 +56,7 @@ def train_each(
                     adapted = get_peft_model(model, copy.deepcopy(configs[name]))
                     params = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
                     what = f"{name} with seed {seed}"
-                    train_loss = _train(adapted, _batches(train_data, settings, seed, bar), settings, seed, what)
+                    train_loss = train_adapter(adapted, batches_of(train_data, settings, seed, bar), settings, seed, what)
                     adapted.eval()
                     losses = losses_of(adapted, evaluate, what, len(base))
                 record.add(SweepRun(name, seed, params, tuple(losses), train_loss))
@@ -64,7 +64,7 @@ def train_each(
     return Trained(base, runs, record.settings)
 
 
-def _batches(data: Any, settings: TrainSettings, seed: int, bar: Any) -> Iterator[Any]:
+def batches_of(data: Any, settings: TrainSettings, seed: int, bar: Any) -> Iterator[Any]:
     """Batches in an order that depends on the seed alone. Before each one all generators are seeded anew."""
     generator = torch.Generator().manual_seed(seed)
     size = settings.batch_size
@@ -76,7 +76,7 @@ def _batches(data: Any, settings: TrainSettings, seed: int, bar: Any) -> Iterato
         bar.update()
 
 
-def _train(model: Any, batches: Iterator[Any], settings: TrainSettings, seed: int, what: str) -> float | None:
+def train_adapter(model: Any, batches: Iterator[Any], settings: TrainSettings, seed: int, what: str) -> float | None:
     """Train; the mean training loss of the last tenth of the steps, or None if the caller's function trained."""
     model.train()
     with torch.enable_grad():
