@@ -38,6 +38,24 @@ class EvaluationError(LorakitError, ValueError):
     """Scores or settings from which no interval or verdict can be had."""
 
 
+class PlanError(LorakitError, ValueError):
+    """A plan of trials that cannot run: its keys, shard, arguments or existing records are wrong."""
+
+
+class TrialError(LorakitError, RuntimeError):
+    """Trials of a plan raised, or were lost with a killed worker. All finished trials are recorded.
+
+    `missing`: the keys of the trials without a record. `failed`: what was raised, by key.
+    """
+
+    def __init__(
+        self, message: str, *, missing: tuple[str, ...] = (), failed: dict[str, BaseException] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.missing = missing
+        self.failed = failed or {}
+
+
 class ExportError(LorakitError, ValueError):
     """An adapter that cannot be written as a plain LoRA."""
 

@@ -15,9 +15,13 @@ if TYPE_CHECKING:
     from lorakit.experiments._layer_sensitivity import layer_sensitivity as layer_sensitivity
     from lorakit.experiments._losses import MeanLoss as MeanLoss
     from lorakit.experiments._losses import PairedDifference as PairedDifference
+    from lorakit.experiments._plan import PlanResults as PlanResults
+    from lorakit.experiments._plan import Trial as Trial
+    from lorakit.experiments._plan import run_plan as run_plan
     from lorakit.experiments._rank_sweep import RankSweep as RankSweep
     from lorakit.experiments._rank_sweep import SweptRank as SweptRank
     from lorakit.experiments._rank_sweep import rank_sweep as rank_sweep
+    from lorakit.experiments._ray import RayExecutor as RayExecutor
     from lorakit.experiments._record import SweepRun as SweepRun
 else:
     __getattr__, __dir__, __all__ = attach(__name__)

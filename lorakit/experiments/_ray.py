@@ -1,0 +1,88 @@
+"""An executor on Ray."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent import futures
+from concurrent.futures import Executor, Future
+from typing import Any, TypeVar
+
+from lorakit._checks import check_integer
+from lorakit.errors import MissingExtraError
+
+T = TypeVar("T")
+
+
+class RayExecutor(Executor):
+    """A `concurrent.futures.Executor` that runs each call as a task of Ray. Needs the extra `ray`.
+
+    Args:
+        num_cpus, num_gpus: what each call needs. Ray runs as many at a time as the machine or the cluster has.
+        address: of a running cluster, or "auto". None: the Ray that this process has started or joined already, else
+            the cluster in the environment variable RAY_ADDRESS, else one that runs on this machine, else a new one here,
+            which `shutdown` stops.
+        max_retries: how often a call is repeated whose worker was killed. Calls that raise are not repeated.
+
+    Raises: MissingExtraError without Ray; ValueError for invalid resources. What Ray raises is passed on.
+    """
+
+    def __init__(
+        self, *, num_cpus: float = 1, num_gpus: float = 0, address: str | None = None, max_retries: int = 2
+    ) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise MissingExtraError("RayExecutor needs Ray: pip install 'lorakit[ray]'.") from error
+        for name, value in (("num_cpus", num_cpus), ("num_gpus", num_gpus)):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+                raise ValueError(f"`{name}` must be a finite number that is not negative; got {value!r}.")
+        check_integer("max_retries", max_retries, least=0)
+        self._ray = ray
+        self._started = not ray.is_initialized()
+        if self._started:
+            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+        self._call: Any = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=max_retries)(_call)
+        self._pending: set[Future[Any]] = set()
+        self._closed = False
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        if self._closed:
+            raise RuntimeError("cannot schedule new futures after shutdown")
+        reference = self._call.remote(fn, args, kwargs)
+        future: Future[T] = Future()
+
+        def settle(done: Future[T]) -> None:
+            if future.cancelled():
+                return
+            error = done.exception()
+            if error is None:
+                future.set_result(done.result())
+            else:  # Ray wraps what a call raised
+                future.set_exception(getattr(error, "cause", None) or error)
+
+        def forget(done: Future[T]) -> None:
+            self._pending.discard(done)
+            if done.cancelled():
+                self._ray.cancel(reference)
+
+        self._pending.add(future)
+        future.add_done_callback(forget)
+        reference.future().add_done_callback(settle)
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        self._closed = True
+        pending = list(self._pending)
+        if cancel_futures:
+            for future in pending:
+                future.cancel()
+        if wait:
+            futures.wait(pending)
+            if self._started:
+                self._ray.shutdown()
+                self._started = False
+
+
+def _call(function: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
+    return function(*args, **kwargs)
