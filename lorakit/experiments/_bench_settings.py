@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -182,5 +182,3 @@ def one_or_more(retrain: bool, cut: bool) -> None:
     """Raises: ValueError where there would be no variant."""
     if not (retrain or cut):
         raise ValueError("One of `retrain` and `truncate` must be true, or there is nothing to compare with the probe.")
-
-

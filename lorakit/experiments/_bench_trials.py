@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import os
@@ -34,7 +35,7 @@ from lorakit.experiments._training import batches_of, train_adapter
 def read_data(*, base: str, options: LoadOptions, data: Mapping[str, Any]) -> dict[str, Any]:
     """What becomes of the training data, and the hash of each example."""
     examples = loader(tokenizer=load_tokenizer(base, options=options), progress=False, **data)
-    documents = [one for example in examples.dataset for one in document_digests(_alone(example))]
+    documents = [document for batch in examples for document in document_digests(batch)]
     return {"report": examples.report.to_dict(), "documents": documents}
 
 
@@ -86,13 +87,10 @@ def score(
     """One score a document, of the base model or of an adapter in it."""
     model, weights = loaded_base(base, options)
     tokenizer = load_tokenizer(base, options=options)
-    call = {"limit": None, "cache": None, "weights": "", "progress": progress}
-    if adapter is None:
-        found = scored(model, [task], tokenizer, **call)[task.name]
-    else:
+    if adapter is not None:
         check_unchanged(adapter, sha256)
-        with adapted(model, adapter) as with_adapter:
-            found = scored(with_adapter, [task], tokenizer, **call)[task.name]
+    with contextlib.nullcontext(model) if adapter is None else adapted(model, adapter) as one:
+        found = scored(one, [task], tokenizer, limit=None, cache=None, weights="", progress=progress)[task.name]
     return {
         "documents": list(found.documents),
         "scores": list(found.scores),
@@ -121,7 +119,3 @@ def check_unchanged(adapter: str | os.PathLike[str], sha256: str | None) -> None
 
 def _written(out: str) -> dict[str, Any]:
     return {"sha256": adapter_digest(out), "size_bytes": stored_bytes(open_adapter(out))}
-
-
-def _alone(example: Any) -> Any:
-    return {name: value.unsqueeze(0) for name, value in example.items()}

@@ -56,7 +56,9 @@ def train_each(
                     adapted = get_peft_model(model, copy.deepcopy(configs[name]))
                     params = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
                     what = f"{name} with seed {seed}"
-                    train_loss = train_adapter(adapted, batches_of(train_data, settings, seed, bar), settings, seed, what)
+                    train_loss = train_adapter(
+                        adapted, batches_of(train_data, settings, seed, bar), settings, seed, what
+                    )
                     adapted.eval()
                     losses = losses_of(adapted, evaluate, what, len(base))
                 record.add(SweepRun(name, seed, params, tuple(losses), train_loss))
