@@ -98,9 +98,9 @@ class BenchReport(Report):
 
     @property
     def recommended(self) -> BenchVariant | None:
-        """The PASSing variant with the fewest parameters, within the tolerance; None if there is none."""
+        """The PASSing variant within the tolerance that has the fewest parameters, of equal ones the better lower bound."""
         passing = [v for v in self.variants if v.verdict == "PASS" and v.within_tolerance is not False]
-        return min(passing, key=lambda variant: variant.parameters, default=None)
+        return min(passing, key=lambda variant: (variant.parameters, -variant.task.lower), default=None)
 
     @property
     def title(self) -> str:
@@ -172,13 +172,22 @@ class BenchReport(Report):
 
     def tables(self) -> list[Table]:
         """One row a variant, on the task nearest its margin; then one a variant and task, and the ranks."""
-        note = "Difference to the probe of the same seed. "
-        note += "" if self.tolerance is None else f"Policy: no seed is more than {self.tolerance:g} worse. "
-        note += "Padded to one rank for all modules, as most servers need it, the file is larger than its size here."
-        found = [Table.of("", _COLUMNS, [(variant, variant.task) for variant in self.variants], note=note)]
+        tasks = sorted({variant.headline for variant in self.variants})
+        note = f"diff: variant − probe on {' or '.join(tasks)}, paired by seed and document, with one-sided bounds. "
+        note += "worst: the worst seed."
+        note += "" if self.tolerance is None else f" policy: no seed is more than {self.tolerance:g} worse."
+        sizes = (
+            "One adapter as it is written, each module at its own rank. served as: the one rank to which most servers "
+        )
+        sizes += "need it padded. energy: what the cut keeps of the probe."
+        found = [
+            Table.of("", _COLUMNS, [(variant, variant.task) for variant in self.variants], note=note),
+            Table.of("Sizes", _SIZE_COLUMNS, self.variants, note=sizes),
+        ]
         if len(self.gate) > 1:
+            columns = [_COLUMNS[0], ("task", lambda cell: cell[1].name), *_COLUMNS[1:-1], _TASK_VERDICT]
             each = [(variant, task) for variant in self.variants for task in variant.tasks]
-            found.append(Table.of("Every task", _COLUMNS, each, long=True))
+            found.append(Table.of("Every task", columns, each, long=True))
         modules = list(self.variants[0].ranks) if self.variants else []
         columns = [("module", str), *((v.name, _rank_in(v)) for v in self.variants)]
         found.append(Table.of("Ranks", columns, modules, long=True))
@@ -298,20 +307,28 @@ def _rank_in(variant: BenchVariant) -> Any:
     return lambda module: str(variant.ranks[module])
 
 
+def _ranks(variant: BenchVariant) -> str:
+    return extent((min(variant.ranks.values()), max(variant.ranks.values())))
+
+
 _COLORS = {"PASS": "#2a7f3f", "FAIL": "#b00020", "INCONCLUSIVE": "#8a5a00"}
-_Cell = tuple[BenchVariant, BenchTask]
+_TASK_VERDICT: tuple[str, Any] = ("verdict", lambda cell: cell[1].verdict)
 _COLUMNS: list[tuple[str, Any]] = [
     ("variant", lambda cell: cell[0].name),
-    ("ranks", lambda cell: extent((min(cell[0].ranks.values()), max(cell[0].ranks.values())))),
-    ("parameters", lambda cell: count(cell[0].parameters)),
-    ("size", lambda cell: size(cell[0].size_bytes)),
-    ("served as", lambda cell: str(cell[0].served_rank)),
-    ("energy", lambda cell: "" if cell[0].energy_kept is None else f"{cell[0].energy_kept:.1%}"),
-    ("task", lambda cell: cell[1].name),
-    ("difference", lambda cell: f"{cell[1].difference:+.4f}"),
+    ("ranks", lambda cell: _ranks(cell[0])),
+    ("params", lambda cell: count(cell[0].parameters)),
+    ("diff", lambda cell: f"{cell[1].difference:+.4f}"),
     ("lower", lambda cell: f"{cell[1].lower:+.4f}"),
     ("upper", lambda cell: f"{cell[1].upper:+.4f}"),
-    ("worst seed", lambda cell: f"{cell[1].worst_seed_difference:+.4f}"),
-    ("policy", lambda cell: {None: "", True: "kept", False: "broken"}[cell[0].within_tolerance]),
+    ("worst", lambda cell: f"{cell[1].worst_seed_difference:+.4f}"),
+    ("policy", lambda cell: {None: "", True: "kept", False: "broken"}[cell[1].within_tolerance]),
     ("verdict", lambda cell: cell[0].verdict),
+]
+_SIZE_COLUMNS: list[tuple[str, Any]] = [
+    ("variant", lambda variant: variant.name),
+    ("ranks", lambda variant: _ranks(variant)),
+    ("params", lambda variant: count(variant.parameters)),
+    ("size", lambda variant: size(variant.size_bytes)),
+    ("served as", lambda variant: str(variant.served_rank)),
+    ("energy", lambda variant: "" if variant.energy_kept is None else f"{variant.energy_kept:.1%}"),
 ]
