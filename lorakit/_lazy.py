@@ -85,7 +85,7 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "_plan": ("PlanResults", "Trial", "run_plan"),
         "_rank_sweep": ("RankSweep", "SweptRank", "rank_sweep"),
         "_ray": ("RayExecutor",),
-        "_record": ("SweepRun",),
+        "_training": ("SweepRun",),
     },
     "lorakit.export": {"_report": ("ExportReport", "ExportedModule"), "_to_lora": ("to_lora",)},
     "lorakit.fisher": {

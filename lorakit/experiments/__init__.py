@@ -31,6 +31,6 @@ if TYPE_CHECKING:
     from lorakit.experiments._rank_sweep import SweptRank as SweptRank
     from lorakit.experiments._rank_sweep import rank_sweep as rank_sweep
     from lorakit.experiments._ray import RayExecutor as RayExecutor
-    from lorakit.experiments._record import SweepRun as SweepRun
+    from lorakit.experiments._training import SweepRun as SweepRun
 else:
     __getattr__, __dir__, __all__ = attach(__name__)

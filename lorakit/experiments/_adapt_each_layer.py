@@ -8,10 +8,12 @@ allocation.
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, get_args, overload
 
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
@@ -23,10 +25,13 @@ from lorakit.adapters.tuner_layers import adapted_layers
 from lorakit.calibration.state import preserved_rng, preserved_state
 from lorakit.errors import UnsupportedModelError
 from lorakit.experiments._groups import By, Place, draw, groups_of, place_of
-from lorakit.experiments._losses import Evaluate, MeanLoss, PairedDifference, check_arguments, mean_of, paired
+from lorakit.experiments._losses import Evaluate, MeanLoss, PairedDifference, mean_of, paired
+from lorakit.experiments._methods import method_of
+from lorakit.experiments._plan import PlanResults, Shard
 from lorakit.experiments._preserve import preserved_base
-from lorakit.experiments._settings import Train, TrainSettings, check_data
-from lorakit.experiments._training import train_each
+from lorakit.experiments._settings import RunSettings, Schedule, Train, TrainSettings, check_data
+from lorakit.experiments._training import Trained, train_each
+from lorakit.experiments._work import Source, Work, check_source, model_of
 from lorakit.naming.roles import Role
 
 if TYPE_CHECKING:
@@ -111,8 +116,56 @@ class LayerGains(Report):
         return figure
 
 
+@overload
 def adapt_each_layer(
-    model: nn.Module,
+    model: Source,
+    config: PeftConfig,
+    train_data: Any,
+    evaluate: Evaluate,
+    *,
+    steps: int,
+    batch_size: int | None,
+    learning_rate: float,
+    by: By = ...,
+    seeds: Sequence[int] = ...,
+    weight_decay: float = ...,
+    warmup_steps: int | None = ...,
+    schedule: Schedule = ...,
+    collate_fn: Callable[[list[Any]], Any] | None = ...,
+    train: Train | None = ...,
+    records: str | os.PathLike[str] | None = ...,
+    executor: Executor | None = ...,
+    shard: None = ...,
+    progress: bool = ...,
+) -> LayerGains: ...
+
+
+@overload
+def adapt_each_layer(
+    model: Source,
+    config: PeftConfig,
+    train_data: Any,
+    evaluate: Evaluate,
+    *,
+    steps: int,
+    batch_size: int | None,
+    learning_rate: float,
+    by: By = ...,
+    seeds: Sequence[int] = ...,
+    weight_decay: float = ...,
+    warmup_steps: int | None = ...,
+    schedule: Schedule = ...,
+    collate_fn: Callable[[list[Any]], Any] | None = ...,
+    train: Train | None = ...,
+    records: str | os.PathLike[str] | None = ...,
+    executor: Executor | None = ...,
+    shard: Shard,
+    progress: bool = ...,
+) -> PlanResults: ...
+
+
+def adapt_each_layer(
+    model: Source,
     config: PeftConfig,
     train_data: Any,
     evaluate: Evaluate,
@@ -124,18 +177,21 @@ def adapt_each_layer(
     seeds: Sequence[int] = (0,),
     weight_decay: float = 0.0,
     warmup_steps: int | None = None,
+    schedule: Schedule = "cosine",
     collate_fn: Callable[[list[Any]], Any] | None = None,
     train: Train | None = None,
-    path: Any = None,
+    records: str | os.PathLike[str] | None = None,
+    executor: Executor | None = None,
+    shard: Shard | None = None,
     progress: bool = True,
-) -> LayerGains:
+) -> LayerGains | PlanResults:
     """Train an adapter in one layer at a time, on the same data in the same order, and compare held-out losses.
 
     This is one short training for each layer and seed. `lorakit.experiments.layer_sensitivity` needs none: it measures
     an adapter that is already trained.
 
     Args:
-        model: a base model without adapters. It is given back as it was.
+        model: as in `rank_sweep`. A path, or a function, is also loaded in this process, to find the groups.
         config: a LORA, FISHERLORA or SPECLORA config. Each run adapts one group of its target modules.
         by: what forms a group, as in `lorakit.experiments.layer_sensitivity`.
 
@@ -147,27 +203,29 @@ def adapt_each_layer(
     """
     if by not in get_args(By):
         raise ValueError(f"`by` must be one of {', '.join(get_args(By))}; got {by!r}.")
-    check_arguments(model, evaluate)
+    check_source(model, evaluate)
     check_data(train_data)
-    settings = TrainSettings(
-        steps, batch_size, learning_rate, seeds, weight_decay, warmup_steps, collate_fn, train, path, progress
-    )
-    groups = _groups(model, config, by)
-    trained = train_each(model, {name: only for name, (only, _) in groups.items()}, train_data, evaluate, settings)
+    settings = TrainSettings(steps, batch_size, learning_rate, weight_decay, warmup_steps, schedule, collate_fn, train)
+    where = RunSettings(seeds, records, executor, shard, progress)
+    built = model_of(model)
+    groups = _groups(built, config, by)
+    model = built if executor is None else model
+    work = Work(model, train_data, evaluate, settings, progress)
+    trained = train_each(work, {name: only for name, (only, _) in groups.items()}, where)
+    if not isinstance(trained, Trained):
+        return trained
     rows = []
     for name, (_, (role, layer, modules)) in groups.items():
         runs = [run for run in trained.runs if run.name == name]
         loss = mean_of([mean_of(run.losses).value for run in runs])
         gain = paired([trained.base] * len(runs), [run.losses for run in runs])
         rows.append(LayerGain(name, role, layer, modules, runs[0].params, loss, gain))
-    return LayerGains(
-        by, mean_of(trained.base), len(trained.base), tuple(settings.seeds), trained.settings, tuple(rows)
-    )
+    return LayerGains(by, mean_of(trained.base), len(trained.base), tuple(where.seeds), trained.settings, tuple(rows))
 
 
 def _groups(model: nn.Module, config: Any, by: By) -> dict[str, tuple[PeftConfig, Place]]:
     """For each group, a config that targets its modules alone, and its role, layer and modules."""
-    if not isinstance(config, LoraConfig):
+    if not isinstance(config, LoraConfig) or method_of(config) == "ADALORA":
         raise ValueError(f"`config` must be a LORA, FISHERLORA or SPECLORA config; got {type(config).__name__}.")
     more = ("modules_to_save", "trainable_token_indices", "target_parameters")
     named = [name for name in more if getattr(config, name, None)] + (["bias"] if config.bias != "none" else [])

@@ -35,7 +35,8 @@ from lorakit.experiments._bench_settings import (
     one_or_more,
 )
 from lorakit.experiments._bench_verdicts import BenchGate, BenchScores, gates, judge, overall
-from lorakit.experiments._plan import Trial, read_shard, run_plan
+from lorakit.experiments._plan import Shard, Trial, read_shard, run_plan
+from lorakit.experiments._settings import Schedule
 from lorakit.lens import audit
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def bench(
     batch_size: int = 8,
     weight_decay: float = 0.0,
     warmup_steps: int | None = None,
+    schedule: Schedule = "cosine",
     seeds: Sequence[int] = (0, 1, 2),
     policies: Sequence[Policy] = ("global_median", "global_p90", "per_module", "knee"),
     retrain: bool = True,
@@ -67,7 +69,7 @@ def bench(
     tolerance: float | None = 0.025,
     options: LoadOptions | None = None,
     executor: Executor | None = None,
-    shard: Any = None,
+    shard: Shard | None = None,
     progress: bool = True,
 ) -> BenchReport | UnfinishedBench:
     """Train probes at a high rank, audit them, and test against them what is trained at, and cut to, lower ranks.
@@ -91,7 +93,7 @@ def bench(
         margin: how much worse than the probe a variant may be, in the units of the scores; a task's own margin wins.
         probe: a LoraConfig, or a mapping of its fields, of high rank.
         directory: holds records, adapters and the report.
-        steps, learning_rate, batch_size, weight_decay, warmup_steps: of every training, as in
+        steps, learning_rate, batch_size, weight_decay, warmup_steps, schedule: of every training, as in
             `lorakit.experiments.rank_sweep`.
         seeds: at least three.
         policies: of "global_median", "global_p90", "per_module", "knee" and "entropy", as in `lorakit.lens.audit`; an
@@ -123,7 +125,14 @@ def bench(
         options=options or LoadOptions(),
         data=check_train(train),
         probe=fields,
-        training=check_training(steps, batch_size, learning_rate, weight_decay, warmup_steps),
+        training=check_training(
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            warmup_steps=warmup_steps,
+            schedule=schedule,
+        ),
         seeds=check_seeds(seeds),
         policies=check_policies(policies, fields["r"]),
         retrain=bool(retrain),
@@ -197,7 +206,7 @@ class _Adapter:
 class _Bench:
     """The stages of a bench; each is a plan whose trials have records."""
 
-    def __init__(self, settings: BenchSettings, executor: Executor | None, shard: Any, progress: bool) -> None:
+    def __init__(self, settings: BenchSettings, executor: Executor | None, shard: Shard | None, progress: bool) -> None:
         self._settings = settings
         self._call = {"executor": executor, "shard": shard, "progress": progress}
         self._progress = progress and executor is None
@@ -441,7 +450,7 @@ def _in_order(record: Mapping[str, Any], reference: Mapping[str, Any], task: str
     return tuple(scores[document] for document in reference["documents"])
 
 
-def _shards(plan: Sequence[Trial], missing: Sequence[str], shard: Any) -> tuple[str, ...]:
+def _shards(plan: Sequence[Trial], missing: Sequence[str], shard: Shard | None) -> tuple[str, ...]:
     """The shards, as "i/n", that the missing trials belong to."""
     n = read_shard(shard)[1]
     found = sorted({place % n + 1 for place, trial in enumerate(plan) if trial.key in missing})

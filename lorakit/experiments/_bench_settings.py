@@ -148,22 +148,13 @@ def check_seeds(seeds: Any) -> tuple[int, ...]:
     return found
 
 
-def check_training(
-    steps: int, batch_size: int, learning_rate: float, weight_decay: float, warmup_steps: int | None
-) -> dict[str, Any]:
-    """The arguments of a training. Raises: ValueError."""
-    check_number("weight_decay", weight_decay)
-    check_integer("batch_size", batch_size)
-    checked = TrainSettings(
-        steps, batch_size, learning_rate, (0,), weight_decay, warmup_steps, None, None, None, progress=False
-    )
-    return {
-        "steps": steps,
-        "batch_size": batch_size,
-        "learning_rate": float(learning_rate),
-        "weight_decay": float(weight_decay),
-        "warmup_steps": checked.warmup,
-    }
+def check_training(**given: Any) -> dict[str, Any]:
+    """The arguments of a training, with the warm-up steps that are the default. Raises: ValueError."""
+    check_integer("batch_size", given["batch_size"])
+    for name in ("learning_rate", "weight_decay"):
+        given[name] = check_number(name, given[name])
+    settings = TrainSettings(**given, collate_fn=None, train=None)
+    return {**given, "warmup_steps": settings.warmup}
 
 
 def check_gate(gate: float | None, margins: Mapping[str, float]) -> dict[str, float]:

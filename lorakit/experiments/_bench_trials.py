@@ -55,9 +55,7 @@ def train(
     model, _ = loaded_base(base, options)
     tokenizer = load_tokenizer(base, options=options)
     examples = loader(tokenizer=tokenizer, progress=False, **data)
-    settings = TrainSettings(
-        **training, seeds=(seed,), collate_fn=examples.collate_fn, train=None, path=None, progress=progress
-    )
+    settings = TrainSettings(**training, collate_fn=examples.collate_fn, train=None)
     lora = LoraConfig(**copy.deepcopy(dict(config)))
     name = Path(out).name
     with preserved_rng(model), preserved_state(model), preserved_base(model, lora):

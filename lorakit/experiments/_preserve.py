@@ -25,11 +25,7 @@ def preserved_base(model: nn.Module, config: PeftConfig | None) -> Iterator[None
     initialization changes them.
     Raises: UnsupportedModelError for a model that already has adapters.
     """
-    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise UnsupportedModelError(
-            "`model` must be a base model, since each run attaches an adapter of its own; this one has adapters. Pass "
-            "model.unload(), or the model that the adapters were attached to."
-        )
+    check_no_adapters(model)
     trains_bias = getattr(config, "bias", "none") != "none"
     changes = config is not None and changes_base(config)
     tree = module_tree(model)
@@ -59,3 +55,12 @@ def preserved_base(model: nn.Module, config: PeftConfig | None) -> Iterator[None
                 parameter.grad = gradient
             for tensor, values in copies.items():
                 tensor.copy_(values)
+
+
+def check_no_adapters(model: nn.Module) -> None:
+    """Raises: UnsupportedModelError for a model that already has adapters."""
+    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise UnsupportedModelError(
+            "`model` must be a base model, since each run attaches an adapter of its own; this one has adapters. Pass "
+            "model.unload(), or the model that the adapters were attached to."
+        )

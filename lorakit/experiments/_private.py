@@ -43,3 +43,9 @@ def restore_parameters(module: nn.Module, parameters: dict[str, nn.Parameter | N
     """Give a module exactly these parameters of its own."""
     module._parameters.clear()
     module._parameters.update(parameters)
+
+
+def auxiliary_losses(tuner: Any) -> list[Any]:
+    """Terms of the loss that PEFT leaves to the training loop, of the methods that this PEFT has (KaSA, MonteCLoRA)."""
+    terms = (getattr(tuner, name, None) for name in ("_get_kasa_loss", "_get_monteclora_loss"))
+    return [term() for term in terms if term is not None]

@@ -7,21 +7,23 @@ of the best.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from peft import PeftConfig
-from torch import nn
 
 from lorakit._figures import escape_mathtext, new_figure
 from lorakit._format import count
 from lorakit._report import Report
 from lorakit.experiments._configs import named_configs
-from lorakit.experiments._losses import Evaluate, MeanLoss, PairedDifference, check_arguments, mean_of, paired
-from lorakit.experiments._record import SweepRun
-from lorakit.experiments._settings import Train, TrainSettings, check_data
-from lorakit.experiments._training import train_each
+from lorakit.experiments._losses import Evaluate, MeanLoss, PairedDifference, mean_of, paired
+from lorakit.experiments._plan import PlanResults, Shard
+from lorakit.experiments._settings import RunSettings, Schedule, Train, TrainSettings, check_data
+from lorakit.experiments._training import SweepRun, Trained, train_each
+from lorakit.experiments._work import Source, Work, check_source
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -171,8 +173,58 @@ class RankSweep(Report):
         axes.legend(fontsize=8)
 
 
+@overload
 def rank_sweep(
-    model: nn.Module,
+    model: Source,
+    configs: PeftConfig | Mapping[Any, PeftConfig],
+    train_data: Any,
+    evaluate: Evaluate,
+    *,
+    steps: int,
+    batch_size: int | None,
+    learning_rate: float,
+    ranks: Sequence[int] | None = ...,
+    seeds: Sequence[int] = ...,
+    reference: str | int | None = ...,
+    weight_decay: float = ...,
+    warmup_steps: int | None = ...,
+    schedule: Schedule = ...,
+    collate_fn: Callable[[list[Any]], Any] | None = ...,
+    train: Train | None = ...,
+    records: str | os.PathLike[str] | None = ...,
+    executor: Executor | None = ...,
+    shard: None = ...,
+    progress: bool = ...,
+) -> RankSweep: ...
+
+
+@overload
+def rank_sweep(
+    model: Source,
+    configs: PeftConfig | Mapping[Any, PeftConfig],
+    train_data: Any,
+    evaluate: Evaluate,
+    *,
+    steps: int,
+    batch_size: int | None,
+    learning_rate: float,
+    ranks: Sequence[int] | None = ...,
+    seeds: Sequence[int] = ...,
+    reference: str | int | None = ...,
+    weight_decay: float = ...,
+    warmup_steps: int | None = ...,
+    schedule: Schedule = ...,
+    collate_fn: Callable[[list[Any]], Any] | None = ...,
+    train: Train | None = ...,
+    records: str | os.PathLike[str] | None = ...,
+    executor: Executor | None = ...,
+    shard: Shard,
+    progress: bool = ...,
+) -> PlanResults: ...
+
+
+def rank_sweep(
+    model: Source,
     configs: PeftConfig | Mapping[Any, PeftConfig],
     train_data: Any,
     evaluate: Evaluate,
@@ -185,15 +237,19 @@ def rank_sweep(
     reference: str | int | None = None,
     weight_decay: float = 0.0,
     warmup_steps: int | None = None,
+    schedule: Schedule = "cosine",
     collate_fn: Callable[[list[Any]], Any] | None = None,
     train: Train | None = None,
-    path: Any = None,
+    records: str | os.PathLike[str] | None = None,
+    executor: Executor | None = None,
+    shard: Shard | None = None,
     progress: bool = True,
-) -> RankSweep:
+) -> RankSweep | PlanResults:
     """Train an adapter at each rank and seed on the same data in the same order, and compare held-out losses.
 
     Args:
-        model: a base model without adapters. Each run adapts it anew, and it is given back as it was.
+        model: a base model without adapters; each run adapts it anew, and it is given back as it was. Or a path or Hub
+            id, or a function that returns the model: this process, or each worker of `executor`, then builds it once.
         configs: a LORA, FISHERLORA or SPECLORA config as a template for `ranks`; or a mapping from names to configs of
             any PEFT method. Integer names are ranks on the figure's axis:
             ``{r: FisherLoRAConfig(r=16, r_q=r) for r in (16, 4, 2)}`` sweeps query ranks alone.
@@ -206,24 +262,34 @@ def rank_sweep(
             that every module keeps its scaling: by rank / r, or under rsLoRA by the square root of that.
         seeds: each seed determines the order of the data, dropout and the initial factors.
         reference: the name or rank that differences are taken to; by default the config with the most parameters.
-        weight_decay, warmup_steps: of AdamW, and of the linear warm-up (by default a twentieth of `steps`) before the
-            cosine decay to 0. Gradients are clipped to norm 1.
+        weight_decay: of AdamW. Gradients are clipped to norm 1.
+        warmup_steps, schedule: the learning rate's linear warm-up, by default a twentieth of `steps`, and what follows:
+            a decay to 0 by half a cosine ("cosine") or a line ("linear"), or none ("constant").
         collate_fn: as in torch's DataLoader, whose default is used if it is None.
         train: ``train(model, batches, seed)`` replaces the training loop; `batches` is an iterator over `steps`
             batches. `learning_rate` and the like are then only recorded.
-        path: a JSON file that each finished run is added to. Runs that it holds are not repeated, so an interrupted
-            sweep continues, and ranks and seeds can be added. The base model's weights, the data and `evaluate` are not
-            compared: use another file if they change.
+        records: a directory with one file for each finished run, made if it does not exist. Runs with a record are not
+            repeated, so an interrupted sweep continues, and ranks and seeds can be added. The base model's weights, the
+            data and `evaluate` are not compared: use another directory if they change.
+        executor: any `concurrent.futures.Executor` of other processes, such as a ProcessPoolExecutor or
+            `lorakit.experiments.RayExecutor`. `model` (up to 256 MB), `train_data`, `evaluate`, `collate_fn` and
+            `train` are then pickled. At the same number of threads, the CPU's results are the same to the bit.
+        shard: (i, n) or "i/n" runs only each n-th training, from the i-th on, and returns what `records` has by then, a
+            `PlanResults`. When no run is missing, the same call without `shard` makes the report.
         progress: show a progress bar on stderr.
 
     Before each batch all random generators are seeded from the seed and the batch's number, so that neither the data
     (also if `collate_fn` draws) nor the base model's dropout depends on the rank. Initial factors of different ranks
-    are different draws.
+    are different draws. Every PEFT method is trained as it needs: after each step AdaLoRA and AdaMSS reallocate, and
+    AdaLoRA's `total_step` is `steps`, with a tenth of them at the initial ranks and half at the final ones unless
+    `tinit` or `tfinal` is set; KaSA and MonteCLoRA add their terms to the loss.
 
-    Raises: TypeError if `model` is not a model or `evaluate` not a function; ValueError for invalid configs, ranks and
-    settings, and for a `path` with other settings; UnsupportedModelError (a ValueError) for a model with adapters;
-    CalibrationError (a ValueError) for losses that are not finite. Errors of PEFT, the data, `evaluate` and `train` are
-    passed on. In every case the model is left without adapters and as it was, and so are the random generators.
+    Raises: TypeError if `model` cannot be a model or `evaluate` is not a function; ValueError for invalid configs,
+    ranks and settings; UnsupportedModelError (a ValueError) for a model with adapters, and for configs that this loop
+    would not train as their method needs; PlanError (a ValueError) for records of other settings, and arguments that
+    cannot be pickled; TrialError (a RuntimeError), after all other runs, for runs that failed, from what the first one
+    raised: errors of PEFT, the data, `evaluate` and `train`, or CalibrationError for losses that are not finite. In
+    every case the model is left without adapters and as it was, and so are the random generators.
 
     Example:
         >>> import torch
@@ -244,15 +310,17 @@ def rank_sweep(
         >>> [row.params for row in sweep.ranks]
         [6, 12]
     """
-    check_arguments(model, evaluate)
+    check_source(model, evaluate)
     wanted = named_configs(configs, RANKS if ranks is None and not isinstance(configs, Mapping) else ranks)
-    settings = TrainSettings(
-        steps, batch_size, learning_rate, seeds, weight_decay, warmup_steps, collate_fn, train, path, progress
-    )
+    settings = TrainSettings(steps, batch_size, learning_rate, weight_decay, warmup_steps, schedule, collate_fn, train)
+    where = RunSettings(seeds, records, executor, shard, progress)
     if reference is not None and str(reference) not in wanted:
         raise ValueError(f"`reference` must be one of {', '.join(wanted)}; got {reference!r}.")
     check_data(train_data)
-    trained = train_each(model, {name: config for name, (_, config) in wanted.items()}, train_data, evaluate, settings)
+    work = Work(model, train_data, evaluate, settings, progress)
+    trained = train_each(work, {name: config for name, (_, config) in wanted.items()}, where)
+    if not isinstance(trained, Trained):
+        return trained
     params = {run.name: run.params for run in trained.runs}
     chosen = max(wanted, key=lambda name: params[name]) if reference is None else str(reference)
     rows = tuple(
@@ -261,7 +329,7 @@ def rank_sweep(
             rank=rank,
             params=params[name],
             loss=mean_of([mean_of(run.losses).value for run in trained.runs if run.name == name]),
-            difference=_difference(trained.runs, name, chosen, settings.seeds),
+            difference=_difference(trained.runs, name, chosen, where.seeds),
         )
         for name, (rank, _) in wanted.items()
     )
@@ -270,7 +338,7 @@ def rank_sweep(
         base=mean_of(trained.base),
         base_losses=tuple(trained.base),
         num_examples=len(trained.base),
-        seeds=tuple(settings.seeds),
+        seeds=tuple(where.seeds),
         settings=trained.settings,
         runs=trained.runs,
         ranks=rows,

@@ -20,8 +20,8 @@ class RayExecutor(Executor):
     Args:
         num_cpus, num_gpus: what each call needs. Ray runs as many at a time as the machine or the cluster has.
         address: of a running cluster, or "auto". None: the Ray that this process has started or joined already, else
-            the cluster in the environment variable RAY_ADDRESS, else one that runs on this machine, else a new one here,
-            which `shutdown` stops.
+            the cluster in the environment variable RAY_ADDRESS, else one that runs on this machine, else a new one
+            here, which `shutdown` stops.
         max_retries: how often a call is repeated whose worker was killed. Calls that raise are not repeated.
 
     Raises: MissingExtraError without Ray; ValueError for invalid resources. What Ray raises is passed on.

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
-
-from torch import nn
+from typing import Any, Literal, get_args
 
 from lorakit._checks import check_integer, check_number
+from lorakit.errors import PlanError
+from lorakit.experiments._plan import Shard, read_shard
 
 Train = Callable[[Any, Iterator[Any], int], Any]
+Schedule = Literal["cosine", "linear", "constant"]
 MAX_GRAD_NORM = 1.0
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """The arguments that `rank_sweep` and `adapt_each_layer` share; see `rank_sweep` for what they mean.
+    """The arguments of a training that `rank_sweep` and `adapt_each_layer` share; see `rank_sweep` for their meaning.
 
     Raises: ValueError, naming the argument, for values that are not allowed.
     """
@@ -25,13 +28,11 @@ class TrainSettings:
     steps: int
     batch_size: int | None
     learning_rate: float
-    seeds: Sequence[int]
     weight_decay: float
     warmup_steps: int | None
+    schedule: Schedule
     collate_fn: Callable[[list[Any]], Any] | None
     train: Train | None
-    path: Any
-    progress: bool
 
     def __post_init__(self) -> None:
         check_integer("steps", self.steps)
@@ -40,27 +41,58 @@ class TrainSettings:
         check_number("learning_rate", self.learning_rate, above=0.0)
         if self.warmup_steps is not None:
             check_integer("warmup_steps", self.warmup_steps, least=0)
-        object.__setattr__(self, "seeds", distinct_integers("seeds", self.seeds))
+        if self.schedule not in get_args(Schedule):
+            raise ValueError(f"`schedule` must be one of {', '.join(get_args(Schedule))}; got {self.schedule!r}.")
 
     @property
     def warmup(self) -> int:
         """Warm-up steps: by default a twentieth of all steps."""
         return math.ceil(self.steps / 20) if self.warmup_steps is None else self.warmup_steps
 
-    def record(self, model: nn.Module, train_data: Any) -> dict[str, Any]:
-        """The settings as plain data, with what identifies the model and the data."""
+    def record(self, train_data: Any) -> dict[str, Any]:
+        """The settings as plain data, with what identifies the data."""
         return {
-            "model": type(model).__name__,
-            "model_params": sum(parameter.numel() for parameter in model.parameters()),
             "train_examples": len(train_data),
             "steps": self.steps,
             "batch_size": self.batch_size,
             "learning_rate": self.learning_rate,
             "weight_decay": self.weight_decay,
             "warmup_steps": self.warmup,
+            "schedule": self.schedule,
             "max_grad_norm": MAX_GRAD_NORM,
             "train": None if self.train is None else getattr(self.train, "__qualname__", type(self.train).__name__),
         }
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Where the trainings of an experiment run, and where their results are kept.
+
+    Raises: ValueError, naming the argument, for values that are not allowed; PlanError (a ValueError) for an executor
+    whose trainings would share one process, and for a shard without records.
+    """
+
+    seeds: Sequence[int]
+    records: str | os.PathLike[str] | None
+    executor: Executor | None
+    shard: Shard | None
+    progress: bool
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seeds", distinct_integers("seeds", self.seeds))
+        if self.executor is not None and not isinstance(self.executor, Executor):
+            raise PlanError(
+                f"`executor` must be a concurrent.futures.Executor, or None; got {type(self.executor).__name__}."
+            )
+        if isinstance(self.executor, ThreadPoolExecutor):
+            raise PlanError(
+                "`executor` must run trainings in other processes: threads share one process's random generators. Use "
+                "a ProcessPoolExecutor or a RayExecutor."
+            )
+        if self.shard is not None:
+            read_shard(self.shard)
+            if self.records is None:
+                raise PlanError("`shard` needs `records`: the directory where all shards keep their results.")
 
 
 def distinct_integers(name: str, values: Any, *, positive: bool = False) -> tuple[int, ...]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import json
+import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,14 +18,35 @@ from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 from tqdm.auto import tqdm
-from transformers import get_cosine_schedule_with_warmup, set_seed
+from transformers import get_scheduler, set_seed
 
 from lorakit.calibration.state import preserved_rng, preserved_state
 from lorakit.errors import CalibrationError
-from lorakit.experiments._losses import Evaluate, losses_of
-from lorakit.experiments._preserve import preserved_base
-from lorakit.experiments._record import RunRecord, SweepRun
-from lorakit.experiments._settings import MAX_GRAD_NORM, TrainSettings
+from lorakit.experiments._losses import losses_of
+from lorakit.experiments._methods import after_step, check_batch, check_model, loss_terms, prepared, removed_parameters
+from lorakit.experiments._plan import PlanResults, Trial, in_shard, run_plan
+from lorakit.experiments._preserve import check_no_adapters, preserved_base
+from lorakit.experiments._settings import MAX_GRAD_NORM, RunSettings, TrainSettings
+from lorakit.experiments._work import Work, name_of, opened
+
+# Fields that PEFT fills in when it meets a model, or that say nothing about the training.
+_INCIDENTAL = ("base_model_name_or_path", "peft_version", "auto_mapping", "inference_mode", "revision")
+_BASE = "without adapter"
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One training: the held-out losses of the examples afterwards.
+
+    `params` are the parameters that were trained, without those of directions that AdaLoRA has removed. `train_loss` is
+    the mean training loss of the last tenth of the steps; None if the caller's function trained.
+    """
+
+    name: str
+    seed: int
+    params: int
+    losses: tuple[float, ...]
+    train_loss: float | None
 
 
 @dataclass(frozen=True)
@@ -32,38 +58,87 @@ class Trained:
     settings: dict[str, Any]
 
 
-def train_each(
-    model: nn.Module, configs: Mapping[str, PeftConfig], train_data: Any, evaluate: Evaluate, settings: TrainSettings
-) -> Trained:
-    """Train an adapter for each config and seed, evaluate each, and give the model back as it was.
+def train_each(work: Work, configs: Mapping[str, PeftConfig], where: RunSettings) -> Trained | PlanResults:
+    """Train an adapter for each config and seed and evaluate each; a model in this process is given back as it was.
 
-    Runs that `settings.path` holds are not repeated.
+    One trial evaluates the model without an adapter; it runs first. Returns the plan's results instead if `where` has a
+    shard.
     """
-    record = RunRecord.open(settings.path, settings.record(model, train_data), configs)
-    todo = [(name, seed) for seed in settings.seeds for name in configs if (name, seed) not in record.runs]
-    with preserved_rng(model), preserved_state(model):
-        if record.base is None:
-            with preserved_base(model, None):
-                model.eval()
-                record.set_base(losses_of(model, evaluate, "the model without an adapter"))
-        base = record.base or []
-        total = len(todo) * settings.steps
-        with tqdm(total=total, desc="trainings", unit="step", disable=not settings.progress, delay=1.0) as bar:
-            for name, seed in todo:
-                bar.set_postfix_str(f"{name}, seed {seed}")
-                with preserved_base(model, configs[name]):
-                    set_seed(seed % 2**32)
-                    adapted = get_peft_model(model, copy.deepcopy(configs[name]))
-                    params = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-                    what = f"{name} with seed {seed}"
-                    train_loss = train_adapter(
-                        adapted, batches_of(train_data, settings, seed, bar), settings, seed, what
-                    )
-                    adapted.eval()
-                    losses = losses_of(adapted, evaluate, what, len(base))
-                record.add(SweepRun(name, seed, params, tuple(losses), train_loss))
-    runs = tuple(record.runs[name, seed] for seed in settings.seeds for name in configs)
-    return Trained(base, runs, record.settings)
+    if isinstance(work.model, nn.Module):
+        check_no_adapters(work.model)
+    steps, own_loop = work.settings.steps, work.settings.train is not None
+    configs = {name: prepared(name, config, steps, own_loop=own_loop) for name, config in configs.items()}
+    identity, shared = name_of(work.model), work.settings.record(work.train_data)
+    sent = work.here() if where.executor is None else work.packed(where.executor)
+    base = Trial(_BASE, base_trial, {"work": sent}, identity)
+    trials = [base] + [
+        Trial(
+            key=_key(name, seed),
+            function=train_trial,
+            arguments={"work": sent, "name": name, "config": config, "seed": seed},
+            settings=identity | shared | {"seed": seed, "config": _plain(config)},
+        )
+        for seed in where.seeds
+        for name, config in configs.items()
+    ]
+    with contextlib.ExitStack() as stack:
+        directory = where.records or stack.enter_context(tempfile.TemporaryDirectory())
+        run = partial(run_plan, directory=directory, executor=where.executor)
+        if base in in_shard(trials, where.shard):  # what is wrong with `model` or `evaluate` shows before any training
+            count = len(run([base], progress=False)[_BASE]["losses"])
+            trials = [base, *(replace(trial, arguments={**trial.arguments, "count": count}) for trial in trials[1:])]
+        results = run(trials, shard=where.shard, progress=where.progress)
+    if where.shard is not None:
+        return results
+    runs = tuple(_run(results[_key(name, seed)], name, seed) for seed in where.seeds for name in configs)
+    losses = results[_BASE]["losses"]
+    for one in runs:
+        if len(one.losses) != len(losses):
+            raise CalibrationError(
+                f"`evaluate` must return the losses of the same examples each time; for {_key(one.name, one.seed)} it "
+                f"returned {len(one.losses)}, without an adapter {len(losses)}."
+            )
+    named = {key: results[_BASE][key] for key in ("model", "model_params")}
+    return Trained(losses, runs, named | shared)
+
+
+def base_trial(work: Work | bytes) -> dict[str, Any]:
+    """The losses without an adapter, and what model that was."""
+    work, model = opened(work)
+    with preserved_rng(model), preserved_state(model), preserved_base(model, None):
+        model.eval()
+        losses = losses_of(model, work.evaluate, "the model without an adapter")
+    params = sum(parameter.numel() for parameter in model.parameters())
+    return {"model": type(model).__name__, "model_params": params, "losses": losses}
+
+
+def train_trial(
+    work: Work | bytes, name: str, config: PeftConfig, seed: int, count: int | None = None
+) -> dict[str, Any]:
+    """Train one adapter and evaluate it, on `count` examples if given."""
+    work, model = opened(work)
+    check_model(config, model)
+    settings = work.settings
+    what = _key(name, seed)
+    bar = tqdm(total=settings.steps, desc=what, unit="step", disable=not work.progress, delay=1.0, leave=False)
+    with preserved_rng(model), preserved_state(model), preserved_base(model, config), bar:
+        set_seed(seed % 2**32)
+        adapted = get_peft_model(model, copy.deepcopy(config))
+        params = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+        batches = batches_of(work.train_data, settings, seed, bar)
+        train_loss = train_adapter(adapted, batches, settings, seed, what)
+        adapted.eval()
+        losses = losses_of(adapted, work.evaluate, what, count)
+        params -= sum(removed_parameters(adapted, used) for used in adapted.peft_config.values())
+    return {"params": params, "losses": losses, "train_loss": train_loss}
+
+
+def _key(name: str, seed: int) -> str:
+    return f"{name} with seed {seed}"
+
+
+def _run(result: Mapping[str, Any], name: str, seed: int) -> SweepRun:
+    return SweepRun(name, seed, result["params"], tuple(result["losses"]), result["train_loss"])
 
 
 def batches_of(data: Any, settings: TrainSettings, seed: int, bar: Any) -> Iterator[Any]:
@@ -85,7 +160,7 @@ def train_adapter(model: Any, batches: Iterator[Any], settings: TrainSettings, s
         if settings.train is not None:
             settings.train(model, batches, seed)
             return None
-        losses = _minimize(model, batches, settings)
+        losses = _minimize(model, batches, settings, what)
     if not bool(losses.isfinite().all()):
         step = int((~losses.isfinite()).nonzero()[0, 0])
         raise CalibrationError(
@@ -94,21 +169,42 @@ def train_adapter(model: Any, batches: Iterator[Any], settings: TrainSettings, s
     return float(losses[-max(1, len(losses) // 10) :].mean())
 
 
-def _minimize(model: Any, batches: Iterator[Any], settings: TrainSettings) -> Tensor:
-    """AdamW, linear warm-up and cosine decay, gradients clipped to norm 1. Returns the training losses (steps,)."""
+def _minimize(model: Any, batches: Iterator[Any], settings: TrainSettings, what: str) -> Tensor:
+    """AdamW, linear warm-up and the schedule, gradients clipped to norm 1. Returns the training losses (steps,)."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise CalibrationError(f"{what} has no parameters to train: check its config, such as `inference_mode`.")
+    (config,) = model.peft_config.values()
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup, settings.steps)
+    kind = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
+    schedule = get_scheduler(kind, optimizer, settings.warmup, settings.steps)
     device = parameters[0].device
     losses: list[Tensor] = []
-    for batch in batches:
+    for step, batch in enumerate(batches, start=1):
+        check_batch(config, batch)
         loss = model(**send_to_device(batch, device)).loss
         if loss is None:
             raise CalibrationError("The model returned no loss for a training batch. Give the examples labels.")
-        loss.backward()
+        loss_terms(model, config, loss).backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
         optimizer.step()
+        after_step(model, step)
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.detach())
     return torch.stack(losses).double()
+
+
+def _plain(config: PeftConfig) -> dict[str, Any]:
+    """A config as JSON gives it back."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, set | frozenset):
+            return sorted(value)
+        if isinstance(value, Enum):
+            return value.value
+        return vars(value) if hasattr(value, "__dict__") else str(value)
+
+    kept = {key: value for key, value in config.to_dict().items() if key not in _INCIDENTAL}
+    found: dict[str, Any] = json.loads(json.dumps(kept, default=plain, sort_keys=True))
+    return found

@@ -160,10 +160,9 @@ def test_an_interrupted_run_continues(tiny_llama, data, evaluate, tmp_path):
             raise KeyboardInterrupt
         return evaluate(model)
 
-    path = tmp_path / "gains.json"
     with pytest.raises(KeyboardInterrupt):
-        experiments.adapt_each_layer(tiny_llama(), CONFIG, data, stops, path=path, **SETTINGS)
-    again = experiments.adapt_each_layer(tiny_llama(), CONFIG, data, stops, path=path, **SETTINGS)
+        experiments.adapt_each_layer(tiny_llama(), CONFIG, data, stops, records=tmp_path, **SETTINGS)
+    again = experiments.adapt_each_layer(tiny_llama(), CONFIG, data, stops, records=tmp_path, **SETTINGS)
     assert len(calls) == 4  # base, first layer, interrupted second, second
     whole = experiments.adapt_each_layer(tiny_llama(), CONFIG, data, evaluate, **SETTINGS)
     assert_close_reports(again, whole)
@@ -197,8 +196,8 @@ def test_configs_that_train_more_than_adapters_are_refused(tiny_llama, data, eva
 
 
 def test_arguments_of_the_wrong_type_are_refused(tiny_llama, data, evaluate):
-    with pytest.raises(TypeError, match="`model` must be a model .* got str"):
-        experiments.adapt_each_layer("model/", CONFIG, data, evaluate, **SETTINGS)
+    with pytest.raises(TypeError, match="`model` must be a model .* got list"):
+        experiments.adapt_each_layer([], CONFIG, data, evaluate, **SETTINGS)
     with pytest.raises(TypeError, match="`evaluate` must be a function of the model; got NoneType"):
         experiments.adapt_each_layer(tiny_llama(), CONFIG, data, None, **SETTINGS)
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lorakit import FisherLoRAConfig, SpecLoRAConfig, experiments
-from lorakit.errors import CalibrationError, UnsupportedModelError
+from lorakit.errors import CalibrationError, PlanError, TrialError, UnsupportedModelError
 from lorakit.experiments._configs import at_rank
 
 TARGETS = ["q_proj", "v_proj"]
@@ -226,7 +227,7 @@ def test_query_ranks_alone(tiny_llama, data, evaluate):
 
 @pytest.mark.slow
 def test_interrupted_sweeps_continue(tiny_llama, data, evaluate, tmp_path):
-    path = tmp_path / "sweep.json"
+    records = tmp_path / "new" / "sweep"
     whole = experiments.rank_sweep(tiny_llama(), LORA, data, evaluate, ranks=(2, 4), seeds=(0, 1), **SETTINGS)
     calls = []
 
@@ -238,45 +239,41 @@ def test_interrupted_sweeps_continue(tiny_llama, data, evaluate, tmp_path):
 
     model = tiny_llama()
     with pytest.raises(KeyboardInterrupt):
-        experiments.rank_sweep(model, LORA, data, failing, ranks=(2, 4), seeds=(0, 1), path=path, **SETTINGS)
-    assert [(run["name"], run["seed"]) for run in json.loads(path.read_text())["runs"]] == [("2", 0), ("4", 0)]
-    again = experiments.rank_sweep(model, LORA, data, failing, ranks=(2, 4), seeds=(0, 1), path=path, **SETTINGS)
+        experiments.rank_sweep(model, LORA, data, failing, ranks=(2, 4), seeds=(0, 1), records=records, **SETTINGS)
+    kept = [json.loads(path.read_text()) for path in records.iterdir()]
+    assert {record["key"] for record in kept} == {"without adapter", "2 with seed 0", "4 with seed 0"}
+    again = experiments.rank_sweep(model, LORA, data, failing, ranks=(2, 4), seeds=(0, 1), records=records, **SETTINGS)
     assert_close_reports(again, whole)
     assert len(calls) == 6
-    more = experiments.rank_sweep(model, LORA, data, failing, ranks=(2, 4, 8), seeds=(0,), path=path, **SETTINGS)
+    more = experiments.rank_sweep(model, LORA, data, failing, ranks=(2, 4, 8), seeds=(0,), records=records, **SETTINGS)
     assert len(calls) == 7
     assert [row.name for row in more.ranks] == ["2", "4", "8"]
     assert (
-        experiments.rank_sweep(model, LORA, data, failing, ranks=(2, 4), seeds=(0, 1), path=path, **SETTINGS) == again
+        experiments.rank_sweep(model, LORA, data, failing, ranks=(2, 4), seeds=(0, 1), records=records, **SETTINGS)
+        == again
     )
-    assert (len(calls), len(json.loads(path.read_text())["runs"])) == (7, 5)
-    assert [child.name for child in tmp_path.iterdir()] == ["sweep.json"]
+    assert len(calls) == 7
+    assert len(list(records.iterdir())) == 6
 
 
-def test_a_file_with_other_settings_is_refused(tiny_llama, data, evaluate, tmp_path):
-    path = tmp_path / "sweep.json"
-    settings = {"ranks": (2,), "seeds": (0,), "path": path, **SETTINGS}
+@pytest.mark.slow
+def test_records_of_other_settings_are_refused(tiny_llama, data, evaluate, tmp_path):
+    settings = {"ranks": (2,), "seeds": (0,), "records": tmp_path, **SETTINGS}
     experiments.rank_sweep(tiny_llama(), LORA, data, evaluate, **settings)
-    before = path.read_bytes()
-    with pytest.raises(ValueError, match="other settings: steps 3, now 4"):
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(PlanError, match="record of '2 with seed 0' in .* other settings: steps 3, now 4. Use another"):
         experiments.rank_sweep(tiny_llama(), LORA, data, evaluate, **settings | {"steps": 4, "warmup_steps": 1})
-    with pytest.raises(ValueError, match=r"lora_alpha of '2' 4, now 8"):
+    with pytest.raises(PlanError, match=r"settings: config.lora_alpha 4, now 8"):
         experiments.rank_sweep(
             tiny_llama(), LoraConfig(r=4, lora_alpha=16, target_modules=TARGETS), data, evaluate, **settings
         )
-    with pytest.raises(ValueError, match="train_examples 5, now 4"):
+    with pytest.raises(PlanError, match="train_examples 5, now 4"):
         experiments.rank_sweep(tiny_llama(), LORA, data[:4], evaluate, **settings)
-    with pytest.raises(CalibrationError, match="4 with seed 0 it returned 2, before 4"):
+    with pytest.raises(PlanError, match="schedule 'cosine', now 'linear'"):
+        experiments.rank_sweep(tiny_llama(), LORA, data, evaluate, schedule="linear", **settings)
+    with pytest.raises(TrialError, match="4 with seed 0 it returned 2, before 4"):
         experiments.rank_sweep(tiny_llama(), LORA, data, lambda m: evaluate(m)[:2], **settings | {"ranks": (2, 4)})
-    assert path.read_bytes() == before
-    for text in ("[]", "{", '{"settings": {}}'):
-        path.write_text(text)
-        with pytest.raises(ValueError, match="must be a new file, or one that an earlier sweep wrote"):
-            experiments.rank_sweep(tiny_llama(), LORA, data, evaluate, **settings)
-    with pytest.raises(ValueError, match="directory that exists"):
-        experiments.rank_sweep(
-            tiny_llama(), LORA, data, evaluate, **settings | {"path": tmp_path / "no" / "sweep.json"}
-        )
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
 def snapshot(model):
@@ -440,6 +437,10 @@ def test_invalid_arguments_are_refused(tiny_llama, data, evaluate):
         ({"seeds": (1, 1)}, "`seeds` must be distinct integers"),
         ({"steps": 0}, "`steps` must be a positive integer; got 0"),
         ({"batch_size": 0}, "`batch_size` must be a positive integer; got 0"),
+        ({"schedule": "step"}, "`schedule` must be one of cosine, linear, constant; got 'step'"),
+        ({"shard": "1/2"}, "`shard` needs `records`: the directory where all shards keep their results"),
+        ({"executor": 2}, "`executor` must be a concurrent.futures.Executor, or None; got int"),
+        ({"executor": ThreadPoolExecutor(1)}, "`executor` must run trainings in other processes: threads share"),
         ({"warmup_steps": -1}, "`warmup_steps` must be a non-negative integer; got -1"),
         ({"learning_rate": 0}, "`learning_rate` must be a finite number above 0; got 0"),
         ({"reference": 5}, "`reference` must be one of 4, 8, 16, 32, 64; got 5"),
@@ -475,10 +476,11 @@ def test_non_finite_losses_are_refused(tiny_llama, data, evaluate):
         return {"inputs_embeds": embeddings, "labels": torch.stack([example["labels"] for example in examples])}
 
     with pytest.raises(
-        CalibrationError, match="of 4 with seed 0 is not finite from step 2 on: lower the learning rate or check"
-    ):
+        TrialError, match="of 4 with seed 0 is not finite from step 2 on: lower the learning rate or check"
+    ) as raised:
         experiments.rank_sweep(model, LORA, data, evaluate, ranks=(4,), collate_fn=collate, **SETTINGS | {"steps": 8})
     assert_same(before, snapshot(model))
     unlabelled = [{"input_ids": example["input_ids"]} for example in data]
-    with pytest.raises(CalibrationError, match="no loss for a training batch. Give the examples labels"):
+    assert isinstance(raised.value.__cause__, CalibrationError)
+    with pytest.raises(TrialError, match="no loss for a training batch. Give the examples labels"):
         experiments.rank_sweep(model, LORA, unlabelled, evaluate, ranks=(4,), **SETTINGS)
