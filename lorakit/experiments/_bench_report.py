@@ -98,7 +98,7 @@ class BenchReport(Report):
 
     @property
     def recommended(self) -> BenchVariant | None:
-        """The PASSing variant within the tolerance that has the fewest parameters, of equal ones the better lower bound."""
+        """The PASSing variant within the tolerance with the fewest parameters, then the best bound; or None."""
         passing = [v for v in self.variants if v.verdict == "PASS" and v.within_tolerance is not False]
         return min(passing, key=lambda variant: (variant.parameters, -variant.task.lower), default=None)
 
