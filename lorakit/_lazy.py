@@ -76,11 +76,11 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "lorakit.experiments": {
         "_adapt_each_layer": ("LayerGain", "LayerGains", "adapt_each_layer"),
+        "_executors": ("RayExecutor", "process_pool"),
         "_layer_sensitivity": ("LayerSensitivity", "SensitivityGroup", "layer_sensitivity"),
         "_losses": ("MeanLoss", "PairedDifference"),
         "_plan": ("PlanResults", "Trial", "run_plan"),
         "_rank_sweep": ("RankSweep", "SweptRank", "rank_sweep"),
-        "_ray": ("RayExecutor",),
         "_training": ("SweepRun",),
     },
     "lorakit.export": {"_report": ("ExportReport", "ExportedModule"), "_to_lora": ("to_lora",)},

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from lorakit.experiments._adapt_each_layer import LayerGain as LayerGain
     from lorakit.experiments._adapt_each_layer import LayerGains as LayerGains
     from lorakit.experiments._adapt_each_layer import adapt_each_layer as adapt_each_layer
+    from lorakit.experiments._executors import RayExecutor as RayExecutor
+    from lorakit.experiments._executors import process_pool as process_pool
     from lorakit.experiments._layer_sensitivity import LayerSensitivity as LayerSensitivity
     from lorakit.experiments._layer_sensitivity import SensitivityGroup as SensitivityGroup
     from lorakit.experiments._layer_sensitivity import layer_sensitivity as layer_sensitivity
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from lorakit.experiments._rank_sweep import RankSweep as RankSweep
     from lorakit.experiments._rank_sweep import SweptRank as SweptRank
     from lorakit.experiments._rank_sweep import rank_sweep as rank_sweep
-    from lorakit.experiments._ray import RayExecutor as RayExecutor
     from lorakit.experiments._training import SweepRun as SweepRun
 else:
     __getattr__, __dir__, __all__ = attach(__name__)
