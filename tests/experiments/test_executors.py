@@ -35,7 +35,7 @@ def ray():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")  # else it writes a token to the home directory
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        patch.setenv("PYTHONPATH", os.path.dirname(trials.__file__), prepend=os.pathsep)
         module = pytest.importorskip("ray", reason="needs Ray: pip install 'lorakit[ray]'")
         module.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
         yield module
