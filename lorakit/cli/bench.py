@@ -7,14 +7,15 @@ from typing import Annotated
 import typer
 
 from lorakit import experiments
+from lorakit.cli._executors import Backend, ShardOf, Workers, executor_of
 from lorakit.cli._output import EXIT_CODES, print_json, print_lines, show
 
 
 def bench(
     file: Annotated[str, typer.Argument(help="A YAML file with the arguments of `lorakit.experiments.bench`.")],
-    shard: Annotated[
-        str | None, typer.Option(help="Run only this part of the trials, as 1/4; the directory is shared.")
-    ] = None,
+    backend: Backend = "local",
+    workers: Workers = None,
+    shard: ShardOf = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="FILE is a bench.json: compute all of its figures anew from its scores.")
     ] = False,
@@ -27,7 +28,9 @@ def bench(
         show(report, as_json)
         print_lines(*([] if as_json else ["The bench verifies."]))
         return
-    found = experiments.bench(**experiments.read_bench_file(file), shard=shard)
+    arguments = experiments.read_bench_file(file)
+    with executor_of(backend, workers) as executor:
+        found = experiments.bench(**arguments, executor=executor, shard=shard)
     if as_json:
         print_json(found.to_dict())
     else:

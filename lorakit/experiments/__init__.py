@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from lorakit.experiments._bench_verdicts import BenchGate as BenchGate
     from lorakit.experiments._bench_verdicts import BenchScores as BenchScores
     from lorakit.experiments._bench_verdicts import BenchTask as BenchTask
+    from lorakit.experiments._executors import RayExecutor as RayExecutor
+    from lorakit.experiments._executors import process_pool as process_pool
     from lorakit.experiments._layer_sensitivity import LayerSensitivity as LayerSensitivity
     from lorakit.experiments._layer_sensitivity import SensitivityGroup as SensitivityGroup
     from lorakit.experiments._layer_sensitivity import layer_sensitivity as layer_sensitivity
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from lorakit.experiments._rank_sweep import RankSweep as RankSweep
     from lorakit.experiments._rank_sweep import SweptRank as SweptRank
     from lorakit.experiments._rank_sweep import rank_sweep as rank_sweep
-    from lorakit.experiments._ray import RayExecutor as RayExecutor
     from lorakit.experiments._training import SweepRun as SweepRun
 else:
     __getattr__, __dir__, __all__ = attach(__name__)

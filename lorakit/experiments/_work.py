@@ -17,8 +17,8 @@ from torch import nn
 from lorakit._format import count
 from lorakit.errors import PlanError
 from lorakit.evaluation import load_base
+from lorakit.experiments._executors import RayExecutor
 from lorakit.experiments._losses import Evaluate
-from lorakit.experiments._ray import RayExecutor
 from lorakit.experiments._settings import TrainSettings
 
 Source = nn.Module | str | os.PathLike[str] | Callable[[], nn.Module]

@@ -1,17 +1,48 @@
-"""An executor on Ray."""
+"""Where a plan's trials can run: in other processes of this machine, or on Ray."""
 
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
+import threading
 from collections.abc import Callable
 from concurrent import futures
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from typing import Any, TypeVar
+
+import torch
 
 from lorakit._checks import check_integer
 from lorakit.errors import MissingExtraError
 
 T = TypeVar("T")
+
+
+def process_pool(workers: int, *, threads: int | None = None) -> ProcessPoolExecutor:
+    """A ProcessPoolExecutor of fresh interpreters, in which torch is safe, unlike in forks.
+
+    `threads`: of torch in each worker; by default this process's, shared among the workers. Workers end with this
+    process, also if it is killed. Raises: ValueError unless both are positive integers.
+    """
+    check_integer("workers", workers)
+    if threads is None:
+        threads = max(1, torch.get_num_threads() // workers)
+    check_integer("threads", threads)
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(threads,))
+
+
+def _start_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 class RayExecutor(Executor):
