@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -205,8 +206,6 @@ def test_the_report_on_disk_verifies_and_one_changed_figure_does_not(finished, t
 
 
 def test_figures_that_are_not_those_of_the_scores_do_not_verify_even_with_a_new_hash(finished):
-    from dataclasses import replace
-
     report, _ = finished
     first = replace(report.variants[0], verdict="FAIL" if report.variants[0].verdict != "FAIL" else "PASS")
     forged = replace(report, variants=(first, *report.variants[1:]))
@@ -382,6 +381,30 @@ def test_choices_are_a_task_beside_the_loss(finished, arguments, home, tmp_path)
     assert {score for seed in report.scores.probe["questions"] for score in seed} <= {0.0, 1.0}
     assert [finding.code for finding in report.findings] == ["overlap_not_checked"]
     assert [table.title for table in report.tables()] == ["", "Sizes", "Every task", "Ranks"]
+
+
+@pytest.mark.parametrize(("verdict", "code"), [("PASS", 0), ("FAIL", 1), ("INCONCLUSIVE", 3)])
+def test_the_command_exits_with_the_verdict(finished, home, tmp_path, monkeypatch, capsys, verdict, code):
+    from lorakit.cli.app import app
+
+    content = {"base": str(home / "base"), "train": "t.jsonl", "tasks": "x.jsonl", "margin": 1, "probe": {"r": 4}}
+    (tmp_path / "bench.yaml").write_text(json.dumps({**content, "directory": "d", "steps": 1, "learning_rate": 1}))
+    given = {}
+    monkeypatch.setattr(experiments, "bench", lambda **a: given.update(a) or replace(finished[0], verdict=verdict))
+    with pytest.raises(SystemExit) as stopped:
+        app(["bench", str(tmp_path / "bench.yaml"), "--shard", "1/2", "--json"])
+    assert stopped.value.code == code
+    assert json.loads(capsys.readouterr().out)["verdict"] == verdict
+    assert (given["steps"], given["shard"], given["executor"]) == (1, "1/2", None)
+
+
+def test_the_command_verifies_a_report(finished, capsys):
+    from lorakit.cli.app import app
+
+    with pytest.raises(SystemExit) as stopped:
+        app(["bench", str(finished[1] / "bench.json"), "--verify"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.rstrip().endswith("The bench verifies.")
 
 
 @pytest.mark.parametrize(
