@@ -61,11 +61,11 @@ class BenchPlan:
         trial = self._trial(full, trials.train, {**arguments, "out": path, "progress": self._progress}, stated)
         return path, trial
 
-    def cut(self, name: str, seed: int, probe: BenchAdapter, ranks: Mapping[str, int]) -> tuple[str, Trial]:
-        full = f"{name}, seed {seed}"
-        path = self._path(full)
-        arguments = {"adapter": probe.path, "sha256": probe.sha256, "ranks": ranks, "out": path}
-        return path, Trial(full, trials.cut, arguments, {"probe_sha256": probe.sha256, "ranks": dict(ranks)})
+    def cut(self, ranks: BenchRanks, seed: int, probe: BenchAdapter) -> tuple[str, Trial]:
+        full = f"{ranks.label} truncated, seed {seed}"
+        path, by_module = self._path(full), ranks.suggestion.ranks
+        arguments = {"adapter": probe.path, "sha256": probe.sha256, "ranks": by_module, "out": path}
+        return path, Trial(full, trials.cut, arguments, {"probe_sha256": probe.sha256, "ranks": by_module})
 
     def _path(self, name: str) -> str:
         return os.fspath(self._settings.directory / "adapters" / re.sub(r"[^\w.-]+", "-", name))

@@ -20,11 +20,6 @@ class BenchRanks:
     policies: tuple[str, ...]
     suggestion: RankSuggestion
 
-    @property
-    def title(self) -> str:
-        """The policies, in tables."""
-        return " = ".join(self.policies)
-
 
 def ranks_to_test(audits: Sequence[AuditReport], policies: Sequence[Policy], energy: float) -> list[BenchRanks]:
     """Each policy's ranks, the same for all seeds: module by module the median over the seeds' suggestions.

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMAT = "lorakit-bench-1"
+Method = Literal["retrained", "truncated"]
 JSON_NAME, HTML_NAME = "bench.json", "report.html"
 
 
@@ -40,7 +41,7 @@ class BenchVariant:
     """
 
     name: str
-    method: Literal["retrained", "truncated"]
+    method: Method
     policies: tuple[str, ...]
     ranks: Mapping[str, int]
     parameters: int

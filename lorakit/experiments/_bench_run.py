@@ -12,7 +12,7 @@ from lorakit._report import Report
 from lorakit.errors import EvaluationError, Finding
 from lorakit.experiments._bench_plan import DATA_KEY, BenchAdapter, BenchPlan, plain_config, score_key
 from lorakit.experiments._bench_ranks import BenchRanks, ranks_to_test
-from lorakit.experiments._bench_report import BenchReport, BenchVariant
+from lorakit.experiments._bench_report import BenchReport, BenchVariant, Method
 from lorakit.experiments._bench_settings import BenchSettings
 from lorakit.experiments._bench_verdicts import BenchGate, BenchScores, Judgement, gates, judge, overall
 from lorakit.experiments._plan import Shard, Trial, read_shard, run_plan
@@ -58,6 +58,19 @@ class MissingTrialsError(Exception):
         self.report = report
 
 
+@dataclass(frozen=True)
+class _Made:
+    """The adapters of a variant, one for each seed."""
+
+    ranks: BenchRanks
+    method: Method
+    adapters: Sequence[BenchAdapter]
+
+    @property
+    def name(self) -> str:
+        return f"{' = '.join(self.ranks.policies)}, {self.method}"
+
+
 class BenchRun:
     """The stages of a bench; each is a plan whose trials have records."""
 
@@ -87,15 +100,13 @@ class BenchRun:
         )
         gate = gates(scores, settings.gate, settings.hypothesis.alpha)
         if not all(row.passed for row in gate):
-            return self._report(scores, gate, probes, {}, [])
+            return self._report(scores, gate, probes, [])
         audits = [audit(probe.path, energy=settings.energy, suggest_ranks=True) for probe in probes]
         ranks = ranks_to_test(audits, settings.policies, settings.energy)
         made = self._variants(ranks, probes)
-        everything = [adapter for seeds in made.values() for adapter in seeds]
-        found = self._evaluated("scores of the variants", everything)
-        width = len(settings.seeds)
-        variants = {name: self._by_task(found[i * width : (i + 1) * width], base) for i, name in enumerate(made)}
-        return self._report(replace(scores, variants=variants), gate, probes, made, ranks)
+        found = iter(self._evaluated("scores of the variants", [adapter for one in made for adapter in one.adapters]))
+        variants = {one.name: self._by_task([next(found) for _ in one.adapters], base) for one in made}
+        return self._report(replace(scores, variants=variants), gate, probes, made)
 
     def _stage(self, name: str, plan: Sequence[Trial]) -> Results:
         results = run_plan(
@@ -121,24 +132,19 @@ class BenchRun:
         results = self._stage(stage, [trial for _, trial in plan])
         return [BenchAdapter(trial.key, path, results[trial.key]) for path, trial in plan]
 
-    def _variants(self, ranks: Sequence[BenchRanks], probes: Sequence[BenchAdapter]) -> dict[str, list[BenchAdapter]]:
-        """The adapters of every variant, one for each seed, by the variant's name."""
+    def _variants(self, ranks: Sequence[BenchRanks], probes: Sequence[BenchAdapter]) -> list[_Made]:
         settings = self._settings
-        plan: dict[str, list[tuple[str, Trial]]] = {}
+        plan: list[tuple[BenchRanks, Method, list[tuple[str, Trial]]]] = []
         for one in ranks:
             config = plain_config(one, settings.probe)
             if settings.retrain:
-                name = f"{one.title}, retrained"
-                plan[name] = [self._plan.train(f"{one.label} retrained", seed, config) for seed in settings.seeds]
+                trained = [self._plan.train(f"{one.label} retrained", seed, config) for seed in settings.seeds]
+                plan.append((one, "retrained", trained))
             if settings.cut:
-                name = f"{one.title}, truncated"
-                plan[name] = [
-                    self._plan.cut(f"{one.label} truncated", seed, probe, one.suggestion.ranks)
-                    for seed, probe in zip(settings.seeds, probes, strict=True)
-                ]
-        made = self._made("variants", [pair for pairs in plan.values() for pair in pairs])
-        width = len(settings.seeds)
-        return {name: made[i * width : (i + 1) * width] for i, name in enumerate(plan)}
+                pairs = zip(settings.seeds, probes, strict=True)
+                plan.append((one, "truncated", [self._plan.cut(one, seed, probe) for seed, probe in pairs]))
+        made = iter(self._made("variants", [pair for _, _, pairs in plan for pair in pairs]))
+        return [_Made(one, method, [next(made) for _ in pairs]) for one, method, pairs in plan]
 
     def _evaluated(self, stage: str, adapters: Sequence[BenchAdapter]) -> list[Results]:
         plan = [self._plan.score(adapter, task) for adapter in adapters for task in self._settings.tasks]
@@ -179,16 +185,12 @@ class BenchRun:
         scores: BenchScores,
         gate: Sequence[BenchGate],
         probes: Sequence[BenchAdapter],
-        made: Mapping[str, Sequence[BenchAdapter]],
-        ranks: Sequence[BenchRanks],
+        made: Sequence[_Made],
     ) -> BenchReport:
         settings = self._settings
         judged = judge(scores, settings.hypothesis.margins, settings.hypothesis.alpha, settings.tolerance)
-        by_title = {one.title: one for one in ranks}
-        variants = []
-        for name, one in judged.items():
-            title, _, method = name.rpartition(", ")
-            variants.append(_variant(name, method, by_title[title], made[name], one))
+        variants = [_variant(one, judged[one.name]) for one in made]
+        everything = [*probes, *(adapter for one in made for adapter in one.adapters)]
         first = self._scored[0]
         report = BenchReport(
             verdict=overall(gate, [variant.verdict for variant in variants]),
@@ -205,7 +207,7 @@ class BenchRun:
                 "base": first["base_sha256"],
                 "train": self._plan.data_sha256,
                 "tasks": self._plan.fingerprints,
-                "adapters": {one.name: one.sha256 for seeds in (probes, *made.values()) for one in seeds},
+                "adapters": {one.name: one.sha256 for one in everything},
             },
             environment={**first["environment"], "device": first["device"]},
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -225,19 +227,17 @@ class BenchRun:
         return found
 
 
-def _variant(
-    name: str, method: Any, ranks: BenchRanks, adapters: Sequence[BenchAdapter], judged: Judgement
-) -> BenchVariant:
-    energies = [adapter.record["energy_kept"] for adapter in adapters if "energy_kept" in adapter.record]
+def _variant(made: _Made, judged: Judgement) -> BenchVariant:
+    energies = [adapter.record["energy_kept"] for adapter in made.adapters if "energy_kept" in adapter.record]
     return BenchVariant(
-        name=name,
-        method=method,
-        policies=ranks.policies,
-        ranks=ranks.suggestion.ranks,
-        **_sizes(adapters),
-        served_rank=ranks.suggestion.served_rank,
+        name=made.name,
+        method=made.method,
+        policies=made.ranks.policies,
+        ranks=made.ranks.suggestion.ranks,
+        **_sizes(made.adapters),
+        served_rank=made.ranks.suggestion.served_rank,
         energy_kept=sum(energies) / len(energies) if energies else None,
-        adapters=tuple(adapter.path for adapter in adapters),
+        adapters=tuple(adapter.path for adapter in made.adapters),
         verdict=judged.verdict,
         pass_p_value=judged.pass_p_value,
         fail_p_value=judged.fail_p_value,

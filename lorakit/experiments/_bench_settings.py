@@ -99,6 +99,7 @@ def check_probe(probe: Any) -> dict[str, Any]:
     if type(probe) is LoraConfig:
         default = LoraConfig().to_dict()
         given = {k: v for k, v in probe.to_dict().items() if v != default.get(k) and k not in _FOUND_OUT}
+        given["r"] = probe.r
     elif isinstance(probe, Mapping):
         given = dict(probe)
     else:
@@ -117,7 +118,9 @@ def check_probe(probe: Any) -> dict[str, Any]:
     check_integer("probe['r']", given.get("r"))
     check_number("probe['lora_alpha']", given.get("lora_alpha", 8), above=0)
     named = given.get("target_modules")
-    given |= {"task_type": given.get("task_type", "CAUSAL_LM"), "lora_alpha": given.get("lora_alpha", 8)}
+    given.setdefault("lora_alpha", 8)
+    if given.setdefault("task_type", "CAUSAL_LM") != "CAUSAL_LM":
+        raise ValueError(f"`probe` must have the task_type 'CAUSAL_LM', or none; got {given['task_type']!r}.")
     if named is not None and not isinstance(named, str):
         given["target_modules"] = sorted(named)
     return {name: getattr(value, "value", value) for name, value in given.items()}

@@ -30,11 +30,12 @@ from lorakit.evaluation._models import load_tokenizer
 from lorakit.experiments._preserve import preserved_base
 from lorakit.experiments._settings import TrainSettings
 from lorakit.experiments._training import batches_of, train_adapter
+from lorakit.naming.patterns import compact_pattern
 
 
 def read_data(*, base: str, options: LoadOptions, data: Mapping[str, Any]) -> dict[str, Any]:
     """What becomes of the training data, and the hash of each example."""
-    examples = loader(tokenizer=load_tokenizer(base, options=options), progress=False, **data)
+    examples = loader(tokenizer=_tokenizer(base, options), progress=False, **data)
     documents = [document for batch in examples for document in document_digests(batch)]
     return {"report": examples.report.to_dict(), "documents": documents}
 
@@ -53,7 +54,7 @@ def train(
     """Train one adapter and write it to `out`, whole or not at all."""
     started = time.perf_counter()
     model, _ = loaded_base(base, options)
-    tokenizer = load_tokenizer(base, options=options)
+    tokenizer = _tokenizer(base, options)
     examples = loader(tokenizer=tokenizer, progress=False, **data)
     settings = TrainSettings(**training, collate_fn=examples.collate_fn, train=None)
     lora = LoraConfig(**copy.deepcopy(dict(config)))
@@ -71,11 +72,10 @@ def train(
     return _written(out) | {"parameters": parameters, "train_loss": loss, "seconds": round(seconds, 3)}
 
 
-def cut(*, adapter: str, sha256: str, ranks: int | Mapping[str, int], out: str) -> dict[str, Any]:
-    """Truncate an adapter to these ranks, without retraining."""
+def cut(*, adapter: str, sha256: str, ranks: Mapping[str, int], out: str) -> dict[str, Any]:
+    """Truncate an adapter to these ranks of its modules, without retraining."""
     check_unchanged(adapter, sha256)
-    given = ranks if isinstance(ranks, int) else dict(ranks)
-    report = truncate(adapter, out, ranks=given, pad=isinstance(ranks, int), overwrite=True)
+    report = truncate(adapter, out, ranks=compact_pattern(ranks, implied=()), pad=False, overwrite=True)
     return _written(out) | {"parameters": report.parameters, "energy_kept": report.energy_kept}
 
 
@@ -113,6 +113,13 @@ def check_unchanged(adapter: str | os.PathLike[str], sha256: str | None) -> None
             f"The adapter in {os.fspath(adapter)!r} is not the one that the bench wrote: it was changed or removed "
             f"since. Delete its record to make it again."
         )
+
+
+def _tokenizer(base: str, options: LoadOptions) -> Any:
+    tokenizer = load_tokenizer(base, options=options)
+    if tokenizer is None:
+        raise EvaluationError(f"The base model {base!r} has no tokenizer, which training on text needs.")
+    return tokenizer
 
 
 def _written(out: str) -> dict[str, Any]:
