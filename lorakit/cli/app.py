@@ -9,6 +9,7 @@ import typer
 
 from lorakit._version import __version__
 from lorakit.cli.agree import agree
+from lorakit.cli.bench import bench
 from lorakit.cli.certify import certify, evaluate
 from lorakit.cli.demo import demo
 from lorakit.cli.inspect import alignment, audit, compare
@@ -49,6 +50,7 @@ for _command in (
     evaluate,
     certify,
     agree,
+    bench,
     demo,
 ):
     app.command()(_command)

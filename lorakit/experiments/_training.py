@@ -100,6 +100,7 @@ def train_each(work: Work, configs: Mapping[str, PeftConfig], where: RunSettings
             )
     named = {key: results[_BASE][key] for key in ("model", "model_params")}
     return Trained(losses, runs, named | shared)
+<<<<<<< HEAD
 
 
 def base_trial(work: Work | bytes) -> dict[str, Any]:
@@ -138,9 +139,50 @@ def _key(name: str, seed: int) -> str:
 
 def _run(result: Mapping[str, Any], name: str, seed: int) -> SweepRun:
     return SweepRun(name, seed, result["params"], tuple(result["losses"]), result["train_loss"])
+=======
+>>>>>>> bench
 
 
-def _batches(data: Any, settings: TrainSettings, seed: int, bar: Any) -> Iterator[Any]:
+def base_trial(work: Work | bytes) -> dict[str, Any]:
+    """The losses without an adapter, and what model that was."""
+    work, model = opened(work)
+    with preserved_rng(model), preserved_state(model), preserved_base(model, None):
+        model.eval()
+        losses = losses_of(model, work.evaluate, "the model without an adapter")
+    params = sum(parameter.numel() for parameter in model.parameters())
+    return {"model": type(model).__name__, "model_params": params, "losses": losses}
+
+
+def train_trial(
+    work: Work | bytes, name: str, config: PeftConfig, seed: int, count: int | None = None
+) -> dict[str, Any]:
+    """Train one adapter and evaluate it, on `count` examples if given."""
+    work, model = opened(work)
+    check_model(config, model)
+    settings = work.settings
+    what = _key(name, seed)
+    bar = tqdm(total=settings.steps, desc=what, unit="step", disable=not work.progress, delay=1.0, leave=False)
+    with preserved_rng(model), preserved_state(model), preserved_base(model, config), bar:
+        set_seed(seed % 2**32)
+        adapted = get_peft_model(model, copy.deepcopy(config))
+        params = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+        batches = batches_of(work.train_data, settings, seed, bar)
+        train_loss = train_adapter(adapted, batches, settings, seed, what)
+        adapted.eval()
+        losses = losses_of(adapted, work.evaluate, what, count)
+        params -= sum(removed_parameters(adapted, used) for used in adapted.peft_config.values())
+    return {"params": params, "losses": losses, "train_loss": train_loss}
+
+
+def _key(name: str, seed: int) -> str:
+    return f"{name} with seed {seed}"
+
+
+def _run(result: Mapping[str, Any], name: str, seed: int) -> SweepRun:
+    return SweepRun(name, seed, result["params"], tuple(result["losses"]), result["train_loss"])
+
+
+def batches_of(data: Any, settings: TrainSettings, seed: int, bar: Any) -> Iterator[Any]:
     """Batches in an order that depends on the seed alone. Before each one all generators are seeded anew."""
     generator = torch.Generator().manual_seed(seed)
     size = settings.batch_size
@@ -152,7 +194,7 @@ def _batches(data: Any, settings: TrainSettings, seed: int, bar: Any) -> Iterato
         bar.update()
 
 
-def _train(model: Any, batches: Iterator[Any], settings: TrainSettings, seed: int, what: str) -> float | None:
+def train_adapter(model: Any, batches: Iterator[Any], settings: TrainSettings, seed: int, what: str) -> float | None:
     """Train; the mean training loss of the last tenth of the steps, or None if the caller's function trained."""
     model.train()
     with torch.enable_grad():
