@@ -23,7 +23,7 @@ from lorakit.evaluation._attach import AttachedAdapter, check_applied, without_a
 from lorakit.evaluation._digests import adapter_digest, data_digest, digest, document_digests
 from lorakit.evaluation._models import AdapterSource, LoadOptions, label_of, load_base, load_tokenizer
 from lorakit.evaluation._scores import scores_of
-from lorakit.evaluation._tasks import Scored
+from lorakit.evaluation._task_kinds import Scored
 from lorakit.statistics import PairedInterval, Verdict, paired_interval
 
 if TYPE_CHECKING:
