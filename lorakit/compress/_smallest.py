@@ -53,9 +53,21 @@ def smallest(
         a-priori ordered hypotheses", 1995.
 
     Example:
-        >>> import lorakit
-        >>> task = lorakit.evaluation.choices("test.jsonl")  # doctest: +SKIP
-        >>> lorakit.compress.smallest("adapter/", "small/", base="base/", tasks=task, margin=0.02)  # doctest: +SKIP
+        >>> import tempfile
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> size = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+        >>> base = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **size))
+        >>> adapter = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+        >>> ids = torch.arange(32).view(8, 4)
+        >>> directory = tempfile.mkdtemp()
+        >>> adapter.save_pretrained(directory)
+        >>> base = adapter.unload()
+        >>> from lorakit.evaluation import loss
+        >>> task = loss([{"input_ids": ids, "labels": ids}])
+        >>> smallest(directory, directory + "-small", base=base, tasks=task, margin=1.0, progress=False).rank
+        1
     """
     check_overwrite(out, [adapter], overwrite=overwrite)
     source = os.fspath(adapter)

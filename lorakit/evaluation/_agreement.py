@@ -164,8 +164,15 @@ def agreement(
         cannot be read.
 
     Example:
-        >>> import lorakit
-        >>> lorakit.evaluation.agreement("base/", "adapter/", "small/", ["Who wrote Emma?"])  # doctest: +SKIP
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> size = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+        >>> base = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **size))
+        >>> adapter = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        >>> ids = torch.arange(32).view(8, 4)
+        >>> agreement(base, adapter, adapter, [{"input_ids": ids, "labels": ids}], progress=False).top1.mean
+        1.0
     """
     if margin is not None:
         check_number("margin", margin, above=0)

@@ -92,9 +92,18 @@ def certify(
         sides, documents that are missing, there twice or used before, and scores that are not finite.
 
     Example:
-        >>> import lorakit
-        >>> task = lorakit.evaluation.choices("test.jsonl")  # doctest: +SKIP
-        >>> lorakit.evaluation.certify("base/", "adapter/", "small/", tasks=task, margin=0.02)  # doctest: +SKIP
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> size = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+        >>> base = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **size))
+        >>> adapter = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        >>> ids = torch.arange(32).view(8, 4)
+        >>> batches = [{"input_ids": ids, "labels": ids}]
+        >>> from lorakit.evaluation import loss
+        >>> certificate = certify(base, adapter, adapter, tasks=loss(batches), margin=0.05, progress=False)
+        >>> certificate.verdict, certificate.difference
+        ('PASS', 0.0)
     """
     sides = [seeds_of(reference), seeds_of(candidate)]
     if len(sides[0]) != len(sides[1]) or len(sides[0]) == 2:

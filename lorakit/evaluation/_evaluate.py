@@ -43,6 +43,18 @@ def evaluate(
         progress: show progress bars on stderr.
     Raises: EvaluationError for tasks that cannot be run, scores that are not finite, and documents that are there
         twice.
+
+    Example:
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> size = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **size))
+        >>> from lorakit.evaluation import loss
+        >>> ids = torch.arange(32).view(8, 4)
+        >>> scores = evaluate(model, loss([{"input_ids": ids, "labels": ids}]), progress=False)
+        >>> len(scores["loss"].scores)
+        8
     """
     wanted = tasks_of(tasks)
     tokenizer = load_tokenizer(getattr(model, "name_or_path", None)) if tokenizer is None else tokenizer
