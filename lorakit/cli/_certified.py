@@ -57,9 +57,10 @@ class Certification:
             raise typer.BadParameter("does nothing without --task.", param_hint=", ".join(idle))
         return False
 
-    def settings(self, options: LoadOptions) -> dict[str, Any]:
-        """The arguments of `lorakit.evaluation.write_certified`, without `base` and `references`."""
+    def settings(self, options: LoadOptions, **more: Any) -> dict[str, Any]:
+        """The arguments of `lorakit.evaluation.write_certified`, with `more` of them."""
         return {
+            **more,
             "tasks": self.task,
             "margin": self.margin,
             "alpha": 0.05 if self.alpha is None else self.alpha,
@@ -83,8 +84,10 @@ def loading(
     }
 
 
-def refuse_without_base(given: Mapping[str, Any]) -> None:
+def refuse_without_base(base: str | None, given: Mapping[str, Any]) -> None:
     """A usage error for options about loading a model, where none is loaded."""
+    if base is not None:
+        return
     idle = [option for option, value in given.items() if _given(value)]
     if idle:
         raise typer.BadParameter("does nothing without --base.", param_hint=", ".join(idle))

@@ -113,7 +113,7 @@ def compress(
     loaded = (device, dtype, load_in_4bit, revision, trust_remote_code)
     option = "--smallest" if smallest else None
     asked = certification.asked(base, only={"--base": base, **loading(*loaded)}, smallest=option)
-    settings = certification.settings(load_options(*loaded)) | {"base": base, "overwrite": overwrite}
+    settings = certification.settings(load_options(*loaded), base=base, overwrite=overwrite)
     from lorakit.compress import smallest as write_smallest
     from lorakit.compress import truncate
 
@@ -202,7 +202,7 @@ def merge(
     certification = Certification(task, margin, alpha, guard, limit, cache)
     loaded = (device, dtype, load_in_4bit, revision, trust_remote_code)
     asked = certification.asked(base, only={"--base": base, **loading(*loaded)})
-    settings = certification.settings(load_options(*loaded)) | {"base": base, "overwrite": overwrite}
+    settings = certification.settings(load_options(*loaded), base=base, overwrite=overwrite)
     options |= {"seed": seed, "pad": not compact, "for_server": for_server, "verify": verify}
     from lorakit.merging import merge as merge_adapters
 
@@ -269,20 +269,13 @@ def export(
     certification = Certification(task, margin, alpha, guard, limit, cache)
     loaded = (device, dtype, load_in_4bit, revision, trust_remote_code)
     if format_ is not FormatName.peft:
-        if rank is not None or compact or for_server is not None or task:
-            raise typer.BadParameter(
-                "takes no --rank, --compact, --for or --task; export to PEFT first.", param_hint="--format"
-            )
+        _check_format(rank is not None or compact or for_server is not None or bool(task))
         certification.asked(None, only=loading(*loaded))
-        _show(_export_as(format_, adapter, out, base, overwrite), as_json, None)
-        return
-    asked = certification.asked(base, smallest="--rank smallest" if chosen == "smallest" else None)
-    if base is None:
-        refuse_without_base(loading(*loaded))
-    if chosen == "smallest" and compact:
-        raise typer.BadParameter("does not go with --rank smallest.", param_hint="--compact")
+        return _show(_export_as(format_, adapter, out, base, overwrite), as_json, None)
+    asked = certification.asked(base, smallest=_asks_for_smallest(chosen, compact))
+    refuse_without_base(base, loading(*loaded))
     options = load_options(*loaded)
-    settings = certification.settings(options) | {"overwrite": overwrite}
+    settings = certification.settings(options, overwrite=overwrite)
     from lorakit.adapters.companions import check_overwrite
     from lorakit.export import to_lora
 
@@ -309,6 +302,22 @@ _EXPORT_COLUMNS: list[Column] = [
     ("parameters", lambda rows: f"{sum(row.parameters for row in rows):,}"),
     ("energy, least", lambda rows: f"{min(1 - row.discarded_energy for row in rows):.1%}"),
 ]
+
+
+def _asks_for_smallest(rank: object, compact: bool) -> str | None:
+    """The option, where it is given."""
+    if rank != "smallest":
+        return None
+    if compact:
+        raise typer.BadParameter("does not go with --rank smallest.", param_hint="--compact")
+    return "--rank smallest"
+
+
+def _check_format(others: bool) -> None:
+    if others:
+        raise typer.BadParameter(
+            "takes no --rank, --compact, --for or --task; export to PEFT first.", param_hint="--format"
+        )
 
 
 def _export_as(format_: FormatName, adapter: str, out: str, base: str | None, overwrite: bool) -> Report:

@@ -116,32 +116,21 @@ def surgery(
 
     check_overwrite(out, [adapter], overwrite=overwrite)  # before a model is loaded
     tokenizer = tokenizer_for(adapter, base, revision=revision, trust_remote_code=trust_remote_code)
-    reading = {"length": length, "batch_size": batch_size, "num_examples": num_examples, "split": split}
+    reading: dict[str, Any] = {"length": length, "batch_size": batch_size, "num_examples": num_examples, "split": split}
     batches = read_examples(data, tokenizer, columns, shuffle_seed=shuffle_seed, start=start, **reading)
     options = load_options(device, dtype, load_in_4bit, revision, trust_remote_code)
     model = evaluation.load_adapted(base, adapter, options)
+    how: dict[str, Any] = {"policy": policy.value, "preserve_energy": preserve_energy.value, "seed": seed}
+    how |= {"aggregate": None if aggregate is None else aggregate.value, "num_examples": num_examples}
 
     def write(directory: str) -> SurgeryReport:
-        report = reweight(
-            model,
-            batches,
-            policy=policy.value,
-            target_modules=_targets(model, modules, bounds),
-            aggregate=None if aggregate is None else aggregate.value,
-            preserve_energy=preserve_energy.value,
-            num_examples=num_examples,
-            seed=seed,
-        )
+        report = reweight(model, batches, target_modules=_targets(model, modules, bounds), **how)
         report.save(directory, previous=read_edits(adapter), source=adapter, overwrite=overwrite)
         return report
 
-    certificate = None
-    if asked:
-        settings = certification.settings(options) | {"base": model.get_base_model(), "overwrite": overwrite}
-        settings |= {"references": adapter, "used_documents": evaluation.document_hashes(batches)}
-        report, certificate = evaluation.write_certified(write, out, **settings)
-    else:
-        report = write(out)
+    settings = certification.settings(options, base=model.get_base_model(), references=adapter, overwrite=overwrite)
+    settings["used_documents"] = evaluation.document_hashes(batches) if asked else ()
+    report, certificate = evaluation.write_certified(write, out, **settings) if asked else (write(out), None)
     _show(adapter, out, report, batches.report, certificate, as_json)
     finish(certificate, as_json=as_json)
 

@@ -58,7 +58,6 @@ def run_task(
     tokenizer: Any,
     *,
     limit: int | None,
-    batch_size: int | str | None = None,
     num_fewshot: int | None = None,
     chat_template: bool = False,
     progress: bool = True,
@@ -69,7 +68,6 @@ def run_task(
         task: a name that the harness knows, the path of a YAML config, or a config as a dict.
         metric: which of the task's metrics is the score; None: the first that each document has.
         limit: how many documents at most.
-        batch_size: None: 8 on a CPU, automatic elsewhere.
         progress: show the harness' progress bars, on stderr.
     Raises: EvaluationError where the harness fails, or the metric is not one of the task's.
     """
@@ -77,8 +75,7 @@ def run_task(
     from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
 
-    if batch_size is None:
-        batch_size = 8 if model.device.type == "cpu" else "auto"
+    batch_size = 8 if model.device.type == "cpu" else "auto"
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
         with _output(progress):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -111,11 +111,7 @@ def probe(
     model = unwrapped(model)
     check_can_differentiate(model)
     _check_kind(model, train_loader, adapter_name)
-    named = tokenizer if is_source(loader) or not is_source(train_loader) else None
-    loader = examples_for(model, loader, named, num_examples=num_examples, progress=progress)
-    if train_loader is not None:
-        named = tokenizer if is_source(train_loader) else None
-        train_loader = examples_for(model, train_loader, named, progress=progress)
+    loader, train_loader = _batches(model, loader, train_loader, tokenizer, num_examples, progress)
     with contextlib.ExitStack() as stack:
         if isinstance(model, PeftModel):
             modules, unprobed = stack.enter_context(_adapter(model, adapter_name, target_modules, wanted))
@@ -149,6 +145,18 @@ def probe(
         unprobed=tuple(unprobed),
         moments={row.module_name: moments for row, moments in rows},
     )
+
+
+def _batches(
+    model: nn.Module, loader: Any, train_loader: Any, tokenizer: Any, num_examples: int, progress: bool
+) -> tuple[Iterable[Any], Iterable[Any] | None]:
+    """Both loaders, made from sources where they are; a `tokenizer` must be for one of them."""
+    for_loader = tokenizer if is_source(loader) or not is_source(train_loader) else None
+    batches = examples_for(model, loader, for_loader, num_examples=num_examples, progress=progress)
+    if train_loader is None:
+        return batches, None
+    for_training = tokenizer if is_source(train_loader) else None
+    return batches, examples_for(model, train_loader, for_training, progress=progress)
 
 
 def _check_kind(model: nn.Module, train_loader: Any, adapter_name: str | None) -> None:
