@@ -53,7 +53,8 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "lorakit.compress": {
         "_report": ("CompressReport", "CompressedModule"),
-        "_smallest": ("SmallestReport", "SmallestStep", "smallest"),
+        "_smallest": ("smallest",),
+        "ladder": ("SmallestReport", "SmallestStep"),
         "_truncate": ("truncate",),
     },
     "lorakit.cost": {
@@ -67,12 +68,17 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
     "lorakit.evaluation": {
         "_agreement": ("Agreement", "DocumentAgreement", "Estimate", "agreement", "agreement_task"),
         "_attach": ("load_adapted",),
-        "_certificate": ("Certificate", "CertifiedTask", "read_certificate"),
+        "_certificate": ("Certificate", "read_certificate"),
+        "_certified_task": ("CertifiedTask",),
         "_certify": ("CertificationPlan", "certify", "evaluate_adapters"),
+        "_digests": ("document_hashes",),
         "_evaluate": ("evaluate",),
+        "_hub": ("push_to_hub",),
         "_models": ("LoadOptions", "load_base"),
         "_scores": ("Scores", "compare", "paired_interval"),
-        "_tasks": ("Task", "choices", "exact_match", "function", "lm_eval", "loss"),
+        "_task_kinds": ("Task",),
+        "_tasks": ("choices", "exact_match", "function", "lm_eval", "loss"),
+        "_written": ("write_certified",),
     },
     "lorakit.experiments": {
         "_adapt_each_layer": ("LayerGain", "LayerGains", "adapt_each_layer"),

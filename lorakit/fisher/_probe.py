@@ -24,6 +24,8 @@ from lorakit.adapters.in_model import LiveModule, live_modules, resolve_adapter_
 from lorakit.calibration.losses import LossFn
 from lorakit.calibration.run import collect
 from lorakit.calibration.state import activated, base_model_of, check_can_differentiate, no_inference_mode
+from lorakit.data._loader import examples_for
+from lorakit.data._sources import is_source
 from lorakit.errors import UnsupportedModelError
 from lorakit.fisher._gradient_probe import LoraBGradientProbe, probed
 from lorakit.fisher._report import FisherReport, FisherRow, Moments, estimate
@@ -40,17 +42,18 @@ CPU_TOKENS = 384
 @no_inference_mode()
 def probe(
     model: nn.Module,
-    loader: Iterable[Any],
+    loader: Any,
     *,
     target_modules: str | Sequence[str] | None = None,
     num_examples: int = 16,
     seed: int = 0,
     factors: Sequence[str] = ("B",),
     loss_fn: LossFn | None = None,
-    train_loader: Iterable[Any] | None = None,
+    train_loader: Any = None,
     train_steps: int = 50,
     learning_rate: float = LEARNING_RATE,
     adapter_name: str | None = None,
+    tokenizer: Any = None,
     progress: bool = True,
 ) -> FisherReport:
     """Measure the diagonal empirical Fisher information of every adapted module's lora_B; the model does not change.
@@ -58,7 +61,8 @@ def probe(
     Args:
         model: a base model, which gets a temporary LoRA (r = 16, scaling 2, lora_A drawn from `seed`, lora_B = 0); or
             a PeftModel with a LORA, FISHERLORA or SPECLORA adapter, at any point of its training.
-        loader: yields mappings for ``model(**batch)`` with labels, or anything that `loss_fn` takes.
+        loader: yields mappings for ``model(**batch)`` with labels, or anything that `loss_fn` takes; or a path, a
+            dataset id or a `datasets.Dataset`, which is read as `lorakit.data.loader` does by default.
         target_modules: matched as PEFT matches its own. None selects the query and value projections of a base model,
             and every linear module of a PeftModel's adapter.
         num_examples: how many examples to use; all of them if the loader has fewer.
@@ -67,10 +71,12 @@ def probe(
             Σ_ts δ_to δ_so (x_t · x_s), and the column sums Σ_o G_oj² are Σ_ts x_tj x_sj (δ_t · δ_s). Both come from
             T × T Gram matrices and are exact; no Kronecker factors are assumed to be independent.
         loss_fn: ``loss_fn(model, batch)`` returns the loss of each example, (n,).
-        train_loader: for a base model only: first train the temporary LoRA on these batches, repeated as needed, for
-            `train_steps` steps of AdamW at `learning_rate` (no weight decay, gradients clipped to norm 1), like the
-            paper's probe after about 50 steps. The base stays frozen and in eval mode.
+        train_loader: for a base model only: first train the temporary LoRA on these batches, or this source, repeated
+            as needed, for `train_steps` steps of AdamW at `learning_rate` (no weight decay, gradients clipped to norm
+            1), like the paper's probe after about 50 steps. The base stays frozen and in eval mode.
         adapter_name: which adapter of a PeftModel; required unless exactly one is active.
+        tokenizer: with a path, dataset id or Dataset: a tokenizer, or the path of the adapter or model beside which it
+            lies. None: the one that the base model was saved with.
         progress: show a progress bar on stderr.
 
     Each example's gradients belong to its own mean loss, whatever the batch size, order and padding. On a CPU, large
@@ -105,6 +111,7 @@ def probe(
     model = unwrapped(model)
     check_can_differentiate(model)
     _check_kind(model, train_loader, adapter_name)
+    loader, train_loader = _batches(model, loader, train_loader, tokenizer, num_examples, progress)
     with contextlib.ExitStack() as stack:
         if isinstance(model, PeftModel):
             modules, unprobed = stack.enter_context(_adapter(model, adapter_name, target_modules, wanted))
@@ -140,7 +147,19 @@ def probe(
     )
 
 
-def _check_kind(model: nn.Module, train_loader: Iterable[Any] | None, adapter_name: str | None) -> None:
+def _batches(
+    model: nn.Module, loader: Any, train_loader: Any, tokenizer: Any, num_examples: int, progress: bool
+) -> tuple[Iterable[Any], Iterable[Any] | None]:
+    """Both loaders, made from sources where they are; a `tokenizer` must be for one of them."""
+    for_loader = tokenizer if is_source(loader) or not is_source(train_loader) else None
+    batches = examples_for(model, loader, for_loader, num_examples=num_examples, progress=progress)
+    if train_loader is None:
+        return batches, None
+    for_training = tokenizer if is_source(train_loader) else None
+    return batches, examples_for(model, train_loader, for_training, progress=progress)
+
+
+def _check_kind(model: nn.Module, train_loader: Any, adapter_name: str | None) -> None:
     """Raises: ValueError for an argument that is for the other kind of model."""
     if train_loader is not None and isinstance(model, PeftModel):
         raise ValueError("`train_loader` trains the temporary LoRA of a base model; a PeftModel is probed as it is.")
