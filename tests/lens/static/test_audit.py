@@ -481,7 +481,7 @@ SPEC = st.tuples(
     SHAPES | SHAPES | st.lists(st.integers(0, 4), max_size=5),
 )
 OTHERS = [
-    "lora_B.bias", "lora_E", "lora_magnitude_vector", "lora_spec.weight", "lora_embedding_A", "lora_embedding_B",
+    "lora_B.bias", "lora_E", "lora_magnitude_vector", "lora_spec.weight_svd", "lora_embedding_A", "lora_embedding_B",
     "lora_A.default.weight", "weight",
 ]  # fmt: skip
 MODULE = st.fixed_dictionaries({"lora_A.weight": SPEC, "lora_B.weight": SPEC}) | st.fixed_dictionaries(
