@@ -27,8 +27,9 @@ from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
 from lorakit._registration import register_tuner
+from lorakit.allocation.probed import MaskProbeReport, masks_from_probe
 from lorakit.errors import AdapterFileError, UnsupportedModelError
-from lorakit.naming.patterns import lookup, targeted_modules, targeted_parameters, warn_unmatched
+from lorakit.naming.patterns import compact_pattern, lookup, targeted_modules, targeted_parameters, warn_unmatched
 from lorakit.tuners import _private
 from lorakit.tuners._base import InitWeightsAlias, ResolvingLoraModel, integer_errors
 from lorakit.tuners._blocks import compute_blocks
@@ -126,6 +127,39 @@ class SpecLoRAConfig(InitWeightsAlias, LoraConfig):
         if wrong:
             prefix = "" if wrong[0].startswith("SpecLoRA") else "SpecLoRA: "
             raise ValueError(prefix + " ".join(wrong))
+
+    @classmethod
+    def from_probe(
+        cls,
+        report: MaskProbeReport,
+        *,
+        budget: float | None = None,
+        params: int | None = None,
+        k: int = 200,
+        **settings: Any,
+    ) -> SpecLoRAConfig:
+        """A config with ks under a budget, for the modules that `lorakit.fisher.probe` measured with method="speclora".
+
+        The budget of the masks is their own: Σ k. It is spent along the upper concave envelope of each module's S(k);
+        see `lorakit.allocation.allocate_masks`. A module's k is one of the ladder that was measured.
+
+        Args:
+            report: what the probe returned. `mode` is the one that it measured.
+            budget: a fraction in (0, 1] of the uniform `k`'s Σ k, clipped as SpecLoRA clips it; 1 by default.
+            params: the budget as a number of parameters, Σ k.
+            k: the uniform k that `budget` refers to, and the `k` of the config.
+            settings: other fields of the config, such as `r` and `task_type`.
+
+        Raises: AllocationError (a ValueError) if the budget does not cover the smallest ks, or no masks were measured;
+        ValueError for an invalid budget or k.
+        """
+        ks = masks_from_probe(report, budget=budget, params=params, k=k).ks
+        pattern = compact_pattern(ks, {name for name, value in ks.items() if value == k})
+        fixed: dict[str, Any] = {"k": k, "k_pattern": pattern, "mode": report.mode}
+        taken = sorted(set(fixed) & set(settings))
+        if taken:
+            raise ValueError(f"SpecLoRA: `from_probe` sets {taken} itself; leave them out.")
+        return cls(**({"target_modules": list(report.target_modules)} | settings | fixed))
 
 
 class SpecLoRAModel(ResolvingLoraModel):
