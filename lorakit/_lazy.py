@@ -103,6 +103,7 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "static.spectra": ("AuditedModule",),
         "static.groups": ("GroupSummary",),
         "static.suggestions": ("RankSuggestion",),
+        "static.recommendation": ("Recommendation",),
         "static.compare": ("compare",),
         "static.comparison_report": ("ComparedGroup", "ComparedModule", "ComparisonReport"),
         "static.alignment": ("alignment",),
@@ -171,6 +172,7 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
             "truncation_error",
             "utilization",
         ),
+        "threshold": ("hard_threshold_coefficient", "hard_threshold_rank"),
         "subspace": (
             "gradient_overlap",
             "leading_similarity",

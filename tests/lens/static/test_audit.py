@@ -194,7 +194,7 @@ def known(tmp_path):
 def test_suggestions_cover_what_they_say(known):
     report = audit(known, suggest_ranks=True)
     by_policy = {s.policy: s for s in report.suggestions}
-    assert set(by_policy) == {"global_median", "global_p90", "per_module", "knee", "entropy"}
+    assert set(by_policy) == {"global_median", "global_p90", "per_module", "knee", "entropy", "hard_threshold"}
     assert by_policy["global_median"].rank == 1
     assert by_policy["global_p90"].rank == 2
     assert by_policy["global_median"].modules_covered == 6
