@@ -44,7 +44,18 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
     "lorakit.allocation": {
         "budget": ("Unit", "read_budget"),
         "report": ("RULES", "AllocatedModule", "Allocation", "Per", "Rule"),
-        "rules": ("ProbeReport", "ProbedModule", "allocate"),
+        "masks": ("AllocatedMask", "MaskAllocation", "allocate_masks", "shuffled"),
+        "probed": (
+            "MaskProbeReport",
+            "ProbeReport",
+            "Probed",
+            "ProbedMask",
+            "ProbedMaskStep",
+            "ProbedModule",
+            "masks_from_probe",
+            "ranks_from_probe",
+        ),
+        "rules": ("allocate",),
     },
     "lorakit.calibration": {
         "losses": ("IGNORED_LABEL", "LossFn"),
@@ -100,7 +111,7 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
     "lorakit.export": {"_report": ("ExportReport", "ExportedModule"), "_to_lora": ("to_lora",)},
     "lorakit.fisher": {
         "_probe": ("probe",),
-        "_report": ("Estimate", "FisherGroup", "FisherReport", "FisherRow", "Moments"),
+        "_report": ("Estimate", "FisherGroup", "FisherReport", "FisherRow", "MaskStep", "Moments"),
     },
     "lorakit.lens": {
         "static.audit": ("audit",),
@@ -108,6 +119,7 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "static.spectra": ("AuditedModule",),
         "static.groups": ("GroupSummary",),
         "static.suggestions": ("RankSuggestion",),
+        "static.recommendation": ("Recommendation",),
         "static.compare": ("compare",),
         "static.comparison_report": ("ComparedGroup", "ComparedModule", "ComparisonReport"),
         "static.alignment": ("alignment",),
@@ -176,6 +188,7 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
             "truncation_error",
             "utilization",
         ),
+        "threshold": ("hard_threshold_coefficient", "hard_threshold_rank"),
         "subspace": (
             "gradient_overlap",
             "leading_similarity",

@@ -12,6 +12,9 @@ from lorakit.cli._output import check_share, show
 
 def audit(
     adapter: Annotated[str, typer.Argument(help="A directory, a .safetensors or .bin file, or a Hub id.")],
+    base: Annotated[
+        str | None, typer.Option(help="The base model's directory: norms are also relative to its weights.")
+    ] = None,
     suggest_ranks: Annotated[bool, typer.Option("--suggest-ranks", help="Suggest ranks, by several policies.")] = False,
     energy: Annotated[float, typer.Option(help="Share of each update's energy that suggested ranks keep.")] = 0.9,
     budget: Annotated[
@@ -23,7 +26,7 @@ def audit(
 ) -> None:
     """Spectra, ranks and findings of an adapter at rest; exit code 1 if one of the findings is an error."""
     check_share("--energy", energy)
-    report = lens.audit(adapter, energy=energy, suggest_ranks=suggest_ranks, budget=budget)
+    report = lens.audit(adapter, base=base, energy=energy, suggest_ranks=suggest_ranks, budget=budget)
     if html is not None:
         lens.write_html(report, html)
     if plots is not None:

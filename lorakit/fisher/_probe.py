@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -28,11 +28,15 @@ from lorakit.data._loader import examples_for
 from lorakit.data._sources import is_source
 from lorakit.errors import UnsupportedModelError
 from lorakit.fisher._gradient_probe import LoraBGradientProbe, probed
-from lorakit.fisher._report import FisherReport, FisherRow, Moments, estimate
+from lorakit.fisher._mask_ladder import MaskLadder, oriented_weight
+from lorakit.fisher._report import FisherReport, FisherRow, MaskStep, Moments, estimate
 from lorakit.fisher._temporary_lora import temporary_lora, train_temporary_lora
 from lorakit.naming.roles import layer_of, role_of
+from lorakit.tuners._mask import MODES, Mode
 
 FACTORS = ("B", "A", "weight")
+Method = Literal["fisherlora", "speclora"]
+LADDER = (1, *range(25, 401, 25))  # up to twice the paper's k; 1 is the smallest mask there is
 LEARNING_RATE = 2e-4
 # On a CPU, running short examples together is faster while the matrices are small. From some hundred tokens on nothing
 # is gained, and the logits of a large vocabulary take more memory. An accelerator runs batches as they come.
@@ -55,8 +59,14 @@ def probe(
     adapter_name: str | None = None,
     tokenizer: Any = None,
     progress: bool = True,
+    method: Method = "fisherlora",
+    mode: Mode = "hadamard",
+    ladder: Sequence[int] = LADDER,
 ) -> FisherReport:
     """Measure the diagonal empirical Fisher information of every adapted module's lora_B; the model does not change.
+
+    With ``method="speclora"`` the same pass also measures SpecLoRA's mask: S(k) = Σ_{i≤k} E[(∂ℓ/∂d_i)²], for each k of
+    a ladder.
 
     Args:
         model: a base model, which gets a temporary LoRA (r = 16, scaling 2, lora_A drawn from `seed`, lora_B = 0); or
@@ -78,6 +88,11 @@ def probe(
         tokenizer: with a path, dataset id or Dataset: a tokenizer, or the path of the adapter or model beside which it
             lies. None: the one that the base model was saved with.
         progress: show a progress bar on stderr.
+        method: "fisherlora", or "speclora" for S(k) besides; `lorakit.SpecLoRAConfig.from_probe` turns that into ks.
+        mode: what a mask of SpecLoRA's would rescale; see `lorakit.SpecLoRAConfig`. The svd modes need one full SVD a
+            module.
+        ladder: the ks to measure, clipped to the smaller side of each weight; by default 1, and 25 to 400 in steps of
+            25. The memory of a module grows with examples × ladder × largest k.
 
     Each example's gradients belong to its own mean loss, whatever the batch size, order and padding. On a CPU, large
     batches run in parts. For several processes see `lorakit.calibration.collect`.
@@ -105,6 +120,15 @@ def probe(
     wanted = set(factors) | {"B"}
     if not wanted <= set(FACTORS):
         raise ValueError(f"`factors` must be among {', '.join(FACTORS)}; got {list(factors)!r}.")
+    if method not in get_args(Method):
+        raise ValueError(f"`method` must be one of {', '.join(get_args(Method))}; got {method!r}.")
+    if mode not in MODES:
+        raise ValueError(f"`mode` must be one of {', '.join(MODES)}; got {mode!r}.")
+    if not ladder:
+        raise ValueError("`ladder` must have at least one k; got none.")
+    for k in ladder:
+        check_integer("ladder", k)
+    masks = method == "speclora"
     check_integer("num_examples", num_examples)
     check_integer("train_steps", train_steps)
     seed = check_seed("seed", seed)
@@ -114,13 +138,16 @@ def probe(
     loader, train_loader = _batches(model, loader, train_loader, tokenizer, num_examples, progress)
     with contextlib.ExitStack() as stack:
         if isinstance(model, PeftModel):
-            modules, unprobed = stack.enter_context(_adapter(model, adapter_name, target_modules, wanted))
+            modules, unprobed = stack.enter_context(_adapter(model, adapter_name, target_modules, wanted, masks))
         else:
             modules, unprobed = stack.enter_context(temporary_lora(model, target_modules, seed)), []
             if train_loader is not None:
                 train_temporary_lora(model, modules, train_loader, loss_fn, train_steps, learning_rate, progress)
         targets = _target_names(model, [module.name for module in modules])
-        probes = [stack.enter_context(probed(module, wanted)) for module in modules]
+        probes = [
+            stack.enter_context(probed(module, wanted, _mask_ladder(module, mode, ladder) if masks else None))
+            for module in modules
+        ]
         collected = collect(
             model,
             loader,
@@ -142,6 +169,7 @@ def probe(
         temporary=not isinstance(model, PeftModel),
         train_steps=train_steps if train_loader is not None else 0,
         seed=seed,
+        mode=mode if masks else None,
         unprobed=tuple(unprobed),
         moments={row.module_name: moments for row, moments in rows},
     )
@@ -169,7 +197,11 @@ def _check_kind(model: nn.Module, train_loader: Any, adapter_name: str | None) -
 
 @contextlib.contextmanager
 def _adapter(
-    model: PeftModel, adapter_name: str | None, target_modules: str | Sequence[str] | None, factors: set[str]
+    model: PeftModel,
+    adapter_name: str | None,
+    target_modules: str | Sequence[str] | None,
+    factors: set[str],
+    masks: bool,
 ) -> Iterator[tuple[list[LiveModule], list[str]]]:
     """Activate an adapter; its selected linear modules, and the names of selected modules that are not linear."""
     adapter_name = resolve_adapter_name(model, adapter_name)
@@ -187,7 +219,7 @@ def _adapter(
             f"{len(available)} modules named {leaves}; pass some of these names as `target_modules`."
         )
     for module in modules:
-        _check_layer(module, factors)
+        _check_layer(module, {*factors, "weight"} if masks else factors)
     with activated(model, adapter_name):
         yield modules, [module.name for module in chosen if not module.is_linear()]
 
@@ -203,7 +235,7 @@ def _check_layer(module: LiveModule, factors: set[str]) -> None:
     if "weight" in factors and module.scaling == 0:
         raise UnsupportedModelError(
             f"The adapter's scaling at {module.name!r} is 0, so the gradient of the weight cannot be seen through it. "
-            f"Leave 'weight' out of `factors`, or restore the scaling."
+            f"Restore the scaling, or leave out what needs that gradient: 'weight' in `factors`, method='speclora'."
         )
     if layer.disable_adapters:
         raise UnsupportedModelError(f"The adapters of {module.name!r} are disabled. Enable them first.")
@@ -225,12 +257,12 @@ def _row(module: LiveModule, probe: LoraBGradientProbe, statistic: Tensor) -> tu
     """A module's row from its probe's statistic (n, k)."""
     squares = statistic.detach().to("cpu", torch.float64) ** 2
     d_out, rank = probe.weight.shape
-    widths = [1, *([1] if "A" in probe.factors else []), *([d_out, probe.d_in] if "weight" in probe.factors else [])]
-    parts = list(torch.split(squares, widths, dim=1))
-    per_example = parts.pop(0).squeeze(1)
-    factor_a = estimate(parts.pop(0).squeeze(1)) if "A" in probe.factors else None
-    rows, columns = parts if parts else (None, None)
-    weight = None if rows is None else estimate(rows.sum(1) / (d_out * probe.d_in))
+    B, A, rows, columns, steps = torch.split(squares, list(probe.widths), dim=1)
+    per_example = B.squeeze(1)
+    factor_a = estimate(A.squeeze(1)) if "A" in probe.factors else None
+    dense = "weight" in probe.factors
+    weight = estimate(rows.sum(1) / (d_out * probe.d_in)) if dense else None
+    mask = () if probe.ladder is None else tuple(map(_mask_step, probe.ladder.ks, steps.T))
     fisher = estimate(per_example)
     row = FisherRow(
         module_name=module.name,
@@ -245,6 +277,16 @@ def _row(module: LiveModule, probe: LoraBGradientProbe, statistic: Tensor) -> tu
         stderr=fisher.stderr,
         factor_a=factor_a,
         weight=weight,
+        mask=mask,
     )
-    mean_rows, mean_columns = (None if value is None else value.mean(0) for value in (rows, columns))
+    mean_rows, mean_columns = (value.mean(0) if dense else None for value in (rows, columns))
     return row, Moments(per_example, mean_rows, mean_columns)
+
+
+def _mask_step(k: int, per_example: Tensor) -> MaskStep:
+    found = estimate(per_example)
+    return MaskStep(k, found.value, found.stderr)
+
+
+def _mask_ladder(module: LiveModule, mode: Mode, ladder: Sequence[int]) -> MaskLadder:
+    return MaskLadder(oriented_weight(module.layer, module.name), mode, ladder)

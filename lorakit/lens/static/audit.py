@@ -6,17 +6,20 @@ References: Gradience (stable rank, utilization, energy ranks); LoRA-Lens (effec
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lorakit._checks import check_number
 from lorakit._report import ordered
 from lorakit.adapters import Adapter, open_adapter
+from lorakit.adapters.base_norms import base_norms
 from lorakit.allocation.budget import read_budget
 from lorakit.lens._rows import grouped
 from lorakit.lens.static.findings import find, find_served_wrong
 from lorakit.lens.static.groups import summarize
+from lorakit.lens.static.recommendation import recommend
 from lorakit.lens.static.report import AuditReport
-from lorakit.lens.static.spectra import check_extras, measure
+from lorakit.lens.static.spectra import AuditedModule, check_extras, measure
 from lorakit.lens.static.suggestions import suggest
 
 if TYPE_CHECKING:
@@ -28,6 +31,7 @@ THRESHOLDS = (0.9, 0.95, 0.99)
 def audit(
     adapter: str | os.PathLike[str] | nn.Module | Adapter,
     *,
+    base: str | os.PathLike[str] | nn.Module | None = None,
     energy: float = 0.9,
     suggest_ranks: bool = False,
     budget: int | str | None = None,
@@ -42,8 +46,11 @@ def audit(
 
     Args:
         adapter: a directory, a .safetensors or .bin file, a Hub id, a PeftModel, or an open `lorakit.adapters.Adapter`.
+        base: the base model, as a directory, a .safetensors file or a module: norms are then also relative to those
+            of its weights. The norms of a base on disk are computed once and kept in a cache file.
         energy: the share of each ‖ΔW‖_F² that suggested ranks keep, in addition to k@0.9, k@0.95 and k@0.99.
-        suggest_ranks: also suggest ranks: global median and p90, per module, by knee and by entropy.
+        suggest_ranks: also suggest ranks: global median and p90, per module, by knee, by entropy and by the optimal
+            hard threshold; and recommend one of them.
         budget: also suggest ranks under a budget, by greedy energy per parameter: a number of parameters, or a string
             such as "2M" (parameters) or "4MB" (bytes, in the dtype the factors are stored in). Implies `suggest_ranks`.
         adapter_name: which adapter of a PeftModel; by default the active one.
@@ -67,6 +74,9 @@ def audit(
     view = open_adapter(adapter, adapter_name=adapter_name)
     findings = list(view.findings)
     rows = measure(view, thresholds, findings)
+    if base is not None:
+        norms = base_norms(base, view.modules)
+        rows = tuple(_relative(row, norms.get(row.module_name)) for row in rows)
     check_extras(view, findings)
     findings += [*find(rows), *find_served_wrong(view)]
     finite = [row for row in rows if row.energy_rank is not None]
@@ -85,5 +95,12 @@ def audit(
         parameters_beside=sum(extra.info.numel for extra in view.extras)
         + sum(info.numel for module in view.modules for info in module.extras),
         suggestions=tuple(suggestions),
+        recommendation=recommend(suggestions, {row.module_name: row.rank for row in finite}, energy),
         findings=ordered(findings),
     )
+
+
+def _relative(row: AuditedModule, base_norm: float | None) -> AuditedModule:
+    if not base_norm or row.frobenius_norm is None:
+        return row
+    return replace(row, base_norm=base_norm, relative_norm=row.frobenius_norm / base_norm)

@@ -100,7 +100,13 @@ def suggest(modules: Sequence[AuditedModule], threshold: str, budget: int | str 
         suggestions.append(_suggestion(policy, modules, needed, {m.module_name: min(k, m.rank) for m in modules}, k))
     knees = {m.module_name: max(1, m.knee or 0) for m in modules}
     effective = {m.module_name: max(1, math.ceil((m.effective_rank or 0.0) - 1e-6)) for m in modules}
-    for policy, ranks in (("per_module", needed), ("knee", knees), ("entropy", effective)):
+    above = {m.module_name: max(1, m.hard_threshold_rank or 0) for m in modules}
+    for policy, ranks in (
+        ("per_module", needed),
+        ("knee", knees),
+        ("entropy", effective),
+        ("hard_threshold", above),
+    ):
         suggestions.append(_suggestion(policy, modules, needed, ranks))
     if budget is not None:
         suggestions.append(_suggestion("budget", modules, needed, within(modules, budget)))
