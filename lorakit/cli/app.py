@@ -11,7 +11,7 @@ from lorakit._version import __version__
 from lorakit.cli.agree import agree
 from lorakit.cli.certify import certify, evaluate
 from lorakit.cli.demo import demo
-from lorakit.cli.inspect import alignment, audit, compare
+from lorakit.cli.inspect import alignment, audit, compare, weights
 from lorakit.cli.probe import probe
 from lorakit.cli.rewrite import compress, export, merge
 from lorakit.cli.servable import servable
@@ -40,6 +40,7 @@ for _command in (
     audit,
     compare,
     alignment,
+    weights,
     compress,
     merge,
     export,
