@@ -13,7 +13,7 @@ from lorakit.cli.agree import agree
 from lorakit.cli.bench import bench
 from lorakit.cli.certify import certify, evaluate
 from lorakit.cli.demo import demo
-from lorakit.cli.inspect import alignment, audit, compare
+from lorakit.cli.inspect import alignment, audit, compare, weights
 from lorakit.cli.probe import probe
 from lorakit.cli.rewrite import compress, export, merge
 from lorakit.cli.servable import servable
@@ -44,6 +44,7 @@ for _command in (
     audit,
     compare,
     alignment,
+    weights,
     compress,
     merge,
     export,

@@ -1,4 +1,4 @@
-"""``lorakit audit``, ``compare`` and ``alignment``: look at adapters, change nothing."""
+"""``lorakit audit``, ``compare``, ``alignment`` and ``weights``: look at adapters and models, change nothing."""
 
 from __future__ import annotations
 
@@ -57,6 +57,31 @@ def alignment(
 ) -> None:
     """Output directions across and within layers; exit code 1 if one of the findings is an error."""
     report = lens.alignment(adapter, k=k)
+    if plots is not None:
+        lens.write_plots(report, plots)
+    show(report, as_json)
+
+
+def weights(
+    base: Annotated[str, typer.Argument(help="The model before: a directory of safetensors, or a file.")],
+    tuned: Annotated[str, typer.Argument(help="The model after fine-tuning.")],
+    adapter: Annotated[str | None, typer.Option(help="An adapter that approximates the change.")] = None,
+    module: Annotated[
+        list[str] | None, typer.Option("--module", help="Only weights of this name, such as q_proj; may be repeated.")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, help="How many leading singular vectors to compare.")] = 64,
+    full: Annotated[bool, typer.Option("--full", help="Compare all singular vectors; takes full SVDs.")] = False,
+    device: Annotated[str | None, typer.Option(help="Where to compute, such as cuda.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
+    html: Annotated[str | None, typer.Option(help="Also write the report as one HTML file.")] = None,
+    plots: Annotated[str | None, typer.Option(help="Also write figures into this directory.")] = None,
+) -> None:
+    """What fine-tuning did to a model's weights; exit code 1 if one of the findings is an error."""
+    report = lens.compare_weights(
+        base, tuned, adapter=adapter, modules=module, rank=None if full else rank, device=device
+    )
+    if html is not None:
+        lens.write_html(report, html)
     if plots is not None:
         lens.write_plots(report, plots)
     show(report, as_json)
