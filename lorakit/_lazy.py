@@ -93,14 +93,11 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "lorakit.experiments": {
         "_adapt_each_layer": ("LayerGain", "LayerGains", "adapt_each_layer"),
-<<<<<<< HEAD
-=======
         "_bench": ("bench",),
         "_bench_file": ("read_bench_file",),
         "_bench_report": ("BenchReport", "BenchVariant", "read_bench"),
         "_bench_run": ("UnfinishedBench",),
         "_bench_verdicts": ("BenchGate", "BenchScores", "BenchTask"),
->>>>>>> bench
         "_executors": ("RayExecutor", "process_pool"),
         "_layer_sensitivity": ("LayerSensitivity", "SensitivityGroup", "layer_sensitivity"),
         "_losses": ("MeanLoss", "PairedDifference"),

@@ -23,12 +23,8 @@ def process_pool(workers: int, *, threads: int | None = None) -> ProcessPoolExec
     """A ProcessPoolExecutor of fresh interpreters, in which torch is safe, unlike in forks.
 
     `threads`: of torch in each worker; by default this process's, shared among the workers. Workers end with this
-<<<<<<< HEAD
     process, also if it is killed. They import the script that started them, so it must call this below
     ``if __name__ == "__main__":``. Raises: ValueError unless both are positive integers.
-=======
-    process, also if it is killed. Raises: ValueError unless both are positive integers.
->>>>>>> bench
     """
     check_integer("workers", workers)
     if threads is None:
@@ -100,10 +96,7 @@ class RayExecutor(Executor):
         def forget(done: Future[T]) -> None:
             self._pending.discard(done)
             if done.cancelled():
-<<<<<<< HEAD
                 done.set_running_or_notify_cancel()  # for those who wait for it
-=======
->>>>>>> bench
                 self._ray.cancel(reference)
 
         self._pending.add(future)

@@ -100,47 +100,6 @@ def train_each(work: Work, configs: Mapping[str, PeftConfig], where: RunSettings
             )
     named = {key: results[_BASE][key] for key in ("model", "model_params")}
     return Trained(losses, runs, named | shared)
-<<<<<<< HEAD
-
-
-def base_trial(work: Work | bytes) -> dict[str, Any]:
-    """The losses without an adapter, and what model that was."""
-    work, model = opened(work)
-    with preserved_rng(model), preserved_state(model), preserved_base(model, None):
-        model.eval()
-        losses = losses_of(model, work.evaluate, "the model without an adapter")
-    params = sum(parameter.numel() for parameter in model.parameters())
-    return {"model": type(model).__name__, "model_params": params, "losses": losses}
-
-
-def train_trial(
-    work: Work | bytes, name: str, config: PeftConfig, seed: int, count: int | None = None
-) -> dict[str, Any]:
-    """Train one adapter and evaluate it, on `count` examples if given."""
-    work, model = opened(work)
-    check_model(config, model)
-    settings = work.settings
-    what = _key(name, seed)
-    bar = tqdm(total=settings.steps, desc=what, unit="step", disable=not work.progress, delay=1.0, leave=False)
-    with preserved_rng(model), preserved_state(model), preserved_base(model, config), bar:
-        set_seed(seed % 2**32)
-        adapted = get_peft_model(model, copy.deepcopy(config))
-        params = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-        train_loss = _train(adapted, _batches(work.train_data, settings, seed, bar), settings, seed, what)
-        adapted.eval()
-        losses = losses_of(adapted, work.evaluate, what, count)
-        params -= sum(removed_parameters(adapted, used) for used in adapted.peft_config.values())
-    return {"params": params, "losses": losses, "train_loss": train_loss}
-
-
-def _key(name: str, seed: int) -> str:
-    return f"{name} with seed {seed}"
-
-
-def _run(result: Mapping[str, Any], name: str, seed: int) -> SweepRun:
-    return SweepRun(name, seed, result["params"], tuple(result["losses"]), result["train_loss"])
-=======
->>>>>>> bench
 
 
 def base_trial(work: Work | bytes) -> dict[str, Any]:
