@@ -2,8 +2,8 @@
 
     python benchmarks/weights.py [--size 4096] [--rounds 3] [--json]
 
-The weight has singular values i^-0.5, roughly as trained weights do; it is changed by a merged LoRA of rank 16 in one case
-and in all directions in the other. Both ways must agree on every figure before anything is timed. They take turns;
+The weight has singular values i^-0.5, roughly as trained weights do. It is changed by a merged LoRA of rank 16 in one
+case and in all directions in the other. Both ways must agree on every figure before anything is timed. They take turns;
 seconds are of CPU time, ratios of the same round, medians with minimum and maximum.
 """
 
