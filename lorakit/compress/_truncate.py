@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lorakit._checks import preview
 from lorakit.adapters import Adapter, AdapterModule, open_saved_adapter
 from lorakit.adapters.companions import check_overwrite, companions_of, local_directory
 from lorakit.adapters.edit_log import read_edits
@@ -20,7 +21,7 @@ from lorakit.adapters.rewritable import carried_tensors, check_finite, check_rew
 from lorakit.adapters.write_lora import StoredUpdate, plain_lora, stored_update, write_lora
 from lorakit.compress._ranks import EnergyOf, RankChoice, Ranks, Spectra, little_saved
 from lorakit.compress._report import CompressedModule, CompressReport
-from lorakit.errors import AdapterFileError, Finding
+from lorakit.errors import AdapterFileError, Finding, UnsupportedModelError
 from lorakit.serving._needs import needs_of
 from lorakit.serving._written import Before, compact_finding, summary
 from lorakit.spectral import LowRank
@@ -55,6 +56,9 @@ def truncate(
     every server; modules that keep their rank and scaling keep their tensors bit for bit. `energy`, `budget` and
     `max_rank` choose one rank for all modules, because padding makes a file of mixed ranks as large.
 
+    Experts stacked in one parameter are one module: every expert is cut by itself, and all keep one rank, the largest
+    that one of them needs.
+
     modules_to_save, biases, embeddings, `lora_bias` and the record of surgery are carried over, and so are tokenizer,
     chat template and model card where they lie beside the adapter. FISHERLORA and ADALORA become LORA. DoRA keeps its
     magnitudes, so the energies are those of the low-rank part, as the report says; the best cut of the whole needs the
@@ -81,9 +85,9 @@ def truncate(
         overwrite: allow `out` to be the adapter's own directory, or to hold an adapter that lorakit did not write.
         verify: read back what was written, and compare it with what was meant, before it takes its place.
     Raises: TypeError unless one criterion is given; ValueError for one that cannot be met; AdapterFileError for
-        adapters that are broken or not finite; UnsupportedModelError for SPECLORA, grouped convolutions,
-        `target_parameters`, inits that changed the base, and what a server refuses; OverwriteError (a
-        FileExistsError); OSError. `out` is then as it was.
+        adapters that are broken or not finite; UnsupportedModelError for SPECLORA, grouped convolutions, inits that
+        changed the base, inputs of stacked experts, and what a server refuses; OverwriteError (a FileExistsError);
+        OSError. `out` is then as it was.
     References: Eckart & Young, Psychometrika 1936.
 
     Example:
@@ -212,7 +216,7 @@ def _cut(view: Adapter, module: AdapterModule, rank: int, inputs: _Inputs | None
 def _beside(view: Adapter) -> dict[str, Tensor]:
     """The tensors that are written as they are: beside the updates, and DoRA's magnitudes."""
     magnitudes = {
-        tensor_name(module.name, "magnitude"): finite_tensor(view, module.magnitude)
+        tensor_name(module.path, "magnitude"): finite_tensor(view, module.magnitude)
         for module in view.modules
         if module.magnitude is not None
     }
@@ -242,8 +246,8 @@ class _Rows:
         self._energies: dict[str, tuple[float, float | None]] = {}
         for module in view.modules:
             name, rank = module.name, updates[module.name].rank
-            whole = rank >= len(spectra[name])
-            kept = spectra[name] if whole else spectra[name][:rank]
+            whole = rank >= spectra[name].shape[-1]
+            kept = spectra[name][..., :rank]
             if weighted and not whole:  # not the leading components
                 kept = updates[name].singular_values().double().cpu()
             seen = seen_total.add(name, weighted[name][:rank]) if weighted else None
@@ -263,7 +267,8 @@ class _Rows:
                     layer=module.layer,
                     rank=module.rank,
                     kept_rank=rank,
-                    parameters=(padded_to or rank) * (module.d_out + module.d_in),
+                    experts=module.experts,
+                    parameters=(padded_to or rank) * (module.experts or 1) * (module.d_out + module.d_in),
                     energy_kept=energy,
                     weighted_energy_kept=weighted_energy,
                     low_rank_part_only=module.magnitude is not None,
@@ -283,6 +288,13 @@ class _Inputs:
         self._given = activations if activations is not None else second_moments
         if self._given is None:
             return
+        stacks = [module.name for module in view.modules if module.experts is not None]
+        if stacks:
+            option = "activations" if activations is not None else "second_moments"
+            raise UnsupportedModelError(
+                f"`{option}` must be those of one matrix each, but these modules are stacks of experts, which see "
+                f"different tokens: {preview(stacks)}. Leave `{option}` out."
+            )
         differing = sorted(self._given.keys() ^ {module.name for module in view.modules})
         if differing:
             raise ValueError(f"The inputs of every module must be given, and of no other; {differing[0]!r} differs.")

@@ -24,7 +24,7 @@ from lorakit.adapters.rewritable import check_finite, check_rewritable, contents
 from lorakit.adapters.write_lora import plain_lora, stored_update, write_lora
 from lorakit.merging._combine import DENSE, METHODS, Items, Merged, Method, combiner, least_rank, merged
 from lorakit.merging._report import MergedModule, MergeReport
-from lorakit.merging._together import Present, config_of, findings_about, layout_of, modules_of, tensors_beside
+from lorakit.merging._together import Present, config_of, findings_about, layouts_of, modules_of, tensors_beside
 from lorakit.serving._needs import Needs, needs_of
 from lorakit.serving._written import Before, compact_finding, summary
 
@@ -102,7 +102,7 @@ def merge(
     beside, findings = tensors_beside(views)
     findings += findings_about(views, present)
     merges = _merge_all(views, present, chosen, recipe)
-    layouts = {name: layout_of(list(modules.values())) for name, modules in present.items()}
+    layouts = layouts_of(present)
     stored = [stored_update(layouts[name], one.update) for name, one in merges.items()]
     lora = plain_lora(stored, pad=pad, fitting_rank=needs.rank_at_least, integer_alpha=needs.integer_alpha)
     needs.check_rank(lora.r)
@@ -206,7 +206,10 @@ def _rows(
             sources=len(present[name]),
             rank=one.rank,
             kept_rank=one.update.rank,
-            parameters=(padded_to or one.update.rank) * (layouts[name].d_out + layouts[name].d_in),
+            experts=layouts[name].experts,
+            parameters=(padded_to or one.update.rank)
+            * (layouts[name].experts or 1)
+            * (layouts[name].d_out + layouts[name].d_in),
             energy_kept=one.kept / one.total if one.total > 0 else 1.0,
             error=errors.get(name),
         )
