@@ -6,13 +6,14 @@ References: Gradience (stable rank, utilization, energy ranks); LoRA-Lens (effec
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lorakit._checks import check_number
 from lorakit._report import ordered
 from lorakit.adapters import Adapter, open_adapter
 from lorakit.allocation.budget import read_budget
 from lorakit.lens._rows import grouped
+from lorakit.lens.static import experts
 from lorakit.lens.static.findings import find, find_served_wrong
 from lorakit.lens.static.groups import summarize
 from lorakit.lens.static.report import AuditReport
@@ -31,6 +32,7 @@ def audit(
     energy: float = 0.9,
     suggest_ranks: bool = False,
     budget: int | str | None = None,
+    by: Literal["group", "expert"] = "group",
     adapter_name: str | None = None,
 ) -> AuditReport:
     """Measure an adapter's updates ΔW from its factors, and say what stands out and which ranks would do.
@@ -46,9 +48,11 @@ def audit(
         suggest_ranks: also suggest ranks: global median and p90, per module, by knee and by entropy.
         budget: also suggest ranks under a budget, by greedy energy per parameter: a number of parameters, or a string
             such as "2M" (parameters) or "4MB" (bytes, in the dtype the factors are stored in). Implies `suggest_ranks`.
+        by: "expert" gives every expert a row; otherwise the experts of one parameter, or of one name and layer, are
+            one row, with quantiles over them.
         adapter_name: which adapter of a PeftModel; by default the active one.
     Raises: AdapterFileError, UnsupportedModelError for an adapter that cannot be read; ValueError for an `energy`
-        outside (0, 1], or a budget that does not cover rank 1 in every module.
+        outside (0, 1], a budget that does not cover rank 1 in every module, or an unknown `by`.
 
     Example:
         >>> import lorakit, torch
@@ -62,16 +66,20 @@ def audit(
     check_number("energy", energy, above=0, most=1)
     if budget is not None:
         read_budget(budget)
+    if by not in ("group", "expert"):
+        raise ValueError(f"`by` must be 'group' or 'expert'; got {by!r}.")
     thresholds = {str(q): q for q in sorted({*THRESHOLDS, float(energy)})}
 
     view = open_adapter(adapter, adapter_name=adapter_name)
     findings = list(view.findings)
-    rows = measure(view, thresholds, findings)
+    measured = measure(view, thresholds, findings)
     check_extras(view, findings)
-    findings += [*find(rows), *find_served_wrong(view)]
-    finite = [row for row in rows if row.energy_rank is not None]
+    modules = experts.stacks(measured)
+    findings += [*find(modules), *find_served_wrong(view)]
+    finite = [row for row in modules if row.energy_rank is not None]
     wanted = suggest_ranks or budget is not None
     suggestions = suggest(finite, str(float(energy)), budget) if wanted else []
+    rows = measured if by == "expert" else experts.groups(measured)
     groups, layers = grouped(rows)
     return AuditReport(
         path=view.path,

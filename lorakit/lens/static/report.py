@@ -12,6 +12,7 @@ from lorakit.errors import Finding
 from lorakit.lens.render.figures import heatmaps_figure
 from lorakit.lens.static import audit_figures
 from lorakit.lens.static.audit_tables import least_used_table, module_table, role_table, suggestion_table
+from lorakit.lens.static.experts import expert_table
 from lorakit.lens.static.findings import SERVED_WRONG
 from lorakit.lens.static.groups import GroupSummary
 from lorakit.lens.static.spectra import AuditedModule
@@ -103,6 +104,7 @@ class AuditReport(Report):
         tables = [
             role_table(self.roles, self.total, self.energy),
             least_used_table(self.modules),
+            expert_table(self.modules),
             suggestion_table(self.suggestions, self.energy),
             module_table(self.modules),
         ]
