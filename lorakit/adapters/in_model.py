@@ -16,6 +16,7 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
+from lorakit._checks import preview
 from lorakit._distributed.fsdp import fill, full_tensor
 from lorakit.adapters._private import CHECKPOINTED, COMPILED, set_offloaded_weights
 from lorakit.adapters.adapter import Adapter, TensorInfo, row_slices
@@ -87,6 +88,19 @@ class LiveModule:
         if isinstance(self.layer, ParamWrapper | MultiheadAttention) or self.adapter_name not in self.layer.lora_A:
             return False
         return isinstance(self.down, nn.Linear) and isinstance(self.up, nn.Linear)
+
+
+def check_no_stacks(modules: Sequence[LiveModule], purpose: str) -> None:
+    """Raise UnsupportedModelError, with their names, for experts stacked in parameters: their tokens are multiplied
+    expert by expert, so that what an example contributes cannot be seen at the layer.
+    """
+    stacks = [module.name for module in modules if isinstance(module.layer, ParamWrapper)]
+    if stacks:
+        raise UnsupportedModelError(
+            f"{purpose} must tell examples apart, which it cannot in {len(stacks)} adapted parameters "
+            f"(`target_parameters`), where tokens of all examples are multiplied expert by expert: {preview(stacks)}. "
+            f"Leave them out of `target_modules`."
+        )
 
 
 def resolve_adapter_name(model: PeftModel, adapter_name: str | None) -> str:

@@ -65,7 +65,7 @@ def contents_of(adapter: Adapter) -> set[str]:
     if any(module.bias is not None for module in adapter.modules):
         found.add("lora_bias")
     if any(module.experts is not None for module in adapter.modules):
-        found.add("experts")
+        found.add("stacked experts")
     if any(extra.kind == "modules_to_save" for extra in adapter.extras):
         found.add("modules_to_save")
     return found

@@ -70,7 +70,7 @@ def contents_of(config: LoraConfig, tensors: Collection[str]) -> set[str]:
     """What the adapter has beside low-rank updates that servers refuse."""
     found = set()
     if config.target_parameters:
-        found.add("experts")
+        found.add("stacked experts")
     if config.modules_to_save:
         found.add("modules_to_save")
     for key in map(parse_key, tensors):

@@ -23,6 +23,15 @@ _WORST = 5
 
 
 @dataclass(frozen=True)
+class ComparedExperts:
+    """How the experts of a group compare: their verdicts, and the quantiles of each number over them."""
+
+    count: int
+    verdicts: dict[Verdict, int]
+    quantiles: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
 class ComparedModule(ModuleRow):
     """A module that both adapters have. If one of its updates is not finite, the numbers and the verdict are None.
 
@@ -32,6 +41,9 @@ class ComparedModule(ModuleRow):
     `directions_b` leading directions. `random_…_overlap`: the mean overlap by chance, max(directions) / d. `share_a`:
     ‖ΔW_a‖_F / (‖ΔW_a‖_F + ‖ΔW_b‖_F). `sigma_ratio`: the larger over the smaller spectral norm, None if infinite.
     `low_rank_part_only`: one of the two has a DoRA magnitude or a SpecLoRA mask, which is not compared.
+
+    A row with `experts` is a group of them, with the verdict of most; cosine and norms are of all their updates
+    together, overlaps are means. A row of one expert has the `stack`, the parameter that it is stored in.
     """
 
     module_name: str
@@ -61,6 +73,8 @@ class ComparedModule(ModuleRow):
     sigma_ratio: float | None = None
     output_angles: tuple[float, ...] = ()
     input_angles: tuple[float, ...] = ()
+    stack: str | None = None
+    experts: ComparedExperts | None = None
 
 
 @dataclass(frozen=True)

@@ -108,14 +108,17 @@ def _group(name: str, rows: Sequence[AuditedModule]) -> AuditedModule:
 
 def _without_numbers(row: AuditedModule) -> AuditedModule:
     """A group with an expert that is not finite has no numbers, as such a module has none."""
-    numbers = ("frobenius_norm", "spectral_norm", "stable_rank", "effective_rank", "capacity_utilization")
     return replace(
         row,
         singular_values=(),
+        frobenius_norm=None,
+        spectral_norm=None,
+        stable_rank=None,
+        effective_rank=None,
+        capacity_utilization=None,
         utilization=None,
         energy_rank=None,
         knee=None,
-        **dict.fromkeys(numbers),
     )
 
 

@@ -26,19 +26,19 @@ def one_by_one(modules: list[AdapterModule], update: LowRank) -> tuple[list[Adap
 def merged_findings(findings: Sequence[Finding], modules: Sequence[AdapterModule]) -> list[Finding]:
     """Findings about several experts of one stack as one finding."""
     stack_of = {expert_name(m.name, e): m for m in modules if m.experts is not None for e in range(m.experts)}
-    together: dict[tuple[str, str], list[Finding]] = {}
+    together: dict[tuple[str, str, str], list[Finding]] = {}
     kept: list[Finding] = []
     for finding in findings:
         stack = stack_of.get(finding.module_name or "")
         if stack is None:
             kept.append(finding)
         else:
-            together.setdefault((finding.code, stack.name), []).append(finding)
-    for (code, name), group in together.items():
+            text = finding.message.partition(": ")[2]
+            together.setdefault((finding.code, stack.name, text), []).append(finding)
+    for (code, name, text), group in together.items():
         if len(group) == 1:
             kept.append(group[0])
             continue
-        text = group[0].message.partition(": ")[2]
         names = [finding.module_name or "" for finding in group]
         message = f"{name}: in {len(group)} experts, {text.removesuffix('.')}: {preview(names)}"
         kept.append(Finding(group[0].severity, code, name, message))
