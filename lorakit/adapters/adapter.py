@@ -86,11 +86,17 @@ class AdapterModule:
     E: TensorInfo | None = None  # AdaLoRA's singular values, (rank, 1); `read` multiplies A by them
     fan_in_fan_out: bool = False
     experts: int | None = None  # stacked in one parameter
+    whole_of: AdapterModule | None = None  # the module as it is stored, where A and B are its whole update
+
+    @property
+    def stored(self) -> AdapterModule:
+        """The module as it is stored: itself, unless A and B are its whole update."""
+        return self if self.whole_of is None else self.whole_of
 
     @property
     def path(self) -> str:
         """The name of PEFT's layer, under which the factors are saved; a parameter's is not its own name."""
-        return module_path(self.A.key)
+        return module_path(self.stored.A.key)
 
     @property
     def rank(self) -> int:
@@ -124,6 +130,8 @@ class AdapterModule:
     @property
     def parameters(self) -> int:
         """The number of parameters of A, B and E as they are stored."""
+        if self.whole_of is not None:
+            return self.whole_of.parameters
         return self.A.numel + self.B.numel + (0 if self.E is None else self.E.numel)
 
     @property
@@ -134,6 +142,8 @@ class AdapterModule:
     @property
     def extras(self) -> tuple[TensorInfo, ...]:
         """The module's tensors that are not part of the low-rank update."""
+        if self.whole_of is not None:
+            return self.whole_of.extras
         return tuple(info for info in (self.bias, self.magnitude, self.mask) if info is not None)
 
     def read(self, read: Read) -> tuple[Tensor, Tensor]:

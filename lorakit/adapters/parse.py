@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from lorakit.adapters.adapter import Adapter, AdapterModule, ExtraKind, ExtraTensor, Kind, TensorInfo, TensorSource
 from lorakit.adapters.config import AdapterSettings, ModuleConfig
@@ -74,7 +75,7 @@ def _of_parameter(group: _Group, parameter: bool) -> _Group:
 
 
 def _module(name: str, group: _Group, config: ModuleConfig, settings: AdapterSettings) -> AdapterModule:
-    one: dict[str, TensorInfo] = {part: infos[0] for part, infos in group.parts.items()}
+    one: dict[str, Any] = {part: infos[0] for part, infos in group.parts.items()}  # one TensorInfo a part
     experts = one["A"].shape[0] // (config.rank or 1) if group.parameter else None
     if experts == 1 and name == module_path(one["A"].key):  # a module's own `weight`, of two dimensions
         experts = None

@@ -89,15 +89,16 @@ class PlainLora:
 def stored_update(module: AdapterModule, update: LowRank, *, bias: Tensor | None = None) -> StoredUpdate:
     """`update` in the layout and the dtypes of a module that PEFT saved."""
     embedding = module.kind == "embedding"
-    assert module.A.dtype is not None
-    assert module.B.dtype is not None
+    A_dtype, B_dtype = module.stored.A.dtype, module.stored.B.dtype
+    assert A_dtype is not None
+    assert B_dtype is not None
     return StoredUpdate(
         name=module.name,
         A=update.A.reshape(*update.A.shape[:-1], *module.A.shape[1:]),
         B=update.B.reshape(*update.B.shape, *[1] * (len(module.B.shape) - 2)),
         scaling=float(update.scaling),
-        A_dtype=module.A.dtype,
-        B_dtype=module.B.dtype,
+        A_dtype=A_dtype,
+        B_dtype=B_dtype,
         A_key=tensor_name(module.path, "A", embedding),
         B_key=tensor_name(module.path, "B", embedding),
         bias=bias,

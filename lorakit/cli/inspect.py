@@ -18,6 +18,10 @@ class By(StrEnum):
     expert = "expert"
 
 
+_Base = Annotated[
+    str | None,
+    typer.Option(help="Directory or file of the base model's weights: DoRA and SPECLORA by their whole updates."),
+]
 _By = Annotated[By, typer.Option("--by", help="One row for a group of experts, or for each expert.")]
 
 
@@ -33,13 +37,14 @@ def audit(
         str | None, typer.Option(help="Suggest ranks under a budget: 2000000, 2M (parameters), 4MB (bytes).")
     ] = None,
     by: _By = By.group,
+    base: _Base = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
     html: Annotated[str | None, typer.Option(help="Also write the report as one HTML file.")] = None,
     plots: Annotated[str | None, typer.Option(help="Also write figures into this directory.")] = None,
 ) -> None:
     """Spectra, ranks and findings of an adapter at rest; exit code 1 if one of the findings is an error."""
     check_share("--energy", energy)
-    report = lens.audit(adapter, energy=energy, suggest_ranks=suggest_ranks, budget=budget, by=_literal(by))
+    report = lens.audit(adapter, energy=energy, suggest_ranks=suggest_ranks, budget=budget, by=_literal(by), base=base)
     if html is not None:
         lens.write_html(report, html)
     if plots is not None:
@@ -52,12 +57,13 @@ def compare(
     b: Annotated[str, typer.Argument(help="The other one.")],
     energy: Annotated[float, typer.Option(help="Share of each update's energy in the directions compared.")] = 1.0,
     by: _By = By.group,
+    base: _Base = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
     plots: Annotated[str | None, typer.Option(help="Also write figures into this directory.")] = None,
 ) -> None:
     """Shared directions, agreement and balance of two adapters; exit code 1 if one of the findings is an error."""
     check_share("--energy", energy)
-    report = lens.compare(a, b, energy=energy, by=_literal(by))
+    report = lens.compare(a, b, energy=energy, by=_literal(by), base=base)
     if plots is not None:
         lens.write_plots(report, plots)
     show(report, as_json)

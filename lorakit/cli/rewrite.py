@@ -74,7 +74,9 @@ def compress(
     per_module: PerModule = False,
     compact: Compact = False,
     for_server: For = None,
-    base: Annotated[str | None, typer.Option(help="The base model, for --smallest: a path or Hub id.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Base model: cut DoRA and SPECLORA by their whole updates; for --smallest too.")
+    ] = None,
     task: Annotated[list[str] | None, typer.Option("--task", help="As in `lorakit certify`, for --smallest.")] = None,
     margin: Annotated[float | None, typer.Option(help="How much worse it may be, for --smallest.")] = None,
     alpha: Annotated[float, typer.Option(help="Level of each one-sided bound, for --smallest.")] = 0.05,
@@ -93,7 +95,7 @@ def compress(
     """Write the best adapter of lower rank; give one of --ranks, --energy, --budget, --max-rank, --smallest."""
     given = {"ranks": ranks, "energy": energy, "budget": budget, "max_rank": max_rank}
     _check_criterion({**given, "smallest": smallest or None}, energy_of, per_module)
-    _check_task(smallest, {"--base": base, "--task": task, "--margin": margin})
+    _check_task(smallest, {"--task": task, "--margin": margin} | ({"--base": base} if smallest else {}))
     from lorakit.compress import smallest as write_smallest
     from lorakit.compress import truncate
 
@@ -113,6 +115,7 @@ def compress(
         per_module=per_module,
         pad=not compact,
         for_server=for_server,
+        base=base,
         overwrite=overwrite,
         verify=verify,
     )
@@ -153,6 +156,9 @@ def merge(
     energy: Annotated[float | None, typer.Option(help="Share of the merge's energy to keep, instead.")] = None,
     density: Annotated[float | None, typer.Option(help="Share of entries that ties and dare keep.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of dare.")] = 0,
+    base: Annotated[
+        str | None, typer.Option(help="Base model's weights: merge DoRA and SPECLORA by their whole updates.")
+    ] = None,
     compact: Compact = False,
     for_server: For = None,
     overwrite: Overwrite = False,
@@ -184,6 +190,7 @@ def merge(
         seed=seed,
         pad=not compact,
         for_server=for_server,
+        base=base,
         overwrite=overwrite,
         verify=verify,
     )

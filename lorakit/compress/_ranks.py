@@ -172,9 +172,10 @@ def _cost(module: AdapterModule, unit: Unit) -> int:
     experts = module.experts or 1
     if unit == "parameters":
         return experts * (module.d_out + module.d_in)
-    assert module.A.dtype is not None
-    assert module.B.dtype is not None
-    return experts * (module.d_out * module.B.dtype.itemsize + module.d_in * module.A.dtype.itemsize)
+    A_dtype, B_dtype = module.stored.A.dtype, module.stored.B.dtype
+    assert A_dtype is not None
+    assert B_dtype is not None
+    return experts * (module.d_out * B_dtype.itemsize + module.d_in * A_dtype.itemsize)
 
 
 def _given_ranks(modules: Sequence[AdapterModule], ranks: Ranks) -> dict[str, int]:

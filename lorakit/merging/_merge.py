@@ -21,6 +21,7 @@ from lorakit.adapters import Adapter, AdapterModule, open_saved_adapter
 from lorakit.adapters.companions import check_overwrite, companions_of, label_of
 from lorakit.adapters.lora_config import minimal_config
 from lorakit.adapters.rewritable import check_finite, check_rewritable, contents_of
+from lorakit.adapters.whole import with_whole_updates
 from lorakit.adapters.write_lora import plain_lora, stored_update, write_lora
 from lorakit.merging._combine import DENSE, METHODS, Items, Merged, Method, combiner, least_rank, merged
 from lorakit.merging._report import MergedModule, MergeReport
@@ -44,6 +45,7 @@ def merge(
     seed: int = 0,
     pad: bool = True,
     for_server: str | Iterable[str] | None = None,
+    base: str | os.PathLike[str] | nn.Module | None = None,
     overwrite: bool = False,
     verify: bool = True,
 ) -> MergeReport:
@@ -72,12 +74,14 @@ def merge(
         pad: False writes each module at its own rank, and chooses it module by module: for PEFT ≥ 0.15 and
             vLLM ≥ 0.33 only.
         for_server: servers that the file is for, as in `lorakit.compress.truncate`.
+        base: the base model's weights (a directory or file of safetensors, or the model): DoRA and SPECLORA are then
+            merged by their whole updates.
         overwrite: allow `out` to be one of the adapters, or to hold an adapter that lorakit did not write.
         verify: read back what was written, and compare it with what was meant, before it takes its place.
     Raises: ValueError for weights, ranks and densities that make no sense, shapes that differ and tensors beside the
-        updates that disagree; TypeError for options that the method has no use for; UnsupportedModelError for DoRA,
-        `lora_bias`, SPECLORA and what else a sum of updates is not one adapter of; AdapterFileError; OverwriteError (a
-        FileExistsError); OSError. `out` is then as it was.
+        updates that disagree; TypeError for options that the method has no use for; UnsupportedModelError for
+        `lora_bias`, for DoRA and SPECLORA without `base`, and what else a sum of updates is not one adapter of;
+        AdapterFileError; OverwriteError (a FileExistsError); OSError. `out` is then as it was.
     References: Yadav et al., "TIES-Merging", NeurIPS 2023; Yu et al., "Language Models are Super Mario" (DARE),
         ICML 2024.
 
@@ -93,7 +97,7 @@ def merge(
     _check_options(method, rank, energy, density)
     check_overwrite(out, adapters, overwrite=overwrite)
     needs = needs_of(for_server, pad=pad)
-    views = [open_saved_adapter(adapter) for adapter in adapters]
+    views = [with_whole_updates(open_saved_adapter(adapter), base) for adapter in adapters]
     for view in views:
         check_rewritable(view)
         needs.check(contents_of(view))

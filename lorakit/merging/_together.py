@@ -32,7 +32,10 @@ def modules_of(views: Sequence[Adapter]) -> dict[str, dict[int, AdapterModule]]:
         for module in view.modules:
             if module.magnitude is not None or module.bias is not None:
                 what = "a DoRA magnitude" if module.magnitude is not None else "a `lora_bias`"
-                raise UnsupportedModelError(f"{view.path}: {module.name} has {what}, which no sum of updates keeps.")
+                hint = " Give the base weights as `base` to merge whole updates." if module.magnitude else ""
+                raise UnsupportedModelError(
+                    f"{view.path}: {module.name} has {what}, which no sum of updates keeps.{hint}"
+                )
             found.setdefault(module.name, {})[i] = module
     for name, modules in found.items():
         shapes = {
@@ -108,10 +111,10 @@ def layouts_of(present: Present) -> dict[str, AdapterModule]:
 
 
 def _layout_of(modules: list[AdapterModule]) -> AdapterModule:
-    first = modules[0]
+    first = modules[0].stored
     dtype = first.dtype
     for module in modules[1:]:
-        dtype = torch.promote_types(dtype, module.dtype)
+        dtype = torch.promote_types(dtype, module.stored.dtype)
     return replace(first, A=replace(first.A, dtype=dtype), B=replace(first.B, dtype=dtype))
 
 

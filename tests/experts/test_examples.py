@@ -13,6 +13,8 @@ from lorakit.errors import UnsupportedModelError
 from .conftest import TARGETS, adapted
 from .test_looking import routed
 
+pytestmark = pytest.mark.slow
+
 
 def losses(model, batch):
     return model(batch).square().mean((1, 2))

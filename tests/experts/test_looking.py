@@ -20,6 +20,8 @@ from lorakit.errors import UnsupportedModelError
 
 from .conftest import adapted, dense, saved
 
+pytestmark = pytest.mark.slow
+
 
 class RoutedExperts(nn.Module):
     """Experts as modules, as Mixtral had them before transformers 5: each sees the tokens that are routed to it."""

@@ -20,6 +20,8 @@ from lorakit.merging._combine import combiner
 
 from .conftest import TARGETS, adapted, dense, loaded, logits, saved, wrappers
 
+pytestmark = pytest.mark.slow
+
 
 def updates(directory: str) -> dict[str, np.ndarray]:
     """Each stack's ΔW by module name, in float64."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from lorakit._checks import check_number
 from lorakit._report import ordered
 from lorakit.adapters import Adapter, open_adapter
+from lorakit.adapters.whole import with_whole_updates
 from lorakit.allocation.budget import read_budget
 from lorakit.lens._rows import grouped
 from lorakit.lens.static import experts
@@ -33,14 +34,16 @@ def audit(
     suggest_ranks: bool = False,
     budget: int | str | None = None,
     by: Literal["group", "expert"] = "group",
+    base: str | os.PathLike[str] | nn.Module | None = None,
     adapter_name: str | None = None,
 ) -> AuditReport:
     """Measure an adapter's updates ΔW from its factors, and say what stands out and which ranks would do.
 
     For each module, role and layer: norms, stable and effective rank, capacity utilization CU = effective rank / r,
     utilization = stable rank / r, energy ranks k@q (the smallest rank that keeps the share q of ‖ΔW‖_F²) and the knee
-    of the spectrum. ΔW includes the scaling. For DoRA and SPECLORA the numbers are those of the low-rank part, and the
-    report says so. Problems with the adapter are findings; only what cannot be read at all raises an error.
+    of the spectrum. ΔW includes the scaling. For DoRA and SPECLORA without `base` the numbers are those of the low-rank
+    part, and the report says so. Problems with the adapter are findings; only what cannot be read at all raises an
+    error.
 
     Args:
         adapter: a directory, a .safetensors or .bin file, a Hub id, a PeftModel, or an open `lorakit.adapters.Adapter`.
@@ -50,6 +53,8 @@ def audit(
             such as "2M" (parameters) or "4MB" (bytes, in the dtype the factors are stored in). Implies `suggest_ranks`.
         by: "expert" gives every expert a row; otherwise the experts of one parameter, or of one name and layer, are
             one row, with quantiles over them.
+        base: the base model's weights (a directory or file of safetensors, or the model): DoRA and SPECLORA are then
+            measured by their whole updates.
         adapter_name: which adapter of a PeftModel; by default the active one.
     Raises: AdapterFileError, UnsupportedModelError for an adapter that cannot be read; ValueError for an `energy`
         outside (0, 1], a budget that does not cover rank 1 in every module, or an unknown `by`.
@@ -71,8 +76,9 @@ def audit(
     thresholds = {str(q): q for q in sorted({*THRESHOLDS, float(energy)})}
 
     view = open_adapter(adapter, adapter_name=adapter_name)
-    findings = list(view.findings)
-    measured = measure(view, thresholds, findings)
+    whole = with_whole_updates(view, base)
+    findings = list(whole.findings)
+    measured = measure(whole, thresholds, findings)
     check_extras(view, findings)
     modules = experts.stacks(measured)
     findings += [*find(modules), *find_served_wrong(view)]
@@ -85,6 +91,7 @@ def audit(
         path=view.path,
         peft_type=view.settings.peft_type,
         base_model=view.settings.base_model,
+        base=os.fspath(base) if isinstance(base, str | os.PathLike) else None,
         energy=energy,
         modules=rows,
         total=summarize("all", rows, rows),

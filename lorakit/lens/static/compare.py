@@ -20,6 +20,7 @@ from lorakit._checks import check_number, preview
 from lorakit._report import ordered
 from lorakit.adapters import Adapter, AdapterModule, open_adapter
 from lorakit.adapters.experts import expert_name
+from lorakit.adapters.whole import with_whole_updates
 from lorakit.errors import Finding
 from lorakit.lens._rows import grouped
 from lorakit.lens.static.compared_experts import groups as groups_of
@@ -55,14 +56,15 @@ def compare(
     contested_above: float = 0.5,
     imbalanced_above: float = 5.0,
     by: Literal["group", "expert"] = "group",
+    base: str | os.PathLike[str] | nn.Module | None = None,
     adapter_name_a: str | None = None,
     adapter_name_b: str | None = None,
 ) -> ComparisonReport:
     """Compare two adapters module by module, with a verdict on each pair of updates and what chance would give.
 
     Ranks may differ. Modules that only one adapter has are listed, and mismatches are findings. One pair of modules is
-    in memory at a time. For DoRA and SPECLORA the low-rank parts are compared, and the report says so. A verdict is the
-    first of these that applies:
+    in memory at a time. For DoRA and SPECLORA without `base` the low-rank parts are compared, and the report says so. A
+    verdict is the first of these that applies:
 
     * conflicting (opposed): the cosine of the updates is below `conflicting_below`;
     * conflicting (contested): the updates share inputs and outputs, both overlaps above chance exceeding
@@ -77,6 +79,8 @@ def compare(
         conflicting_below, redundant_above, contested_above, imbalanced_above: thresholds of the verdicts.
         by: "expert" gives every expert a row; otherwise the experts of one parameter, or of one name and layer, are
             one row, with the verdict of most of them.
+        base: the base model's weights (a directory or file of safetensors, or the model): DoRA and SPECLORA are then
+            compared by their whole updates.
         adapter_name_a, adapter_name_b: which adapter of a PeftModel; `a` and `b` may be the same model.
     Raises: AdapterFileError, UnsupportedModelError for an adapter that cannot be read; ValueError for an `energy`
         outside (0, 1], a threshold outside its range or an unknown `by`.
@@ -94,7 +98,8 @@ def compare(
     if by not in ("group", "expert"):
         raise ValueError(f"`by` must be 'group' or 'expert'; got {by!r}.")
     thresholds = Thresholds(conflicting_below, redundant_above, contested_above, imbalanced_above)
-    one, other = open_adapter(a, adapter_name=adapter_name_a), open_adapter(b, adapter_name=adapter_name_b)
+    stored = open_adapter(a, adapter_name=adapter_name_a), open_adapter(b, adapter_name=adapter_name_b)
+    one, other = (with_whole_updates(view, base) for view in stored)
     findings = [
         replace(finding, message=f"{label}: {finding.message}")
         for label, view in (("A", one), ("B", other))
@@ -118,8 +123,9 @@ def compare(
     return ComparisonReport(
         path_a=one.path,
         path_b=other.path,
-        peft_type_a=one.settings.peft_type,
-        peft_type_b=other.settings.peft_type,
+        peft_type_a=stored[0].settings.peft_type,
+        peft_type_b=stored[1].settings.peft_type,
+        base=os.fspath(base) if isinstance(base, str | os.PathLike) else None,
         energy=energy,
         thresholds=thresholds,
         modules=tuple(rows),
@@ -186,6 +192,7 @@ def _rows(
         d_in=mine.d_in,
         rank_a=mine.rank,
         rank_b=yours.rank,
+        whole_update=any(m.whole_of is not None for m in (mine, yours)),
         low_rank_part_only=any(m.magnitude is not None or m.mask is not None for m in (mine, yours)),
     )
     if mine.experts is None:

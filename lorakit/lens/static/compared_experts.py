@@ -45,6 +45,7 @@ def _group(name: str, rows: Sequence[ComparedModule]) -> ComparedModule:
         rank_a=max(row.rank_a for row in rows),
         rank_b=max(row.rank_b for row in rows),
         low_rank_part_only=any(row.low_rank_part_only for row in rows),
+        whole_update=any(row.whole_update for row in rows),
         experts=ComparedExperts(len(rows), counts, _quantiles(judged)),
     )
     if len(judged) < len(rows):

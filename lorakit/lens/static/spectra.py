@@ -41,8 +41,9 @@ class AuditedModule(ModuleRow):
 
     If the update is not finite, the numbers are None and the singular values empty. `energy_rank`: for each share of
     ‖ΔW‖_F² (the key), the smallest rank that keeps it. `low_rank_part_only`: the module also has a DoRA magnitude or a
-    SpecLoRA mask, so B A is not the whole update; `beside` has the size, minimum, maximum, mean and standard deviation
-    of the magnitudes ("magnitude"), of d ("d", not d − 1), and of B's bias ("lora_bias").
+    SpecLoRA mask, so B A is not the whole update; `whole_update`: it is measured, from the base weight, and `rank` is
+    the largest that it can have. `beside` has the size, minimum, maximum, mean and standard deviation of the magnitudes
+    ("magnitude"), of d ("d", not d − 1), and of B's bias ("lora_bias").
 
     A row with `experts` is a group of them: norms and singular values are of all their updates together, σ_k being
     √Σ_e σ_ek²; stable and effective rank, utilization and knee are medians, and an energy rank is one that suffices for
@@ -72,6 +73,7 @@ class AuditedModule(ModuleRow):
     knee: int | None = None
     stack: str | None = None
     experts: ExpertSpread | None = None
+    whole_update: bool = False
 
     @property
     def parameters_of_a_rank(self) -> int:
@@ -107,7 +109,7 @@ def measure(
     numbers = _numbers(spectra, thresholds)
     rows = []
     for module in view.modules:
-        beside = _beside_statistics(view, module, findings)
+        beside = _beside_statistics(view, module.stored, findings)
         if module.experts is None:
             rows.append(_row(module, module.name, spectra, numbers, beside))
         for expert in range(module.experts or 0):
@@ -160,10 +162,11 @@ def _row(
         rank=module.rank,
         scaling=module.scaling,
         parameters=module.parameters // (module.experts or 1),
-        dtype=str(module.dtype).removeprefix("torch."),
+        dtype=str(module.stored.dtype).removeprefix("torch."),
         low_rank_part_only=module.magnitude is not None or module.mask is not None,
         beside=beside,
         stack=module.name if module.experts is not None else None,
+        whole_update=module.whole_of is not None,
         **measured,
     )
 
