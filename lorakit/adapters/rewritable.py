@@ -23,7 +23,8 @@ def check_rewritable(adapter: Adapter) -> None:
     if settings.peft_type == "SPECLORA":
         raise UnsupportedModelError(
             f"{path} is a SPECLORA adapter, whose mask is an update of the base weight: its low-rank part cannot be "
-            f"rewritten alone. Give the base weights (`base`, --base) to rewrite its whole update."
+            f"rewritten alone. Give the base weights (`base`, --base) to rewrite its whole update, or use "
+            f"lorakit.export.to_lora(model, out)."
         )
     if settings.changes_base:
         raise UnsupportedModelError(
