@@ -238,7 +238,7 @@ def _about_dora(view: Adapter) -> list[Finding]:
     count = sum(module.magnitude is not None for module in view.modules)
     message = (
         f"{count} modules have DoRA magnitudes, which were kept as they were: the cut, and its energy, are of the "
-        f"low-rank part alone."
+        f"low-rank part alone. Give the base weights (`base`, --base) to cut the whole update."
     )
     return [Finding("info", "low_rank_part_only", None, message)] if count else []
 

@@ -169,7 +169,7 @@ def _check_fits(base: Any, adapter: AdapterSource) -> None:
     modules = {name for name, _ in base.named_modules()}
     own = label_of(base)
     for module in view.modules:
-        if module.name not in modules:
+        if module.name not in (modules if module.experts is None else modules | shapes.keys()):
             raise EvaluationError(
                 f"The adapter {os.fspath(adapter)!r} adapts {module.name!r}, which the base model {own!r} does not "
                 f"have. Name the model that it was trained on."

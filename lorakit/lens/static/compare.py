@@ -116,7 +116,10 @@ def compare(
     rows = compared if by == "expert" else groups_of(compared)
     partial = sum(row.low_rank_part_only for row in rows)
     if partial:
-        message = f"In {partial} modules only the low-rank part is compared; the whole update needs the base weight."
+        message = (
+            f"In {partial} modules only the low-rank part is compared; for the whole update, give the base weights "
+            f"(`base`, --base)."
+        )
         findings.append(Finding("info", "low_rank_part_only", None, message))
     groups, layers = grouped(rows)
     names_a, names_b = ({module.name for module in view.modules} for view in (one, other))
