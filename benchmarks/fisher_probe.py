@@ -1,6 +1,7 @@
 """The speed of the Fisher probe, relative to one forward and backward pass per example.
 
-    python benchmarks/fisher_probe.py [--model llama|smollm2|narrow] [--lengths 16,48,128] [--threads 1] [--json]
+    python benchmarks/fisher_probe.py [--model llama|smollm2|narrow] [--lengths 16,48,128] [--threads 1]
+                                      [--method fisherlora|speclora [--mode svd]] [--json]
 
 `llama` has SmolLM2-135M's widths and vocabulary with random weights and few layers. `smollm2` is the demo's model.
 `narrow` is so narrow that launching operations takes longer than computing them, as on a GPU with short batches. All
@@ -9,11 +10,16 @@ lora_B only, and squares them. First both must give the same F to 1e-5. Then, af
 and the reference again alternate. The table has medians with minimum and maximum of wall time and of the process's CPU
 time, which other work on the machine disturbs less, and quartiles of the speed-ups. The speed-up of the reference over
 itself shows the noise. The probe is timed as a whole, from the call to the report.
+
+With ``--method speclora`` the probe also measures S(k) of SpecLoRA's masks for its whole ladder of k. It is then first
+compared, at k = 25 and 200, with one backward per example through SpecLoRA's own layers. The reference that it is timed
+against stays the same, so the figures say what the masks add.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import time
@@ -24,7 +30,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lorakit import SpecLoRAConfig
 from lorakit.fisher import probe
+from lorakit.tuners.speclora import MODES
 
 Batch = dict[str, Tensor]
 REFERENCE = "one backward each"
@@ -71,6 +79,26 @@ def one_backward_each(model: PeftModel, batch: Batch) -> list[float]:
     return [float(total.mean()) / examples for total in sums]
 
 
+def check_masks(model: PeftModel, batch: Batch, mode: str) -> float:
+    """The largest relative deviation of S(k) from one backward per example through a SpecLoRA of that k."""
+    report = probe(model, [batch], num_examples=len(batch["input_ids"]), progress=False, method="speclora", mode=mode)
+    worst = 0.0
+    for k in (25, 200):
+        config = SpecLoRAConfig(r=1, k=k, mode=mode, target_modules=list(report.target_modules))
+        masked = get_peft_model(copy.deepcopy(model).unload(), config).eval()  # a LoRA at zero changes nothing
+        layers = dict(masked.get_base_model().named_modules())
+        ds = [layers[row.module_name].lora_spec["default"].weight for row in report.modules]
+        sums = [0.0] * len(ds)
+        for i in range(len(batch["input_ids"])):
+            loss = masked(**{key: value[i : i + 1] for key, value in batch.items()}, use_cache=False).loss
+            for j, gradient in enumerate(torch.autograd.grad(loss, ds)):
+                sums[j] += float(gradient.square().sum())
+        for row, total, d in zip(report.modules, sums, ds, strict=True):
+            found = next(step.sensitivity for step in row.mask if step.k == min(k, len(d)))
+            worst = max(worst, abs(found * len(batch["input_ids"]) / total - 1))
+    return worst
+
+
 def timed(run: Callable[[], object]) -> tuple[float, float]:
     wall, cpu = time.perf_counter(), time.process_time()
     run()
@@ -90,6 +118,8 @@ def main() -> None:
     parser.add_argument("--lengths", default="16,48,128,256,512")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--method", choices=["fisherlora", "speclora"], default="fisherlora")
+    parser.add_argument("--mode", choices=MODES, default="hadamard", help="of SpecLoRA's masks")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -104,7 +134,15 @@ def main() -> None:
         runs: dict[str, Callable[[], list[float]]] = {
             REFERENCE: lambda batch=batch: one_backward_each(model, batch),
             "probe": lambda batch=batch: [
-                row.fisher for row in probe(model, [batch], num_examples=options.examples, progress=False).modules
+                row.fisher
+                for row in probe(
+                    model,
+                    [batch],
+                    num_examples=options.examples,
+                    progress=False,
+                    method=options.method,
+                    mode=options.mode,
+                ).modules
             ],
         }
         runs["itself again"] = runs[REFERENCE]
@@ -112,6 +150,10 @@ def main() -> None:
         worst = max(abs(a - b) / a for a, b in zip(each, probed, strict=True))
         if worst > 1e-5:
             raise SystemExit(f"The probe deviates from one backward per example by {worst:.1e} at {length} tokens.")
+        if options.method == "speclora":
+            deviation = check_masks(model, batch, options.mode)
+            if deviation > 1e-3:
+                raise SystemExit(f"S(k) deviates from one backward per example by {deviation:.1e} at {length} tokens.")
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
         for _ in range(options.repeats):
             for name, run in runs.items():
@@ -138,8 +180,8 @@ def print_row(row: dict[str, object], options: argparse.Namespace) -> None:
     kinds = {"smollm2": "SmolLM2-135M", "llama": f"{options.layers} layers of SmolLM2's widths"}
     what = kinds.get(options.model, f"{options.layers} layers of width 64")
     print(
-        f"{what}, {options.targets}, {options.examples} × {row['length']} tokens, torch {torch.__version__}, "
-        f"torch.set_num_threads({options.threads}), {options.repeats} repeats, "
+        f"{what}, {options.targets}, {options.method}, {options.examples} × {row['length']} tokens, "
+        f"torch {torch.__version__}, torch.set_num_threads({options.threads}), {options.repeats} repeats, "
         f"largest deviation {row['worst_deviation']:.0e}"
     )
     for kind in ("wall", "cpu"):

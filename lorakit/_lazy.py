@@ -44,7 +44,18 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
     "lorakit.allocation": {
         "budget": ("Unit", "read_budget"),
         "report": ("RULES", "AllocatedModule", "Allocation", "Per", "Rule"),
-        "rules": ("ProbeReport", "ProbedModule", "allocate"),
+        "masks": ("AllocatedMask", "MaskAllocation", "allocate_masks", "shuffled"),
+        "probed": (
+            "MaskProbeReport",
+            "ProbeReport",
+            "Probed",
+            "ProbedMask",
+            "ProbedMaskStep",
+            "ProbedModule",
+            "masks_from_probe",
+            "ranks_from_probe",
+        ),
+        "rules": ("allocate",),
     },
     "lorakit.calibration": {
         "losses": ("IGNORED_LABEL", "LossFn"),
@@ -53,7 +64,8 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "lorakit.compress": {
         "_report": ("CompressReport", "CompressedModule"),
-        "_smallest": ("SmallestReport", "SmallestStep", "smallest"),
+        "_smallest": ("smallest",),
+        "ladder": ("SmallestReport", "SmallestStep"),
         "_truncate": ("truncate",),
     },
     "lorakit.cost": {
@@ -67,15 +79,25 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
     "lorakit.evaluation": {
         "_agreement": ("Agreement", "DocumentAgreement", "Estimate", "agreement", "agreement_task"),
         "_attach": ("load_adapted",),
-        "_certificate": ("Certificate", "CertifiedTask", "read_certificate"),
+        "_certificate": ("Certificate", "read_certificate"),
+        "_certified_task": ("CertifiedTask",),
         "_certify": ("CertificationPlan", "certify", "evaluate_adapters"),
+        "_digests": ("document_hashes",),
         "_evaluate": ("evaluate",),
+        "_hub": ("push_to_hub",),
         "_models": ("LoadOptions", "load_base"),
         "_scores": ("Scores", "compare", "paired_interval"),
-        "_tasks": ("Task", "choices", "exact_match", "function", "lm_eval", "loss"),
+        "_task_kinds": ("Task",),
+        "_tasks": ("choices", "exact_match", "function", "lm_eval", "loss"),
+        "_written": ("write_certified",),
     },
     "lorakit.experiments": {
         "_adapt_each_layer": ("LayerGain", "LayerGains", "adapt_each_layer"),
+        "_bench": ("bench",),
+        "_bench_file": ("read_bench_file",),
+        "_bench_report": ("BenchReport", "BenchVariant", "read_bench"),
+        "_bench_run": ("UnfinishedBench",),
+        "_bench_verdicts": ("BenchGate", "BenchScores", "BenchTask"),
         "_executors": ("RayExecutor", "process_pool"),
         "_layer_sensitivity": ("LayerSensitivity", "SensitivityGroup", "layer_sensitivity"),
         "_losses": ("MeanLoss", "PairedDifference"),
@@ -86,7 +108,7 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
     "lorakit.export": {"_report": ("ExportReport", "ExportedModule"), "_to_lora": ("to_lora",)},
     "lorakit.fisher": {
         "_probe": ("probe",),
-        "_report": ("Estimate", "FisherGroup", "FisherReport", "FisherRow", "Moments"),
+        "_report": ("Estimate", "FisherGroup", "FisherReport", "FisherRow", "MaskStep", "Moments"),
     },
     "lorakit.lens": {
         "static.audit": ("audit",),
@@ -94,6 +116,7 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "static.spectra": ("AuditedModule",),
         "static.groups": ("GroupSummary",),
         "static.suggestions": ("RankSuggestion",),
+        "static.recommendation": ("Recommendation",),
         "static.compare": ("compare",),
         "static.comparison_report": ("ComparedGroup", "ComparedModule", "ComparisonReport"),
         "static.alignment": ("alignment",),
@@ -162,6 +185,7 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
             "truncation_error",
             "utilization",
         ),
+        "threshold": ("hard_threshold_coefficient", "hard_threshold_rank"),
         "subspace": (
             "gradient_overlap",
             "leading_similarity",

@@ -21,6 +21,8 @@ _REPR_LINES = 10
 _REPR_WIDTH = 160
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
+_NUMBER = re.compile(r"[-+]?[\d.,]+(?:e[-+]?\d+)?(?:–[\d.,]+)?|-|")  # or a range, or nothing
+
 Item = TypeVar("Item")
 
 
@@ -52,6 +54,17 @@ class Table:
         """A table with one row for each item; `columns` are headings and the functions that write the cells."""
         rows = tuple(tuple(write(item) for _, write in columns) for item in items)
         return cls(title, tuple(heading for heading, _ in columns), rows, note, total, long)
+
+    def text(self) -> str:
+        """The table as lines of text: columns of numbers are flush right, others flush left."""
+        lines = [self.headings, *self.rows]
+        numeric = [all(_NUMBER.fullmatch(row[i]) for row in self.rows) for i in range(len(self.headings))]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.headings))]
+        padded = [
+            [cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(line, widths, numeric, strict=True)]
+            for line in lines
+        ]
+        return "\n".join("  ".join(cells).rstrip() for cells in padded)
 
 
 class Report:

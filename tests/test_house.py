@@ -16,7 +16,7 @@ from lorakit import _lazy
 ROOT = Path(lorakit.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 PUBLIC = {name for package in _lazy._FILES for name in _lazy.exports(package)}
-# The ten functions that most users call, whose docstrings have an example that runs.
+# The functions that most users call, whose docstrings have an example that runs.
 MAIN = [
     "lorakit.lens.audit",
     "lorakit.lens.compare",
@@ -28,6 +28,10 @@ MAIN = [
     "lorakit.allocation.allocate",
     "lorakit.experiments.rank_sweep",
     "lorakit.cost.accounting",
+    "lorakit.compress.smallest",
+    "lorakit.evaluation.agreement",
+    "lorakit.evaluation.certify",
+    "lorakit.evaluation.evaluate",
 ]
 
 

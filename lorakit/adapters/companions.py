@@ -18,6 +18,8 @@ from lorakit.adapters.edit_log import RECORD_NAME, weights_hash
 from lorakit.errors import Finding, OverwriteError
 
 CARD_NAME = "README.md"
+CERTIFICATE_NAME = "lorakit_certificate.json"
+CERTIFICATE_END = "<!-- end of lorakit's certificate -->"
 # Files of tokenizers, processors and chat templates, as transformers names them.
 COMPANIONS = (
     "tokenizer.json",
@@ -39,6 +41,19 @@ COMPANIONS = (
 
 _HEADING = "## Changes made by lorakit"
 _MARK = re.compile(rf"<!-- lorakit wrote {re.escape(WEIGHTS_NAME)} with sha256 ([0-9a-f]{{64}}) -->")
+_CERTIFICATE = re.compile(
+    rf"\n*<!-- lorakit certificate [0-9a-f]{{64}} -->.*?{re.escape(CERTIFICATE_END)}\n*", re.DOTALL
+)
+
+
+def certificate_start(sha256: str) -> str:
+    """The mark in a model card before the section of the certificate with this hash."""
+    return f"<!-- lorakit certificate {sha256} -->"
+
+
+def without_certificate(card: str) -> str:
+    """A model card without the sections of certificates, which say nothing of an adapter with other weights."""
+    return _CERTIFICATE.sub("\n\n", card).rstrip("\n") + "\n" if _CERTIFICATE.search(card) else card
 
 
 @dataclass(frozen=True)
@@ -52,7 +67,8 @@ class Companions:
     def write(self, directory: Path, config: Mapping[str, Any], change: str) -> None:
         """Copy the files into `directory`, where the weights are, and write the card with `change`, one line, added.
 
-        Without a card of the source it is the one that PEFT wrote into `directory`, or a new one.
+        Without a card of the source it is the one that PEFT wrote into `directory`, or a new one. The source's
+        certificate stays behind, with its section of the card: it is of other weights.
         """
         for name, path in self.files.items():
             if path.is_dir():
@@ -61,7 +77,7 @@ class Companions:
                 shutil.copyfile(path, directory / name)
         path = directory / CARD_NAME
         card = self.card or (path.read_text(encoding="utf-8") if path.exists() else _new_card(config))
-        path.write_text(_with_change(card, change, weights_hash(directory)), encoding="utf-8")
+        path.write_text(_with_change(without_certificate(card), change, weights_hash(directory)), encoding="utf-8")
 
 
 def label_of(path: str) -> str:

@@ -16,15 +16,17 @@ _PARTS: dict[tuple[str, str | None], Part] = {
     ("lora_embedding_B", None): "B",
     ("lora_magnitude_vector", None): "magnitude",
     ("lora_magnitude_vector", "weight"): "magnitude",
-    ("lora_spec", "weight"): "mask",
     # AdaLoRA has parameters where LoRA has modules
     ("lora_A", None): "A",
     ("lora_B", None): "B",
     ("lora_E", None): "E",
 }
+_MASK_MODES = ("hadamard", "hadamard_bottom", "svd", "svd_bottom")  # SpecLoRA's; the tensor is named after its mode
+_PARTS |= {("lora_spec", f"weight_{mode}"): "mask" for mode in _MASK_MODES}
+_LEAF = f"weight(?:_(?:{'|'.join(_MASK_MODES)}))?|bias"
 _KEY = re.compile(
     r"(?P<module>.+?)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magnitude_vector|lora_spec|lora_E)"
-    r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?(?:\.(?P<leaf>weight|bias))?",
+    rf"(?:\.(?P<adapter>(?!(?:{_LEAF})$)[^.]+))?(?:\.(?P<leaf>{_LEAF}))?",
     re.DOTALL,
 )
 
@@ -65,3 +67,8 @@ def tensor_name(module_name: str, part: Part, embedding: bool = False) -> str:
     """The name under which PEFT saves a part of a LoRA."""
     leaf = {"A": "lora_A.weight", "B": "lora_B.weight", "bias": "lora_B.bias", "magnitude": "lora_magnitude_vector"}
     return f"{_PREFIX}{module_name}.{f'lora_embedding_{part}' if embedding and part in 'AB' else leaf[part]}"
+
+
+def mask_mode(name: str) -> str:
+    """The mode of SpecLoRA's mask that a tensor's name says."""
+    return name.rpartition(".")[2].removeprefix("weight_")

@@ -9,7 +9,7 @@ from typing import Any
 from lorakit.adapters.adapter import Adapter, AdapterModule, ExtraKind, ExtraTensor, Kind, TensorInfo, TensorSource
 from lorakit.adapters.config import AdapterSettings, ModuleConfig
 from lorakit.adapters.experts import parameters_of
-from lorakit.adapters.keys import Part, module_path, parse_key, without_prefix
+from lorakit.adapters.keys import Part, mask_mode, module_path, parse_key, without_prefix
 from lorakit.errors import AdapterFileError, Finding
 from lorakit.naming.roles import layer_of, role_of
 
@@ -114,6 +114,9 @@ def _problem(group: _Group, config: ModuleConfig, settings: AdapterSettings) -> 
         if info.dtype is None or not info.dtype.is_floating_point or info.dtype.itemsize < 2:
             dtype = info.dtype or "of a dtype that torch lacks"
             return "unsupported_dtype", f"{info.key} is {dtype}; it must be float16, bfloat16, float32 or float64."
+    mode = settings.raw.get("mode", "hadamard")
+    if "mask" in one and settings.peft_type == "SPECLORA" and mask_mode(one["mask"].key) != mode:
+        return "mode_mismatch", f"{one['mask'].key} is of another mode than the config's `mode`, {mode!r}."
     rank = one["A"].shape[0]
     if rank == 0:
         if config.rank == 0:

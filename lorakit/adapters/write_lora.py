@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from lorakit.adapters.adapter import AdapterModule
 from lorakit.adapters.atomic import replaced_directory, write_adapter
-from lorakit.adapters.companions import Companions
+from lorakit.adapters.companions import CERTIFICATE_NAME, Companions
 from lorakit.adapters.edit_log import RECORD_NAME, write_edits
 from lorakit.adapters.experts import stacked
 from lorakit.adapters.keys import tensor_name
@@ -205,7 +205,7 @@ def write_lora(
     Returns the relative errors ‖written − intended‖_F / ‖intended‖_F by module.
     Raises: OSError; AdapterFileError where what was written is not what was meant, such as for a dtype too narrow.
     """
-    with replaced_directory(out, remove=[RECORD_NAME]) as directory:
+    with replaced_directory(out, remove=[RECORD_NAME, CERTIFICATE_NAME]) as directory:
         write_adapter(directory, tensors, config)
         companions.write(directory, config, change)
         errors = {} if intended is None else _verified(directory, intended)

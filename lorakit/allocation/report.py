@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lorakit._figures import new_figure
 from lorakit._format import count, extent
-from lorakit._report import Report
-from lorakit.naming.patterns import compact_pattern
+from lorakit._report import Report, Table
+from lorakit.errors import AllocationError
+from lorakit.naming.patterns import alpha_of, compact_pattern
 from lorakit.naming.roles import group_of, layer_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from peft import LoraConfig
 
 Rule = Literal["fisher", "fisherlora", "spectral", "energy", "prior", "uniform"]
 Per = Literal["module", "role"]
@@ -77,7 +80,7 @@ class Allocation(Report):
         ranks = {name: rank for name, rank in self.ranks.items() if rank}
         if not ranks:
             return ()
-        r = max(sorted(set(ranks.values())), key=list(ranks.values()).count)
+        r = _commonest(ranks)
         pattern = compact_pattern(ranks, {name for name, rank in ranks.items() if rank == r})
         leaves = sorted({name.rpartition(".")[2] for name in ranks})
         targets, rank_pattern = repr(leaves if len(ranks) == len(self.modules) else sorted(ranks)), repr(pattern)
@@ -88,25 +91,64 @@ class Allocation(Report):
         ranks_of_roles = f"r={r}, r_q={r}, r_v={r}"
         return (f"lorakit.FisherLoRAConfig({ranks_of_roles}, target_modules={targets}, rank_pattern={rank_pattern})",)
 
+    def to_config(self, *, r: int | None = None, lora_alpha: float | None = None, **settings: Any) -> LoraConfig:
+        """A plain LoraConfig with these ranks, for who needs no tuner type of lorakit's.
+
+        Args:
+            r: the rank that `lora_alpha` refers to; None means the most common one.
+            lora_alpha: None means 2r. Every module has the scaling lora_alpha / r, whatever its own rank.
+            settings: other fields of the config. `target_modules` are by default the modules' full names; modules of
+                rank 0 are left out.
+
+        Raises: AllocationError (a ValueError) if all ranks are 0; ValueError for a field that the ranks decide.
+        """
+        from peft import LoraConfig
+
+        ranks = {name: rank for name, rank in self.ranks.items() if rank}
+        if not ranks:
+            raise AllocationError("A config needs at least one module; all ranks are 0.")
+        taken = sorted({"rank_pattern", "alpha_pattern"} & set(settings))
+        if taken:
+            raise ValueError(f"`settings` must not have {', '.join(taken)}: the ranks decide them.")
+        r = _commonest(ranks) if r is None else r
+        alpha = 2 * r if lora_alpha is None else lora_alpha
+        rslora = bool(settings.get("use_rslora"))
+        alphas = {name: alpha_of(alpha, rank, r, rslora) for name, rank in ranks.items()}
+        decided: dict[str, Any] = {
+            "r": r,
+            "lora_alpha": alpha,
+            "rank_pattern": compact_pattern(ranks, {name for name, rank in ranks.items() if rank == r}),
+            "alpha_pattern": compact_pattern(alphas, {name for name, value in alphas.items() if value == alpha}),
+        }
+        return LoraConfig(**({"target_modules": list(ranks)} | settings | decided))
+
+    def tables(self) -> list[Table]:
+        """Roles first, then modules."""
+        groups: dict[str, list[AllocatedModule]] = {}
+        for row in self.modules:
+            groups.setdefault(row.group, []).append(row)
+        by_role: list[tuple[str, Callable[[tuple[str, list[AllocatedModule]]], str]]] = [
+            ("role", lambda pair: pair[0]),
+            ("modules", lambda pair: str(len(pair[1]))),
+            ("mean score", lambda pair: f"{_mean([row.score for row in pair[1]]):.3g}"),
+            ("rank", lambda pair: extent((min(row.rank for row in pair[1]), max(row.rank for row in pair[1])))),
+            ("cost", lambda pair: str(sum(row.rank * row.cost for row in pair[1]))),
+        ]
+        by_module: list[tuple[str, Callable[[AllocatedModule], str]]] = [
+            ("module", lambda row: row.module_name),
+            ("role", lambda row: row.role or "-"),
+            ("score", lambda row: f"{row.score:.3g}"),
+            ("cost", lambda row: str(row.cost)),
+            ("rank", lambda row: str(row.rank)),
+            ("why not one more", lambda row: row.why),
+        ]
+        return [Table.of("", by_role, groups.items()), Table.of("", by_module, self.modules, long=True)]
+
     def explain(self) -> str:
-        """A table of every module's score, cost and rank, and why the rank is not larger."""
-        heading = ("module", "role", "score", "cost", "rank", "why not one more")
-        lines = [heading] + [
-            (row.module_name, row.role or "-", f"{row.score:.3g}", str(row.cost), str(row.rank), row.why)
-            for row in self.modules
-        ]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(heading) - 1)]
-        text = [
-            "  ".join(
-                [line[0].ljust(widths[0]), line[1].ljust(widths[1])]
-                + [cell.rjust(width) for cell, width in zip(line[2:5], widths[2:], strict=True)]
-                + [line[5]]
-            )
-            for line in lines
-        ]
+        """The roles, then every module's score, cost and rank and why the rank is not larger, as text."""
         share = f" ({self.cost / self.budget:.1%})" if self.budget else ""
-        text.append(f"rule {self.rule}, per {self.per}: {self.cost} of {self.budget}{share} spent")
-        return "\n".join(text)
+        spent = f"rule {self.rule}, per {self.per}: {self.cost} of {self.budget}{share} spent"
+        return "\n\n".join([*(table.text() for table in self.tables()), spent])
 
     def plot(self) -> Figure:
         """Bars of the ranks by layer, one panel for each role. Modules outside the layers are at "–"."""
@@ -130,5 +172,10 @@ class Allocation(Report):
         return figure
 
 
-def _mean(values: list[int]) -> float:
+def _commonest(ranks: Mapping[str, int]) -> int:
+    """The most common rank, the smallest of several."""
+    return max(sorted(set(ranks.values())), key=list(ranks.values()).count)
+
+
+def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, get_args
+from typing import Any, get_args
 
 from lorakit._checks import check_integer
 from lorakit.allocation.report import RULES, AllocatedModule, Allocation, Per, Rule
@@ -22,30 +22,6 @@ _ORDERS: dict[str, tuple[str | None, ...]] = {
     "fisherlora": ("value", None, "query"),
     "spectral": ("query", None, "value"),
 }
-
-
-class ProbedModule(Protocol):
-    """What an allocation needs to know about one probed module."""
-
-    @property
-    def module_name(self) -> str: ...
-    @property
-    def role(self) -> str | None: ...
-    @property
-    def d_out(self) -> int: ...
-    @property
-    def d_in(self) -> int: ...
-    @property
-    def fisher(self) -> float: ...
-
-
-class ProbeReport(Protocol):
-    """The part of a probe's report that an allocation needs; `lorakit.fisher.FisherReport` has it."""
-
-    @property
-    def modules(self) -> Sequence[ProbedModule]: ...
-    @property
-    def target_modules(self) -> Sequence[str]: ...
 
 
 @dataclass(frozen=True)
@@ -220,7 +196,7 @@ def _groups(
     """Groups of modules that share a rank; a module without a role is a group of its own."""
     order = _ORDERS.get(rule)
     members: dict[tuple[int, str], list[str]] = {}
-    for name in sorted(costs, key=_natural):
+    for name in sorted(costs, key=natural):
         role = None if roles is None else roles[name]
         if rule == "uniform":
             key = (0, "all")
@@ -279,6 +255,6 @@ def _buy(groups: list[_Group], budget: int, min_rank: int) -> tuple[dict[str, in
     return rank_of, {name: why[i] for i, group in enumerate(groups) for name in group.names}, left
 
 
-def _natural(name: str) -> list[str | int]:
+def natural(name: str) -> list[str | int]:
     """Sorts layer 2 before layer 10."""
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]

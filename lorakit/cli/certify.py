@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
 import typer
@@ -61,7 +62,7 @@ def certify(
     cache: Cache = None,
     out: Annotated[str | None, typer.Option(help="Write the certificate as JSON.")] = None,
     html: Annotated[str | None, typer.Option(help="Write the certificate as an HTML page.")] = None,
-    verify: Annotated[str | None, typer.Option(help="Verify a certificate instead.")] = None,
+    verify: Annotated[str | None, typer.Option(help="Verify a certificate, or that in an adapter's directory.")] = None,
     device: Device = None,
     dtype: Dtype = "auto",
     load_in_4bit: FourBit = False,
@@ -73,6 +74,8 @@ def certify(
     if verify is not None:
         certificate = evaluation.read_certificate(verify)
         certificate.verify()
+        if os.path.isdir(verify):
+            certificate.check_candidate(verify)
         _show(certificate, as_json)
         print_lines(*([] if as_json else ["The certificate verifies."]))
         return

@@ -1,4 +1,4 @@
-"""``lorakit audit``, ``compare`` and ``alignment``: look at adapters, change nothing."""
+"""``lorakit audit``, ``compare``, ``alignment`` and ``weights``: look at adapters and models, change nothing."""
 
 from __future__ import annotations
 
@@ -31,20 +31,22 @@ def _literal(by: By) -> Literal["group", "expert"]:
 
 def audit(
     adapter: Annotated[str, typer.Argument(help="A directory, a .safetensors or .bin file, or a Hub id.")],
+    base: Annotated[
+        str | None, typer.Option(help="The base model's directory: whole updates of DoRA and SPECLORA, relative norms.")
+    ] = None,
     suggest_ranks: Annotated[bool, typer.Option("--suggest-ranks", help="Suggest ranks, by several policies.")] = False,
     energy: Annotated[float, typer.Option(help="Share of each update's energy that suggested ranks keep.")] = 0.9,
     budget: Annotated[
         str | None, typer.Option(help="Suggest ranks under a budget: 2000000, 2M (parameters), 4MB (bytes).")
     ] = None,
     by: _By = By.group,
-    base: _Base = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
     html: Annotated[str | None, typer.Option(help="Also write the report as one HTML file.")] = None,
     plots: Annotated[str | None, typer.Option(help="Also write figures into this directory.")] = None,
 ) -> None:
     """Spectra, ranks and findings of an adapter at rest; exit code 1 if one of the findings is an error."""
     check_share("--energy", energy)
-    report = lens.audit(adapter, energy=energy, suggest_ranks=suggest_ranks, budget=budget, by=_literal(by), base=base)
+    report = lens.audit(adapter, base=base, energy=energy, suggest_ranks=suggest_ranks, budget=budget, by=_literal(by))
     if html is not None:
         lens.write_html(report, html)
     if plots is not None:
@@ -77,6 +79,31 @@ def alignment(
 ) -> None:
     """Output directions across and within layers; exit code 1 if one of the findings is an error."""
     report = lens.alignment(adapter, k=k)
+    if plots is not None:
+        lens.write_plots(report, plots)
+    show(report, as_json)
+
+
+def weights(
+    base: Annotated[str, typer.Argument(help="The model before: a directory of safetensors, or a file.")],
+    tuned: Annotated[str, typer.Argument(help="The model after fine-tuning.")],
+    adapter: Annotated[str | None, typer.Option(help="An adapter that approximates the change.")] = None,
+    module: Annotated[
+        list[str] | None, typer.Option("--module", help="Only weights of this name, such as q_proj; may be repeated.")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, help="How many leading singular vectors to compare.")] = 64,
+    full: Annotated[bool, typer.Option("--full", help="Compare all singular vectors; takes full SVDs.")] = False,
+    device: Annotated[str | None, typer.Option(help="Where to compute, such as cuda.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
+    html: Annotated[str | None, typer.Option(help="Also write the report as one HTML file.")] = None,
+    plots: Annotated[str | None, typer.Option(help="Also write figures into this directory.")] = None,
+) -> None:
+    """What fine-tuning did to a model's weights; exit code 1 if one of the findings is an error."""
+    report = lens.compare_weights(
+        base, tuned, adapter=adapter, modules=module, rank=None if full else rank, device=device
+    )
+    if html is not None:
+        lens.write_html(report, html)
     if plots is not None:
         lens.write_plots(report, plots)
     show(report, as_json)

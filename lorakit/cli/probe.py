@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorakit import evaluation, fisher
+from lorakit.allocation import masks_from_probe, ranks_from_probe
 from lorakit.cli._data import (
     DATA_HELP,
     BatchSize,
@@ -28,6 +31,29 @@ from lorakit.data import tokenizer_for
 
 if TYPE_CHECKING:
     from lorakit.data import DataReport
+
+
+class MethodName(StrEnum):
+    """What the probe decides: ranks, or the ks of SpecLoRA's masks."""
+
+    fisherlora = "fisherlora"
+    speclora = "speclora"
+
+
+class ModeName(StrEnum):
+    """What a mask of SpecLoRA's rescales."""
+
+    hadamard = "hadamard"
+    hadamard_bottom = "hadamard_bottom"
+    svd = "svd"
+    svd_bottom = "svd_bottom"
+
+
+class TypeName(StrEnum):
+    """The type of the config that is written."""
+
+    fisherlora = "fisherlora"
+    lora = "lora"
 
 
 class RuleName(StrEnum):
@@ -53,15 +79,36 @@ def probe(
     batch_size: BatchSize = 8,
     columns: Columns = None,
     split: Split = None,
-    rule: Annotated[RuleName, typer.Option(help="How ranks follow from the measurements.")] = RuleName.fisher,
+    method: Annotated[
+        MethodName, typer.Option(help="Decide ranks (fisherlora), or the ks of masks (speclora).")
+    ] = MethodName.fisherlora,
+    mode: Annotated[ModeName, typer.Option(help="What SpecLoRA's masks rescale.")] = ModeName.hadamard,
+    rule: Annotated[
+        RuleName | None,
+        typer.Option(
+            help="How ranks follow from the measurements; default fisherlora where query and value projections are "
+            "probed, else fisher.",
+            show_default=False,
+        ),
+    ] = None,
     budget: Annotated[
-        float | None, typer.Option(help="Fraction of uniform rank's parameters; default 0.625.", show_default=False)
+        float | None,
+        typer.Option(
+            help="Fraction of a uniform rank's parameters (default 0.625), or of a uniform k's (default 1).",
+            show_default=False,
+        ),
     ] = None,
     params: Annotated[int | None, typer.Option(min=1, help="The budget as a number of parameters instead.")] = None,
     rank: Annotated[int, typer.Option(min=1, help="The uniform rank that the budget is a fraction of.")] = 16,
+    k: Annotated[int, typer.Option(min=1, help="The uniform k that the budget of masks is a fraction of.")] = 200,
     min_rank: Annotated[int, typer.Option(min=1, help="The smallest rank of a module.")] = 1,
-    max_rank: Annotated[int | None, typer.Option(min=1, help="The largest rank of a module.")] = None,
+    max_rank: Annotated[
+        int | None, typer.Option(min=1, help="The largest rank of a module.", show_default=False)
+    ] = None,
     per_role: Annotated[bool, typer.Option("--per-role", help="One rank for all modules of a role.")] = False,
+    config_type: Annotated[
+        TypeName, typer.Option("--type", help="The type of the written config of ranks.")
+    ] = TypeName.fisherlora,
     seed: Annotated[int, typer.Option(help="Seed of the temporary adapter.")] = 0,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -71,8 +118,27 @@ def probe(
     out: Annotated[Path | None, typer.Option(help="Write adapter_config.json into this directory.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print report and ranks as JSON on stdout.")] = False,
 ) -> None:
-    """Measure the Fisher information of a model's modules, and give them ranks under a budget."""
-    settings = _settings(budget, params, rule.value, rank, min_rank, max_rank, per_role)
+    """Measure the Fisher information of a model's modules, and give them ranks or ks under a budget."""
+    masks = method is MethodName.speclora
+    ranks: dict[str, Any] = {
+        "rule": rule and rule.value,
+        "min_rank": min_rank,
+        "max_rank": max_rank,
+        "per": "role" if per_role else "module",
+    }
+    plan = _Plan(
+        model=model,
+        masks=masks,
+        settings=_budget(budget, params) | ({"k": k} if masks else {"r": rank, **ranks}),
+        rank=rank,
+        plain=config_type is TypeName.lora,
+        out=out,
+    )
+    if masks and (rule or max_rank or min_rank > 1 or per_role or plan.plain):
+        raise typer.BadParameter(
+            "do not apply to --method speclora, which decides ks.",
+            param_hint="--rule, --min-rank, --max-rank, --per-role, --type",
+        )
     options = load_options(device, dtype, load_in_4bit, revision, trust_remote_code)
     batches = read_examples(
         data,
@@ -91,63 +157,81 @@ def probe(
         target_modules=named_targets(target_modules),
         num_examples=num_examples,
         seed=seed,
+        method=method.value,
+        mode=mode.value,
     )
-    allocation = _allocate(report, settings, model, out)
+    allocation, warned = plan.carried_out(report)
     if as_json:
         found = {"report": report, "allocation": allocation, "data": batches.report}
         print_json({name: value.to_dict() for name, value in found.items()})
     else:
         sys.stdout.write("\n".join(_lines(report, allocation, batches.report, out)) + "\n")
+    for text in warned:
+        sys.stderr.write(f"lorakit: warning: {text}\n")
 
 
-def _settings(
-    budget: float | None,
-    params: int | None,
-    rule: str,
-    rank: int,
-    min_rank: int,
-    max_rank: int | None,
-    per_role: bool,
-) -> dict[str, Any]:
-    """The options of `allocation_of`."""
+@dataclass(frozen=True)
+class _Plan:
+    """What becomes of a probe's report. `settings` are the arguments of `ranks_from_probe` or `masks_from_probe`."""
+
+    model: str
+    masks: bool
+    settings: dict[str, Any]
+    rank: int
+    plain: bool
+    out: Path | None
+
+    def carried_out(self, report: Any) -> tuple[Any, list[str]]:
+        """The allocation and the warnings about it; with `out`, the config is written there."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            decide: Any = masks_from_probe if self.masks else ranks_from_probe
+            allocation = decide(report, **self.settings)
+        if self.out is not None:
+            from lorakit.adapters.atomic import replaced_directory
+
+            config = self._config(report, allocation)
+            with replaced_directory(self.out) as directory:
+                config.save_pretrained(str(directory))
+        return allocation, [str(warning.message) for warning in caught]
+
+    def _config(self, report: Any, allocation: Any) -> Any:
+        fields: dict[str, Any] = {
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.model,
+            "target_modules": list(report.target_modules),
+        }
+        if self.plain:
+            return allocation.to_config(r=self.rank, **fields)
+        from lorakit import FisherLoRAConfig, SpecLoRAConfig
+
+        if self.masks:
+            shape = {"r": self.rank, "lora_alpha": 2 * self.rank}
+            return SpecLoRAConfig.from_probe(report, **self.settings, **shape, **fields)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # `carried_out` has caught them already
+            return FisherLoRAConfig.from_probe(report, **self.settings, **fields)
+
+
+def _budget(budget: float | None, params: int | None) -> dict[str, Any]:
     if budget is not None and params is not None:
         raise typer.BadParameter(
             "give a fraction or a number of parameters, not both.", param_hint="--budget, --params"
         )
     if budget is not None and not 0 < budget <= 1:
         raise typer.BadParameter("must be a fraction in (0, 1].", param_hint="--budget")
-    return {
-        "budget": budget,
-        "params": params,
-        "rule": rule,
-        "r": rank,
-        "min_rank": min_rank,
-        "max_rank": max_rank,
-        "per": "role" if per_role else "module",
-    }
-
-
-def _allocate(report: Any, settings: dict[str, Any], model_name: str, out: Path | None) -> Any:
-    """The ranks under the budget; with `out`, the config that has them is written there."""
-    from lorakit.adapters.atomic import replaced_directory
-    from lorakit.tuners.fisherlora import FisherLoRAConfig, allocation_of
-
-    allocation = allocation_of(report, **settings)
-    if out is not None:
-        config = FisherLoRAConfig.from_probe(
-            report, **settings, task_type="CAUSAL_LM", base_model_name_or_path=model_name
-        )
-        with replaced_directory(out) as directory:
-            config.save_pretrained(str(directory))
-    return allocation
+    return {"budget": budget, "params": params}
 
 
 def _lines(report: Any, allocation: Any, data: DataReport, out: Path | None) -> list[str]:
-    lines = [allocation.explain(), f"score: mean squared gradient of lora_B's entries, {report.num_examples} examples"]
-    ratio = report.vq_ratio
+    scored = "mean squared gradient of lora_B's entries"
+    if report.mode is not None:
+        scored = f"S(k), the summed squared gradient of d ({report.mode})"
+    lines = [allocation.explain(), f"score: {scored}, {report.num_examples} examples"]
+    ratio, interval = report.vq_ratio, report.vq_interval
     if ratio is not None:
-        error = "" if ratio.stderr is None else f" ± {ratio.stderr:.2g}"
-        lines.append(f"V/Q ratio: {ratio.value:.3g}{error}")
+        bounds = "" if interval is None else f" (90 % interval {interval[0]:.3g} to {interval[1]:.3g})"
+        lines.append(f"V/Q ratio: {ratio.value:.3g}{bounds}")
     lines += [f"data: {data.headline}", *data.details]
     if out is not None:
         lines.append(f"written: {out / 'adapter_config.json'}")

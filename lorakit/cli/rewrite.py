@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from lorakit import evaluation, serving
+from lorakit.cli._certified import (
+    Alpha,
+    Cache,
+    Certification,
+    Guard,
+    Limit,
+    Margin,
+    Task,
+    finish,
+    loading,
+    refuse_without_base,
+    with_certificate,
+)
 from lorakit.cli._models import Device, Dtype, FourBit, Revision, Trust, load_options
 from lorakit.cli._output import EXIT_CODES, Column, Overwrite, check_share, print_folded, print_json, print_lines, show
 
 if TYPE_CHECKING:
     from lorakit._report import Report
     from lorakit.compress import SmallestReport
+    from lorakit.evaluation import Certificate
 
 Adapter = Annotated[str, typer.Argument(help="A directory, a file with its config beside it, or a Hub id.")]
 Out = Annotated[str, typer.Argument(help="Directory to write.")]
@@ -21,6 +36,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on 
 Verify = Annotated[bool, typer.Option(help="Read back what was written before it takes its place.")]
 Compact = Annotated[
     bool, typer.Option("--compact", help="Each module at its own rank, for PEFT >= 0.15 and vLLM >= 0.33 only.")
+]
+TaskBase = Annotated[
+    str | None,
+    typer.Option(help="The base model: a path or, for --task alone, a Hub id. DoRA and SPECLORA by whole updates."),
 ]
 For = Annotated[
     str | None, typer.Option("--for", help="Servers that the file is for, with commas between: lorax,tgi,ollama.")
@@ -74,15 +93,13 @@ def compress(
     per_module: PerModule = False,
     compact: Compact = False,
     for_server: For = None,
-    base: Annotated[
-        str | None, typer.Option(help="Base model: cut DoRA and SPECLORA by their whole updates; for --smallest too.")
-    ] = None,
-    task: Annotated[list[str] | None, typer.Option("--task", help="As in `lorakit certify`, for --smallest.")] = None,
-    margin: Annotated[float | None, typer.Option(help="How much worse it may be, for --smallest.")] = None,
-    alpha: Annotated[float, typer.Option(help="Level of each one-sided bound, for --smallest.")] = 0.05,
-    guard: Annotated[list[str] | None, typer.Option("--guard", help="As in `lorakit certify`.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task at most.")] = None,
-    cache: Annotated[str | None, typer.Option(help="A directory that keeps scores for later calls.")] = None,
+    base: TaskBase = None,
+    task: Task = None,
+    margin: Margin = None,
+    alpha: Alpha = None,
+    guard: Guard = None,
+    limit: Limit = None,
+    cache: Cache = None,
     device: Device = None,
     dtype: Dtype = "auto",
     load_in_4bit: FourBit = False,
@@ -95,31 +112,47 @@ def compress(
     """Write the best adapter of lower rank; give one of --ranks, --energy, --budget, --max-rank, --smallest."""
     given = {"ranks": ranks, "energy": energy, "budget": budget, "max_rank": max_rank}
     _check_criterion({**given, "smallest": smallest or None}, energy_of, per_module)
-    _check_task(smallest, {"--task": task, "--margin": margin} | ({"--base": base} if smallest else {}))
+    certification = Certification(task, margin, alpha, guard, limit, cache)
+    loaded = (device, dtype, load_in_4bit, revision, trust_remote_code)
+    option = "--smallest" if smallest else None
+    asked = certification.asked(base, only=loading(*loaded), smallest=option)
+    settings = certification.settings(load_options(*loaded), base=base, overwrite=overwrite)
     from lorakit.compress import smallest as write_smallest
     from lorakit.compress import truncate
 
     if smallest:
         if compact or for_server is not None:
             raise typer.BadParameter("do not go with --smallest.", param_hint="--compact, --for")
-        options = load_options(device, dtype, load_in_4bit, revision, trust_remote_code)
-        settings: dict[str, Any] = {"alpha": alpha, "guards": guard or (), "limit": limit, "cache": cache}
-        settings |= {"base": base, "tasks": task, "margin": margin, "options": options}
-        _show_smallest(write_smallest(adapter, out, **settings, overwrite=overwrite, verify=verify), as_json)
+        _show_smallest(write_smallest(adapter, out, verify=verify, **settings), as_json)
     criterion: dict[str, Any] = given if ranks is None else {"ranks": _ranks(ranks)}
-    report = truncate(
-        adapter,
+    criterion |= {"energy_of": energy_of.value, "per_module": per_module, "pad": not compact}
+    criterion |= {"for_server": for_server, "base": base, "verify": verify}
+    _write(
+        lambda directory, **safety: truncate(adapter, directory, **criterion, **safety),
         out,
-        **criterion,
-        energy_of=energy_of.value,
-        per_module=per_module,
-        pad=not compact,
-        for_server=for_server,
-        base=base,
-        overwrite=overwrite,
-        verify=verify,
+        overwrite,
+        {**settings, "references": adapter} if asked else None,
+        as_json,
+        _columns("rank"),
     )
-    _show(report, as_json, _columns("rank"))
+
+
+def _write(
+    write: Callable[..., Report],
+    out: str,
+    overwrite: bool,
+    certified: dict[str, Any] | None,
+    as_json: bool,
+    columns: list[Column],
+) -> None:
+    """Write an adapter, print the report, and with `certified`, the arguments for it, print and exit as the verdict."""
+    certificate = None
+    if certified is None:
+        report = write(out, overwrite=overwrite)
+    else:
+        report, certificate = evaluation.write_certified(write, out, **certified)
+    _show(report, as_json, columns, certificate)
+    finish(certificate, as_json=as_json)
 
 
 def _check_criterion(given: dict[str, Any], energy_of: EnergyOf, per_module: bool) -> None:
@@ -132,13 +165,6 @@ def _check_criterion(given: dict[str, Any], energy_of: EnergyOf, per_module: boo
         raise typer.BadParameter("does not go with --ranks; use --compact.", param_hint="--per-module")
     if per_module and given["smallest"]:
         raise typer.BadParameter("does not go with --smallest.", param_hint="--per-module")
-
-
-def _check_task(smallest: bool, needed: dict[str, Any]) -> None:
-    wrong = [option for option, value in needed.items() if smallest == (not value)]
-    if wrong:
-        message = "is needed with --smallest." if smallest else "is for --smallest."
-        raise typer.BadParameter(message, param_hint=", ".join(wrong))
 
 
 def _show_smallest(report: SmallestReport, as_json: bool) -> None:
@@ -156,16 +182,46 @@ def merge(
     energy: Annotated[float | None, typer.Option(help="Share of the merge's energy to keep, instead.")] = None,
     density: Annotated[float | None, typer.Option(help="Share of entries that ties and dare keep.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of dare.")] = 0,
-    base: Annotated[
-        str | None, typer.Option(help="Base model's weights: merge DoRA and SPECLORA by their whole updates.")
-    ] = None,
     compact: Compact = False,
     for_server: For = None,
+    base: TaskBase = None,
+    task: Task = None,
+    margin: Margin = None,
+    alpha: Alpha = None,
+    guard: Guard = None,
+    limit: Limit = None,
+    cache: Cache = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    load_in_4bit: FourBit = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
     overwrite: Overwrite = False,
     verify: Verify = True,
     as_json: Json = False,
 ) -> None:
-    """Merge adapters into one plain LoRA."""
+    """Merge adapters into one plain LoRA; with --task, each of them is a reference that the merge must not be below."""
+    options = _merge_options(weights, method, rank, energy, density)
+    certification = Certification(task, margin, alpha, guard, limit, cache)
+    loaded = (device, dtype, load_in_4bit, revision, trust_remote_code)
+    asked = certification.asked(base, only=loading(*loaded))
+    settings = certification.settings(load_options(*loaded), base=base, overwrite=overwrite)
+    options |= {"seed": seed, "base": base, "pad": not compact, "for_server": for_server, "verify": verify}
+    from lorakit.merging import merge as merge_adapters
+
+    _write(
+        lambda directory, **safety: merge_adapters(adapters, directory, **options, **safety),
+        out,
+        overwrite,
+        {**settings, "references": adapters} if asked else None,
+        as_json,
+        _columns("merged"),
+    )
+
+
+def _merge_options(
+    weights: str | None, method: MethodName, rank: int | None, energy: float | None, density: float | None
+) -> dict[str, Any]:
     if rank is not None and energy is not None:
         raise typer.BadParameter("give one of them.", param_hint="--rank, --energy")
     dense = method in (MethodName.ties, MethodName.dare)
@@ -177,36 +233,26 @@ def merge(
         chosen = None if weights is None else [float(weight) for weight in weights.split(",")]
     except ValueError:
         raise typer.BadParameter("must be numbers with commas between.", param_hint="--weights") from None
-    from lorakit.merging import merge as merge_adapters
-
-    report = merge_adapters(
-        adapters,
-        out,
-        weights=chosen,
-        method=method.value,
-        rank=rank,
-        energy=energy,
-        density=density,
-        seed=seed,
-        pad=not compact,
-        for_server=for_server,
-        base=base,
-        overwrite=overwrite,
-        verify=verify,
-    )
-    _show(report, as_json, _columns("merged"))
+    return {"weights": chosen, "method": method.value, "rank": rank, "energy": energy, "density": density}
 
 
 def export(
     adapter: Adapter,
     out: Annotated[str, typer.Argument(help="Directory to write; for gguf, diffusers and kohya a file.")],
     rank: Annotated[
-        str | None, typer.Option(help="Cut every module to this rank, optimally; auto: the smallest served rank.")
+        str | None,
+        typer.Option(help="Cut to this rank, optimally; auto: the smallest served; smallest: that PASSes --task."),
     ] = None,
     energy: Annotated[float, typer.Option(help="Share of every update's energy that --rank auto keeps.")] = 0.99,
     base: Annotated[
-        str | None, typer.Option(help="Path or Hub id of the base model, which SPECLORA needs; for gguf a path.")
+        str | None, typer.Option(help="The base model, which SPECLORA and --task need; for gguf a path.")
     ] = None,
+    task: Task = None,
+    margin: Margin = None,
+    alpha: Alpha = None,
+    guard: Guard = None,
+    limit: Limit = None,
+    cache: Cache = None,
     format_: Annotated[
         FormatName, typer.Option("--format", help="gguf for llama.cpp and Ollama, mlx for mlx-lm, kohya for ComfyUI.")
     ] = FormatName.peft,
@@ -223,36 +269,58 @@ def export(
     """Write an adapter as a plain LoRA that needs no lorakit: LORA, FISHERLORA, and SPECLORA with its base model."""
     check_share("--energy", energy)
     chosen = _rank(rank)
-    options = load_options(device, dtype, load_in_4bit, revision, trust_remote_code)
+    certification = Certification(task, margin, alpha, guard, limit, cache)
+    loaded = (device, dtype, load_in_4bit, revision, trust_remote_code)
     if format_ is not FormatName.peft:
-        if rank is not None or compact or for_server is not None:
-            raise typer.BadParameter(
-                "takes no --rank, --compact or --for; export to PEFT first.", param_hint="--format"
-            )
-        _show(_export_as(format_, adapter, out, base, overwrite), as_json, None)
-        return
+        _check_format(rank is not None or compact or for_server is not None or bool(task))
+        certification.asked(None, only=loading(*loaded))
+        return _show(_export_as(format_, adapter, out, base, overwrite), as_json, None)
+    asked = certification.asked(base, smallest=_asks_for_smallest(chosen, compact))
+    refuse_without_base(base, loading(*loaded))
+    options = load_options(*loaded)
+    settings = certification.settings(options, overwrite=overwrite)
     from lorakit.adapters.companions import check_overwrite
     from lorakit.export import to_lora
 
     check_overwrite(out, [adapter], overwrite=overwrite)  # before a model is loaded
-    report = to_lora(
-        adapter if base is None else evaluation.load_adapted(base, adapter, options),
+    if chosen == "smallest":
+        report = to_lora(adapter, out, rank="smallest", base=base, for_server=for_server, **settings)
+        _show_smallest(report, as_json)
+    model = None if base is None else evaluation.load_adapted(base, adapter, options)
+    how: dict[str, Any] = {"rank": chosen, "energy": energy, "pad": not compact, "for_server": for_server}
+    _write(
+        lambda directory, **safety: to_lora(model or adapter, directory, source=adapter, **how, **safety),
         out,
-        rank=chosen,
-        energy=energy,
-        pad=not compact,
-        for_server=for_server,
-        source=adapter,
-        overwrite=overwrite,
+        overwrite,
+        {**settings, "base": model.get_base_model(), "references": adapter} if asked and model is not None else None,
+        as_json,
+        _EXPORT_COLUMNS,
     )
-    columns: list[Column] = [
-        ("modules", lambda rows: str(len(rows))),
-        ("rank", lambda rows: _range(row.source_rank for row in rows)),
-        ("written", lambda rows: _range(row.rank for row in rows)),
-        ("parameters", lambda rows: f"{sum(row.parameters for row in rows):,}"),
-        ("energy, least", lambda rows: f"{min(1 - row.discarded_energy for row in rows):.1%}"),
-    ]
-    _show(report, as_json, columns)
+
+
+_EXPORT_COLUMNS: list[Column] = [
+    ("modules", lambda rows: str(len(rows))),
+    ("rank", lambda rows: _range(row.source_rank for row in rows)),
+    ("written", lambda rows: _range(row.rank for row in rows)),
+    ("parameters", lambda rows: f"{sum(row.parameters for row in rows):,}"),
+    ("energy, least", lambda rows: f"{min(1 - row.discarded_energy for row in rows):.1%}"),
+]
+
+
+def _asks_for_smallest(rank: object, compact: bool) -> str | None:
+    """The option, where it is given."""
+    if rank != "smallest":
+        return None
+    if compact:
+        raise typer.BadParameter("does not go with --rank smallest.", param_hint="--compact")
+    return "--rank smallest"
+
+
+def _check_format(others: bool) -> None:
+    if others:
+        raise typer.BadParameter(
+            "takes no --rank, --compact, --for or --task; export to PEFT first.", param_hint="--format"
+        )
 
 
 def _export_as(format_: FormatName, adapter: str, out: str, base: str | None, overwrite: bool) -> Report:
@@ -278,13 +346,15 @@ def _ranks(text: str) -> int | dict[str, int]:
         raise typer.BadParameter("must be a rank, or name=rank,name=rank.", param_hint="--ranks") from None
 
 
-def _rank(text: str | None) -> int | Literal["auto"] | None:
+def _rank(text: str | None) -> int | Literal["auto", "smallest"] | None:
     if text is None:
         return None
     if text == "auto":
         return "auto"
+    if text == "smallest":
+        return "smallest"
     if not text.isdecimal() or int(text) < 1:
-        raise typer.BadParameter("must be a positive integer, or auto.", param_hint="--rank")
+        raise typer.BadParameter("must be a positive integer, auto or smallest.", param_hint="--rank")
     return int(text)
 
 
@@ -303,10 +373,10 @@ def _range(values: Any) -> str:
     return str(min(found)) if min(found) == max(found) else f"{min(found)}–{max(found)}"
 
 
-def _show(report: Report, as_json: bool, columns: list[Column] | None) -> None:
-    """Print a report: as JSON, or with a table of its modules where there are columns."""
+def _show(report: Report, as_json: bool, columns: list[Column] | None, certificate: Certificate | None = None) -> None:
+    """Print a report: as JSON with its certificate, or with a table of its modules where there are columns."""
     if as_json:
-        print_json(report.to_dict())
+        print_json(with_certificate(report, certificate))
         return
     if columns is None:
         print_lines(report.headline)

@@ -10,6 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorakit import evaluation
+from lorakit.cli._certified import (
+    Alpha,
+    Cache,
+    Certification,
+    Guard,
+    Limit,
+    Margin,
+    Task,
+    finish,
+    with_certificate,
+)
 from lorakit.cli._data import (
     DATA_HELP,
     BatchSize,
@@ -30,6 +41,8 @@ from lorakit.naming.roles import layer_of
 
 if TYPE_CHECKING:
     from lorakit.data import DataReport
+    from lorakit.evaluation import Certificate
+    from lorakit.surgery import SurgeryReport
 
 
 class PolicyName(StrEnum):
@@ -79,6 +92,12 @@ def surgery(
     columns: Columns = None,
     split: Split = None,
     seed: Annotated[int, typer.Option(help="Seed of policies that draw.")] = 0,
+    task: Task = None,
+    margin: Margin = None,
+    alpha: Alpha = None,
+    guard: Guard = None,
+    limit: Limit = None,
+    cache: Cache = None,
     overwrite: Overwrite = False,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -89,42 +108,38 @@ def surgery(
 ) -> None:
     """Reweight the singular values of an adapter's updates by what calibration data says of them."""
     bounds = None if layers is None else _bounds(layers)
+    certification = Certification(task, margin, alpha, guard, limit, cache)
+    asked = certification.asked(base)
     from lorakit.adapters.companions import check_overwrite
     from lorakit.adapters.edit_log import read_edits
     from lorakit.surgery import reweight
 
     check_overwrite(out, [adapter], overwrite=overwrite)  # before a model is loaded
-    batches = read_examples(
-        data,
-        tokenizer_for(adapter, base, revision=revision, trust_remote_code=trust_remote_code),
-        columns,
-        length=length,
-        batch_size=batch_size,
-        num_examples=num_examples,
-        shuffle_seed=shuffle_seed,
-        start=start,
-        split=split,
-    )
-    model = evaluation.load_adapted(
-        base, adapter, load_options(device, dtype, load_in_4bit, revision, trust_remote_code)
-    )
-    report = reweight(
-        model,
-        batches,
-        policy=policy.value,
-        target_modules=_targets(model, modules, bounds),
-        aggregate=None if aggregate is None else aggregate.value,
-        preserve_energy=preserve_energy.value,
-        num_examples=num_examples,
-        seed=seed,
-    )
-    report.save(out, previous=read_edits(adapter), source=adapter, overwrite=overwrite)
-    _show(adapter, out, report, batches.report, as_json)
+    tokenizer = tokenizer_for(adapter, base, revision=revision, trust_remote_code=trust_remote_code)
+    reading: dict[str, Any] = {"length": length, "batch_size": batch_size, "num_examples": num_examples, "split": split}
+    batches = read_examples(data, tokenizer, columns, shuffle_seed=shuffle_seed, start=start, **reading)
+    options = load_options(device, dtype, load_in_4bit, revision, trust_remote_code)
+    model = evaluation.load_adapted(base, adapter, options)
+    how: dict[str, Any] = {"policy": policy.value, "preserve_energy": preserve_energy.value, "seed": seed}
+    how |= {"aggregate": None if aggregate is None else aggregate.value, "num_examples": num_examples}
+
+    def write(directory: str) -> SurgeryReport:
+        report = reweight(model, batches, target_modules=_targets(model, modules, bounds), **how)
+        report.save(directory, previous=read_edits(adapter), source=adapter, overwrite=overwrite)
+        return report
+
+    settings = certification.settings(options, base=model.get_base_model(), references=adapter, overwrite=overwrite)
+    settings["used_documents"] = evaluation.document_hashes(batches) if asked else ()
+    report, certificate = evaluation.write_certified(write, out, **settings) if asked else (write(out), None)
+    _show(adapter, out, report, batches.report, certificate, as_json)
+    finish(certificate, as_json=as_json)
 
 
-def _show(adapter: str, out: str, report: Any, data: DataReport, as_json: bool) -> None:
+def _show(
+    adapter: str, out: str, report: SurgeryReport, data: DataReport, certificate: Certificate | None, as_json: bool
+) -> None:
     if as_json:
-        print_json({**report.to_dict(), "data": data.to_dict(), "path": out})
+        print_json({**with_certificate(report, certificate), "data": data.to_dict(), "path": out})
         return
     headings: list[Column] = [
         ("modules", lambda rows: str(len(rows))),

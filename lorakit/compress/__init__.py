@@ -9,9 +9,9 @@ from lorakit._lazy import attach  # not `from lorakit import`, which waits for a
 if TYPE_CHECKING:
     from lorakit.compress._report import CompressedModule as CompressedModule
     from lorakit.compress._report import CompressReport as CompressReport
-    from lorakit.compress._smallest import SmallestReport as SmallestReport
-    from lorakit.compress._smallest import SmallestStep as SmallestStep
     from lorakit.compress._smallest import smallest as smallest
     from lorakit.compress._truncate import truncate as truncate
+    from lorakit.compress.ladder import SmallestReport as SmallestReport
+    from lorakit.compress.ladder import SmallestStep as SmallestStep
 else:
     __getattr__, __dir__, __all__ = attach(__name__)

@@ -22,6 +22,12 @@ from lorakit.cost._optimizers import OPTIMIZERS
 from lorakit.cost._report import AccountedModule, Accounting, Flops, Memory
 from lorakit.naming.roles import layer_of, role_of
 
+_FP32 = 4  # bytes
+_MASTER = {
+    False: "no fp32 copies of half-precision weights, in full fine-tuning neither",
+    True: "an fp32 copy of every trained half-precision weight, with optimizer states in fp32",
+}
+
 
 def accounting(
     model: Any,
@@ -32,6 +38,7 @@ def accounting(
     inputs: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
     optimizer: str = "adamw",
+    fp32_master: bool = False,
 ) -> Accounting:
     """Count what training an adapter costs, without allocating or changing the model.
 
@@ -44,6 +51,8 @@ def accounting(
             labels among them the loss is counted too. `batch_size` and `sequence_length` are then not used.
         dtype: of the base model. By default that of the model or of its config, or bfloat16 if the config names none.
         optimizer: "adamw", "adamw_8bit" (bitsandbytes), "sgd" or "sgd_momentum".
+        fp32_master: count an fp32 copy of every trained half-precision weight, and its optimizer states in fp32, as
+            mixed-precision training keeps them.
 
     A model that takes token ids is run on them in train mode, with labels if it is a language model or a token or
     sequence classifier. Attention by torch's scaled_dot_product_attention without a mask counts as its flash kernel.
@@ -93,14 +102,14 @@ def accounting(
         adapter_params=sum(parameter.numel() for parameter in adapted.parameters() if id(parameter) not in own),
         trainable_params=sum(parameter.numel() for parameter in trainable),
         modules=_modules(adapted, lora, _units(batch)),
-        memory=_memory(base, added, trainable, states, lora),
-        memory_full=_memory(base, [], base, states, full),
+        memory=_memory(base, added, trainable, states, lora, fp32_master),
+        memory_full=_memory(base, [], base, states, full, fp32_master),
         base_flops=Flops(full.forward, full.step) if isinstance(full, Counted) else None,
         flops=Flops(lora.forward, lora.step) if isinstance(lora, Counted) else None,
         not_run=next((found for found in (full, lora) if isinstance(found, str)), not_run),
         assumptions=(
             f"weights of the base model in {_dtypes(base)}, of the adapter in {_dtypes(added)}; gradients in the dtype "
-            f"of their parameters; no fp32 copies of half-precision weights, in full fine-tuning neither",
+            f"of their parameters; {_MASTER[fp32_master]}",
             f"optimizer states ({optimizer}): {description}",
             "activations: everything that autograd saves between forward and backward, each storage once, without "
             "autocast and gradient checkpointing; temporary memory and the allocator's overhead are not counted",
@@ -116,13 +125,17 @@ def _memory(
     trained: Sequence[nn.Parameter],
     states: Callable[[int, int], int],
     run: Counted | str | None,
+    fp32_master: bool,
 ) -> Memory:
+    half = [parameter for parameter in trained if fp32_master and parameter.element_size() < _FP32]
+    widest = _FP32 if fp32_master else 1
     return Memory(
         weights=_bytes(weights),
         adapter=_bytes(new),
         gradients=_bytes(trained),
-        optimizer=sum(states(parameter.numel(), parameter.element_size()) for parameter in trained),
+        optimizer=sum(states(parameter.numel(), max(widest, parameter.element_size())) for parameter in trained),
         activations=run.saved_bytes if isinstance(run, Counted) else None,
+        master=sum(_FP32 * parameter.numel() for parameter in half),
     )
 
 

@@ -45,6 +45,7 @@ class AccountedModule:
 class Memory:
     """Bytes during training: the base model's parameters, the adapter, gradients, optimizer states and activations.
 
+    `master` are fp32 copies of trained half-precision weights; 0 unless they were asked for.
     `activations` is what autograd saves between forward and backward; None if nothing was run.
     """
 
@@ -53,11 +54,12 @@ class Memory:
     gradients: int
     optimizer: int
     activations: int | None
+    master: int = 0
 
     @property
     def total(self) -> int:
         """The sum of what is known. Temporary memory of a step is not included."""
-        return self.weights + self.adapter + self.gradients + self.optimizer + (self.activations or 0)
+        return self.weights + self.adapter + self.gradients + self.master + self.optimizer + (self.activations or 0)
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ class Accounting(Report):
             f"in the base model ({self.ratio:.4%})"
         )
         memory: list[tuple[str, ...]] = [("memory", "adapter", "full fine-tuning")]
-        for name in ("weights", "adapter", "gradients", "optimizer", "activations", "total"):
+        for name in ("weights", "adapter", "gradients", "master", "optimizer", "activations", "total"):
             memory.append((name, *(_size(getattr(side, name)) for side in (self.memory, self.memory_full))))
         lines += ["", *_table(memory)]
         flops: list[tuple[str, ...]] = [("FLOPs", "adapter", "full fine-tuning")]
@@ -184,7 +186,7 @@ class Accounting(Report):
             (unit, name) for unit, name in _UNITS if max(self.memory.total, self.memory_full.total) >= unit
         )
         starts = [0.0, 0.0]
-        for name in ("weights", "adapter", "gradients", "optimizer", "activations"):
+        for name in ("weights", "adapter", "gradients", "master", "optimizer", "activations"):
             sizes = [(getattr(side, name) or 0) / unit for side in (self.memory, self.memory_full)]
             if not any(sizes):
                 continue

@@ -148,13 +148,16 @@ def loader(
 def as_loader(source: Any, tokenizer: Any = None, **options: Any) -> Iterable[Any]:
     """What yields batches: `source` itself, if it does, or the `loader` of a path, dataset id or Dataset.
 
-    `tokenizer` may be a model: its tokenizer is then the one beside the path or Hub id that it was loaded from.
+    `tokenizer` may be a model: its tokenizer is then the one beside the path or Hub id that it was loaded from; or the
+    path or Hub id of an adapter or a model, which has a tokenizer beside it.
     Raises: as `loader`; DataError for a model that does not say where it was loaded from; TypeError for anything else
     that is not iterable, and for `options` with batches, which are made already.
     """
     if is_source(source):
         if tokenizer is None:
             raise DataError("`tokenizer` must be given with a path, a dataset id or a Dataset; got None.")
+        if isinstance(tokenizer, str | os.PathLike):
+            tokenizer = tokenizer_for(tokenizer)
         return loader(source, _tokenizer_of(tokenizer) if isinstance(tokenizer, nn.Module) else tokenizer, **options)
     if not isinstance(source, Iterable):
         raise TypeError(f"`source` must yield batches, or be a path, id or Dataset; got {type(source).__name__}.")
@@ -163,10 +166,34 @@ def as_loader(source: Any, tokenizer: Any = None, **options: Any) -> Iterable[An
     return source
 
 
+def examples_for(
+    model: nn.Module, source: Any, tokenizer: Any = None, *, num_examples: int | None = None, progress: bool = True
+) -> Iterable[Any]:
+    """What a function that takes a loader or a source of examples iterates: see `as_loader`.
+
+    A path or Hub id as `tokenizer` is one beside which the tokenizer lies, such as the adapter's; the model's own base
+    is then what has the rest. Without a `tokenizer`, it is the one that the model was saved with. Rows of a source
+    beyond `num_examples` are not read.
+    """
+    if not is_source(source):
+        if tokenizer is not None:
+            raise TypeError("`tokenizer` is for a path, a dataset id or a Dataset; these batches are tokens already.")
+        return as_loader(source)
+    if isinstance(tokenizer, str | os.PathLike):
+        tokenizer = tokenizer_for(tokenizer, _loaded_from(model) or None)
+    chosen = model if tokenizer is None else tokenizer
+    return as_loader(source, chosen, num_examples=num_examples, progress=progress)
+
+
+def _loaded_from(model: nn.Module) -> str:
+    """The path or Hub id that a model was loaded from; "" where it does not say."""
+    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+
+
 def _tokenizer_of(model: nn.Module) -> Any:
-    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    name = _loaded_from(model)
     if not name:
-        raise DataError("This model does not say where it was loaded from. Pass its tokenizer, or a loader.")
+        raise DataError("This model does not say where it was loaded from. Pass its `tokenizer`, or a loader.")
     return tokenizer_for(name)
 
 

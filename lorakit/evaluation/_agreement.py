@@ -20,10 +20,17 @@ from lorakit.calibration.losses import IGNORED_LABEL
 from lorakit.data import loader
 from lorakit.errors import EvaluationError
 from lorakit.evaluation._attach import AttachedAdapter, check_applied, without_adapters
-from lorakit.evaluation._digests import adapter_digest, data_digest, digest, document_digests
+from lorakit.evaluation._digests import (
+    adapter_digest,
+    data_digest,
+    digest,
+    document_digests,
+    document_hashes,
+    tokenizer_digest,
+)
 from lorakit.evaluation._models import AdapterSource, LoadOptions, label_of, load_base, load_tokenizer
 from lorakit.evaluation._scores import scores_of
-from lorakit.evaluation._tasks import Scored
+from lorakit.evaluation._task_kinds import Scored
 from lorakit.statistics import PairedInterval, Verdict, paired_interval
 
 if TYPE_CHECKING:
@@ -147,22 +154,33 @@ def agreement(
         length: the longest document in tokens.
         batch_size: documents a batch; the log-probabilities of three models for one batch are held at once.
         num_examples: how many documents at most.
-        tokenizer: None: from beside the reference, else the base model's.
+        tokenizer: None: from beside the reference, else the base model's; that of the candidate must make the same
+            tokens of the prompts.
         options: how the base model is loaded.
         progress: show progress bars on stderr.
         data: more options of `lorakit.data.loader`, such as `columns` and `split`.
-    Raises: EvaluationError for adapters that do not fit or are not applied, and documents that are there twice;
-        DataError for prompts that cannot be read.
+    Raises: EvaluationError for adapters that do not fit or are not applied, documents that are there twice, and a
+        candidate whose own tokenizer or chat template makes other tokens of the prompts; DataError for prompts that
+        cannot be read.
 
     Example:
-        >>> import lorakit
-        >>> lorakit.evaluation.agreement("base/", "adapter/", "small/", ["Who wrote Emma?"])  # doctest: +SKIP
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> size = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+        >>> base = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **size))
+        >>> adapter = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        >>> ids = torch.arange(32).view(8, 4)
+        >>> agreement(base, adapter, adapter, [{"input_ids": ids, "labels": ids}], progress=False).top1.mean
+        1.0
     """
     if margin is not None:
         check_number("margin", margin, above=0)
     model = load_base(base, options)
-    tokenizer = load_tokenizer(base, reference, options) if tokenizer is None else tokenizer
     source = Prompts(prompts, length, batch_size, num_examples, data)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(base, reference, options)
+        _check_same_tokens(source, tokenizer, load_tokenizer(base, candidate, options), [reference, candidate])
     attached = [AttachedAdapter(model, adapter) for adapter in (reference, candidate)]
     for one in attached:
         with one.applied() as with_adapter:
@@ -230,6 +248,19 @@ class Prompts:
             num_examples=min(limits) if limits else None,
             progress=progress,
             **self.options,
+        )
+
+
+def _check_same_tokens(source: Prompts, reference: Any, candidate: Any, adapters: Sequence[Any]) -> None:
+    """Raise EvaluationError where two tokenizers make different tokens of the prompts."""
+    if reference is None or candidate is None or tokenizer_digest(reference) == tokenizer_digest(candidate):
+        return
+    sides = [source.batches(tokenizer) for tokenizer in (reference, candidate)]
+    if document_hashes(sides[0]) != document_hashes(sides[1]):
+        names = " and ".join(repr(label_of(adapter)) for adapter in adapters)
+        raise EvaluationError(
+            f"The tokenizers and chat templates of {names} make different tokens of the prompts. Pass the `tokenizer` "
+            f"that both are served with."
         )
 
 

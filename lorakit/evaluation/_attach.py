@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -150,48 +151,53 @@ def _exchanged(places: _Places) -> Iterator[None]:
 def _applied_by_peft(base: Any, adapter: AdapterSource) -> PeftModel:
     from peft import PeftModel
 
-    _check_fits(base, adapter)
+    view = open_adapter(adapter)
+    view.check()
+    named = view.settings.base_model
+    if named and Path(named).name != Path(label_of(base)).name:
+        warnings.warn(
+            f"The adapter {os.fspath(adapter)!r} was made for {named!r}; it is applied to {label_of(base)!r}.",
+            stacklevel=3,
+        )
     try:
-        return PeftModel.from_pretrained(base, os.fspath(adapter)).eval()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            model = PeftModel.from_pretrained(base, os.fspath(adapter)).eval()
+            # Again, for what it says of keys: PEFT converts names that the base model has changed since.
+            renamed = getattr(base, "_checkpoint_conversion_mapping", {})
+            loaded = model.load_adapter(os.fspath(adapter), "default", key_mapping=renamed)
     except LorakitError:
         raise
     except (RuntimeError, ValueError, KeyError, OSError, TypeError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise EvaluationError(
-            f"The adapter {os.fspath(adapter)!r} does not fit the base model {label_of(base)!r}: {reason}"
-        ) from error
+        raise _misfit(base, adapter, _reason(error)) from error
+    if loaded.unexpected_keys:
+        module = _module_of(loaded.unexpected_keys[0])
+        raise _misfit(base, adapter, f"it adapts {module!r}, which the base model does not have")
+    if loaded.missing_keys:
+        module = _module_of(loaded.missing_keys[0])
+        raise _misfit(base, adapter, f"it is to adapt {module!r}, and has no weights for it")
+    return model
 
 
-def _check_fits(base: Any, adapter: AdapterSource) -> None:
-    view = open_adapter(adapter)
-    view.check()
-    shapes = {name: tuple(parameter.shape) for name, parameter in base.named_parameters()}
-    modules = {name for name, _ in base.named_modules()}
-    own = label_of(base)
-    for module in view.modules:
-        if module.name not in (modules if module.experts is None else modules | shapes.keys()):
-            raise EvaluationError(
-                f"The adapter {os.fspath(adapter)!r} adapts {module.name!r}, which the base model {own!r} does not "
-                f"have. Name the model that it was trained on."
-            )
-        shape = shapes.get(f"{module.name}.weight")
-        expected = (module.d_out, module.d_in)
-        plain = module.kind == "linear" and shape is not None and len(shape) == 2
-        if plain and not _is_quantized(base) and shape not in (expected, expected[::-1]):
-            raise EvaluationError(
-                f"The adapter {os.fspath(adapter)!r} has an update of shape {expected} for {module.name!r}, whose "
-                f"weight in the base model {own!r} has shape {shape}. Name the model that it was trained on."
-            )
-    named = view.settings.base_model
-    if named and Path(named).name != Path(own).name:
-        warnings.warn(
-            f"The adapter {os.fspath(adapter)!r} was made for {named!r}; it is applied to {own!r}.", stacklevel=3
-        )
+def _misfit(base: Any, adapter: AdapterSource, reason: str) -> EvaluationError:
+    return EvaluationError(
+        f"The adapter {os.fspath(adapter)!r} does not fit the base model {label_of(base)!r}: {reason}. Name the model "
+        f"that it was trained on."
+    )
 
 
-def _is_quantized(base: Any) -> bool:
-    """Whether weights are packed, so that their shapes are not those of the modules."""
-    return getattr(base, "hf_quantizer", None) is not None or bool(getattr(base, "is_quantized", False))
+def _reason(error: Exception) -> str:
+    """The first pair of shapes that differ, or else the first line of PEFT's message."""
+    found = re.search(r"size mismatch for (\S+): .*?Size\(\[([^\]]*)\]\).*?Size\(\[([^\]]*)\]\)", str(error), re.DOTALL)
+    if found:
+        name, stored, own = found.groups()
+        return f"its tensor for {_module_of(name)!r} has shape ({stored}), where the base model needs ({own})"
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+
+
+def _module_of(key: str) -> str:
+    """The name of a module in the base model, from the name of an adapter's tensor."""
+    return re.sub(r"\.(lora_\w+|modules_to_save)(\..*)?$", "", key.removeprefix("base_model.").removeprefix("model."))
 
 
 def _check_not_merged(model: PeftModel) -> None:

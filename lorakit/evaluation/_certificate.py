@@ -6,91 +6,23 @@ import html
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lorakit._figures import escape_mathtext, new_figure
 from lorakit._report import Report
+from lorakit.adapters.companions import CERTIFICATE_END, CERTIFICATE_NAME, certificate_start
 from lorakit.errors import EvaluationError
-from lorakit.evaluation._digests import digest
-from lorakit.evaluation._scores import Scores, aligned
-from lorakit.statistics import combine_tasks, paired_interval, seeds_interval
+from lorakit.evaluation._certified_task import CertifiedTask
+from lorakit.evaluation._digests import adapter_digest, digest
+from lorakit.statistics import Verdict, combine_tasks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from lorakit.statistics import Interval
-
-Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 FORMAT = "lorakit-certificate-1"
-
-
-@dataclass(frozen=True)
-class CertifiedTask:
-    """One task of a certificate. Bounds are one-sided, each at the certificate's alpha.
-
-    `reference_scores` and `candidate_scores` hold, for each seed, a score a document, in the order of `documents`.
-    `groups` numbers the passage that each document belongs to, where several share one. `documents_needed` is None
-    where more documents would not help.
-    """
-
-    name: str
-    guard: bool
-    margin: float
-    verdict: Verdict
-    difference: float
-    lower: float
-    upper: float
-    n: int
-    method: str
-    candidate_only: int | None
-    reference_only: int | None
-    documents_needed: int | None
-    worst_seed_difference: float | None
-    reference_mean: float
-    candidate_mean: float
-    documents: tuple[str, ...]
-    groups: tuple[int, ...] | None
-    reference_scores: tuple[tuple[float, ...], ...]
-    candidate_scores: tuple[tuple[float, ...], ...]
-    settings: Mapping[str, Any]
-
-    @classmethod
-    def of(
-        cls,
-        reference: Sequence[Scores],
-        candidate: Sequence[Scores],
-        *,
-        margin: float,
-        alpha: float,
-        groups: Sequence[Any] | None = None,
-        guard: bool = False,
-    ) -> CertifiedTask:
-        """The result of one task alone, from a `Scores` for each seed of either side.
-
-        Raises: as `lorakit.evaluation.compare`.
-        """
-        first = reference[0]
-        sides = [tuple(tuple(aligned(first, one)) for one in side) for side in (reference, candidate)]
-        codes = None
-        if groups is not None:
-            interval_of(sides[0], sides[1], alpha, groups)  # checks them
-            labels = groups.tolist() if hasattr(groups, "tolist") else list(groups)
-            numbers: dict[Any, int] = {}
-            codes = tuple(numbers.setdefault(label, len(numbers)) for label in labels)
-        return _certified(first.task, guard, margin, alpha, first.documents, codes, sides, first.settings)
-
-    def interval(self, alpha: float) -> Interval:
-        """The interval of the scores."""
-        return interval_of(self.reference_scores, self.candidate_scores, alpha, self.groups)
-
-    def recomputed(self, alpha: float, verdict: Verdict) -> CertifiedTask:
-        """The same, with every figure computed anew from the scores."""
-        sides = [self.reference_scores, self.candidate_scores]
-        again = _certified(self.name, self.guard, self.margin, alpha, self.documents, self.groups, sides, self.settings)
-        return replace(again, verdict=verdict)
 
 
 @dataclass(frozen=True, repr=False)
@@ -100,6 +32,10 @@ class Certificate(Report):
     `verdict` is PASS where every task's lower bound lies above −margin, FAIL where a task's upper bound lies below it
     (after Holm's adjustment), else INCONCLUSIVE. `difference`, `lower`, `upper` and `margin` are those of
     `headline_task`, the task nearest its margin. `sha256` is of everything else.
+
+    `reference` and `candidate` name the seeds of either side. Where a candidate was certified against several adapters,
+    as a merge is, `reference` names these, and each task is there once for each of them. `policy_tolerance` is that of
+    Gradience's policy, where it was asked for.
     """
 
     verdict: Verdict
@@ -117,6 +53,7 @@ class Certificate(Report):
     environment: Mapping[str, str]
     created: str
     tasks: tuple[CertifiedTask, ...]
+    policy_tolerance: float | None = None
     sha256: str = ""
 
     @property
@@ -133,12 +70,7 @@ class Certificate(Report):
     @property
     def details(self) -> tuple[str, ...]:
         """One line a task."""
-        return tuple(
-            f"{row.name}{' (guard)' if row.guard else ''}: {row.verdict}, {row.reference_mean:.4f} → "
-            f"{row.candidate_mean:.4f} on {row.n} documents, difference {row.difference:+.4f} "
-            f"[{row.lower:+.4f}, {row.upper:+.4f}], margin {row.margin:g}"
-            for row in self.tasks
-        )
+        return tuple(row.line for row in self.tasks)
 
     @property
     def next_steps(self) -> tuple[str, ...]:
@@ -150,12 +82,16 @@ class Certificate(Report):
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a task, without the documents' scores."""
-        left_out = {"documents", "groups", "reference_scores", "candidate_scores", "settings"}
+        left_out = {"documents", "groups", "labels", "reference_scores", "candidate_scores", "settings"}
         return [{k: v for k, v in row.items() if k not in left_out} for row in self.to_dict()["tasks"]]
+
+    def to_json(self) -> str:
+        """The certificate as JSON, always the same text."""
+        return json.dumps({"format": FORMAT, **self.to_dict()}, indent=1, allow_nan=False)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the certificate as JSON, whole or not at all."""
-        _write(path, json.dumps({"format": FORMAT, **self.to_dict()}, indent=1, allow_nan=False))
+        _write(path, self.to_json())
 
     def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
         """The certificate as one HTML page; written to `path` where one is given."""
@@ -171,17 +107,18 @@ class Certificate(Report):
         return page
 
     def to_model_card(self) -> str:
-        """A section for a model card, in Markdown."""
-        lines = ["## Did the task survive?", "", self.headline, ""]
+        """A section for a model card, in Markdown, between marks by which lorakit finds it again."""
+        lines = [certificate_start(self.sha256), "", "## Did the task survive?", "", _in_line(self.headline), ""]
         lines += ["| task | reference | this adapter | difference | lower | upper | margin | documents | verdict |"]
         lines += ["|---|---|---|---|---|---|---|---|---|"]
         lines += [
-            f"| {row.name} | {row.reference_mean:.4f} | {row.candidate_mean:.4f} | {row.difference:+.4f} | "
+            f"| {_in_line(row.name)} | {row.reference_mean:.4f} | {row.candidate_mean:.4f} | {row.difference:+.4f} | "
             f"{row.lower:+.4f} | {row.upper:+.4f} | {row.margin:g} | {row.n} | {row.verdict} |"
             for row in self.tasks
         ]
-        lines += ["", f"Bounds are one-sided, each at level {self.alpha:g}. Certificate SHA-256 `{self.sha256}`.", ""]
-        return "\n".join(lines)
+        lines += ["", f"Bounds are one-sided, each at level {self.alpha:g}. Certificate SHA-256 `{self.sha256}`."]
+        lines += [f"The scores are in `{CERTIFICATE_NAME}`: `lorakit certify --verify {CERTIFICATE_NAME}`.", ""]
+        return "\n".join([*lines, CERTIFICATE_END, ""])
 
     def plot(self) -> Figure:
         """Each task's difference with its bounds, beside its margin."""
@@ -214,7 +151,7 @@ class Certificate(Report):
                 f"The certificate does not verify: its scores give {combined.verdict}, it says {self.verdict}."
             )
         for row in self.tasks:
-            again = row.recomputed(self.alpha, combined.verdicts[row.name])
+            again = replace(row.certified(self.alpha, self.policy_tolerance), verdict=combined.verdicts[row.name])
             wrong = [f.name for f in fields(row) if not _same(getattr(row, f.name), getattr(again, f.name))]
             if wrong:
                 raise EvaluationError(
@@ -225,6 +162,20 @@ class Certificate(Report):
             if self.headline_task != headline.name or getattr(self, name) != getattr(headline, name):
                 raise EvaluationError(f"The certificate does not verify: its {name} is not that of {headline.name}.")
 
+    def check_candidate(self, directory: str | os.PathLike[str]) -> None:
+        """Raise EvaluationError unless the adapter in `directory` is what this certificate is of."""
+        found = adapter_digest(directory)
+        if found not in self.hashes["candidate"]:
+            raise EvaluationError(
+                f"The certificate is not of the adapter in {os.fspath(directory)!r}: its candidate has the hash "
+                f"{', '.join(self.hashes['candidate'])}, the adapter {found}. Certify this adapter."
+            )
+
+
+def _in_line(text: str) -> str:
+    """Text for a cell of a Markdown table: without HTML, line ends and bars."""
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+
 
 def _same(a: Any, b: Any) -> bool:
     """Whether two figures are the same but for another machine's rounding."""
@@ -233,87 +184,35 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def _certified(
-    name: str,
-    guard: bool,
-    margin: float,
-    alpha: float,
-    documents: tuple[str, ...],
-    groups: tuple[int, ...] | None,
-    sides: Sequence[tuple[tuple[float, ...], ...]],
-    settings: Mapping[str, Any],
-) -> CertifiedTask:
-    reference, candidate = sides
-    interval = interval_of(reference, candidate, alpha, groups)
-    return CertifiedTask(
-        name=name,
-        guard=guard,
-        margin=margin,
-        verdict=interval.verdict(margin),
-        difference=interval.difference,
-        lower=interval.lower,
-        upper=interval.upper,
-        n=len(documents),
-        method=interval.method,
-        candidate_only=getattr(interval, "candidate_only", None),
-        reference_only=getattr(interval, "reference_only", None),
-        documents_needed=interval.documents_needed(margin),
-        worst_seed_difference=getattr(interval, "worst_seed_difference", None),
-        reference_mean=_mean(reference),
-        candidate_mean=_mean(candidate),
-        documents=documents,
-        groups=groups,
-        reference_scores=reference,
-        candidate_scores=candidate,
-        settings=dict(settings),
-    )
-
-
-def _mean(scores: Sequence[Sequence[float]]) -> float:
-    return math.fsum(math.fsum(one) / len(one) for one in scores) / len(scores)
-
-
-def interval_of(
-    reference: Sequence[Sequence[float]], candidate: Sequence[Sequence[float]], alpha: float, groups: Any = None
-) -> Interval:
-    """The interval of one seed a side, or of several, paired by seed.
-
-    Raises: EvaluationError for two seeds, or different numbers of seeds on the two sides.
-    """
-    if len(reference) != len(candidate):
-        raise EvaluationError(
-            f"Both sides must have the same seeds; the reference has {len(reference)}, the candidate {len(candidate)}."
-        )
-    if len(reference) == 1:
-        return paired_interval(reference[0], candidate[0], alpha=alpha, groups=groups)
-    return seeds_interval(reference, candidate, alpha=alpha, groups=groups)
-
-
 def read_certificate(path: str | os.PathLike[str]) -> Certificate:
-    """A certificate from its JSON; not verified.
+    """A certificate from its JSON, or from that in an adapter's directory; not verified.
 
-    Raises: EvaluationError where the file is none.
+    Raises: EvaluationError where the file is none, or is not written as lorakit writes certificates.
     """
+    file = Path(path, CERTIFICATE_NAME) if Path(path).is_dir() else Path(path)
     try:
-        content = json.loads(Path(path).read_bytes())
+        text = file.read_bytes().decode("utf-8")
+        content = json.loads(text)
         if content.pop("format") != FORMAT:
             raise ValueError("another format")
         tasks = tuple(
-            CertifiedTask(
-                **{
-                    **row,
-                    "documents": tuple(row["documents"]),
-                    "groups": None if row["groups"] is None else tuple(row["groups"]),
-                    "reference_scores": tuple(map(tuple, row["reference_scores"])),
-                    "candidate_scores": tuple(map(tuple, row["candidate_scores"])),
-                }
-            )
-            for row in content.pop("tasks")
+            CertifiedTask(**{name: _as_written(name, v) for name, v in t.items()}) for t in content.pop("tasks")
         )
         sides: dict[str, Any] = {side: tuple(content.pop(side)) for side in ("reference", "candidate")}
-        return Certificate(**content, **sides, tasks=tasks)
+        certificate = Certificate(**content, **sides, tasks=tasks)
+        changed = certificate.to_json() != text
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise EvaluationError(f"{os.fspath(path)!r} is not a certificate of lorakit's: {error}.") from error
+        raise EvaluationError(f"{os.fspath(file)!r} is not a certificate of lorakit's: {error}.") from error
+    if changed:
+        raise EvaluationError(f"{os.fspath(file)!r} is not a certificate of lorakit's: its text was changed.")
+    return certificate
+
+
+def _as_written(name: str, value: Any) -> Any:
+    """A field of a task, with tuples for lists."""
+    if name in ("reference_scores", "candidate_scores"):
+        return tuple(map(tuple, value))
+    return tuple(value) if name in ("documents", "groups", "labels") and value is not None else value
 
 
 def _write(path: str | os.PathLike[str], text: str) -> None:
@@ -321,7 +220,7 @@ def _write(path: str | os.PathLike[str], text: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(text.encode("utf-8"))
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)

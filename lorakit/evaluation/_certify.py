@@ -11,11 +11,11 @@ from typing import Any
 from lorakit._report import Report
 from lorakit.errors import EvaluationError
 from lorakit.evaluation._attach import adapted
-from lorakit.evaluation._comparison import Comparison, Hypothesis, Settings, Side
 from lorakit.evaluation._digests import adapter_digest, base_digest, digest
 from lorakit.evaluation._evaluate import scored, seeds_of, tasks_of
 from lorakit.evaluation._models import LoadOptions, label_of, load_base, load_tokenizer
 from lorakit.evaluation._scores import Scores
+from lorakit.evaluation.comparison import Comparison, Question, Side
 
 PLAN_DOCUMENTS = 50
 
@@ -58,6 +58,7 @@ def certify(
     alpha: float = 0.05,
     guards: Any = (),
     groups: Mapping[str, Sequence[Any]] | None = None,
+    policy_tolerance: float | None = None,
     tokenizer: Any = None,
     limit: int | None = None,
     plan: bool = False,
@@ -77,6 +78,8 @@ def certify(
         alpha: the level of each one-sided bound.
         guards: more tasks on which the candidate must not be worse, at their own margins or `margin`.
         groups: by a task's name, which passage each of its documents belongs to.
+        policy_tolerance: for seeds: report besides whether the worst seed's mean difference is at least this much below
+            0 (Gradience's policy is 0.025, 2.5 points). It is no part of the verdict.
         tokenizer: None: from beside the reference, else the base model's.
         limit: how many documents of each task at most.
         plan: score 50 documents and say what a verdict at this margin will take; a `CertificationPlan`.
@@ -89,28 +92,46 @@ def certify(
         sides, documents that are missing, there twice or used before, and scores that are not finite.
 
     Example:
-        >>> import lorakit
-        >>> task = lorakit.evaluation.choices("test.jsonl")  # doctest: +SKIP
-        >>> lorakit.evaluation.certify("base/", "adapter/", "small/", tasks=task, margin=0.02)  # doctest: +SKIP
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> size = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+        >>> base = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **size))
+        >>> adapter = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        >>> ids = torch.arange(32).view(8, 4)
+        >>> batches = [{"input_ids": ids, "labels": ids}]
+        >>> from lorakit.evaluation import loss
+        >>> certificate = certify(base, adapter, adapter, tasks=loss(batches), margin=0.05, progress=False)
+        >>> certificate.verdict, certificate.difference
+        ('PASS', 0.0)
     """
     sides = [seeds_of(reference), seeds_of(candidate)]
     if len(sides[0]) != len(sides[1]) or len(sides[0]) == 2:
         raise EvaluationError(
             f"Give one adapter a side, or at least three seeds of each; got {len(sides[0])} and {len(sides[1])}."
         )
-    settings = Settings(
+    if policy_tolerance is not None and len(sides[0]) == 1:
+        raise EvaluationError("`policy_tolerance` is for seeds: give at least three adapters a side.")
+    question = Question(
+        tasks=tasks,
+        margin=margin,
+        alpha=alpha,
+        guards=guards,
+        groups=groups,
+        policy_tolerance=policy_tolerance,
+        tokenizer=tokenizer,
         limit=PLAN_DOCUMENTS if plan else limit,
-        used_documents=frozenset(used_documents),
+        used_documents=used_documents,
         cache=cache,
+        options=options,
         progress=progress,
     )
-    hypothesis = Hypothesis.of(tasks, guards, margin=margin, alpha=alpha, groups=groups)
-    comparison = Comparison(base, hypothesis, settings, tokenizer=tokenizer, reference=sides[0][0], options=options)
+    comparison = Comparison(base, question, reference=sides[0][0])
     started = time.perf_counter()
     scored_sides = [comparison.score(side) for side in sides]
     if plan:
-        return _plan(hypothesis, scored_sides, time.perf_counter() - started)
-    return comparison.certificate(*scored_sides)
+        return _plan(comparison, scored_sides, time.perf_counter() - started)
+    return comparison.certificate(scored_sides[:1], scored_sides[1])
 
 
 def evaluate_adapters(
@@ -138,8 +159,9 @@ def evaluate_adapters(
     return found
 
 
-def _plan(hypothesis: Hypothesis, sides: Sequence[Side], seconds: float) -> CertificationPlan:
-    results = hypothesis.results(*sides)
+def _plan(comparison: Comparison, sides: Sequence[Side], seconds: float) -> CertificationPlan:
+    question = comparison.question
+    results = comparison.results(sides[:1], sides[1])
     scored_documents = sum(row.n for row in results)
     rows: list[dict[str, Any]] = [
         {
@@ -152,4 +174,4 @@ def _plan(hypothesis: Hypothesis, sides: Sequence[Side], seconds: float) -> Cert
         for row in results
     ]
     minutes = sum(row["minutes"] or 0.0 for row in rows)
-    return CertificationPlan(hypothesis.margin, hypothesis.alpha, minutes, tuple(rows))
+    return CertificationPlan(question.margin, question.alpha, minutes, tuple(rows))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,15 @@ def document_digests(batch: Mapping[str, Tensor]) -> list[str]:
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[i].bool()
         found.append(digest([labels[real].tolist(), ids[real].tolist()]))
     return found
+
+
+def document_hashes(batches: Iterable[Mapping[str, Tensor]]) -> list[str]:
+    """The hashes of a loader's documents, by which `certify(..., used_documents=…)` refuses to use them again.
+
+    A document's hash is of its tokens and labels, as `loss` and `agreement` have it; tasks of lm-evaluation-harness
+    have hashes of their own.
+    """
+    return [document for batch in batches for document in document_digests(batch)]
 
 
 def weights_digest(tensors: Mapping[str, Tensor]) -> str:

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 
+from lorakit._checks import check_integer
 from lorakit.errors import EvaluationError
 from lorakit.evaluation._digests import digest, tokenizer_digest, weights_digest
 from lorakit.evaluation._models import label_of, load_tokenizer
 from lorakit.evaluation._scores import Scores, scores_of
-from lorakit.evaluation._tasks import Task, task_of
+from lorakit.evaluation._task_kinds import Task
+from lorakit.evaluation._tasks import task_of
 
 
 def evaluate(
@@ -41,6 +43,18 @@ def evaluate(
         progress: show progress bars on stderr.
     Raises: EvaluationError for tasks that cannot be run, scores that are not finite, and documents that are there
         twice.
+
+    Example:
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> size = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **size))
+        >>> from lorakit.evaluation import loss
+        >>> ids = torch.arange(32).view(8, 4)
+        >>> scores = evaluate(model, loss([{"input_ids": ids, "labels": ids}]), progress=False)
+        >>> len(scores["loss"].scores)
+        8
     """
     wanted = tasks_of(tasks)
     tokenizer = load_tokenizer(getattr(model, "name_or_path", None)) if tokenizer is None else tokenizer
@@ -59,6 +73,8 @@ def scored(
     progress: bool,
 ) -> dict[str, Scores]:
     """`evaluate`, with the hash of the model's weights, which is needed with a cache."""
+    if limit is not None:
+        check_integer("limit", limit)
     depends = None
     if cache is not None:
         depends = [weights, limit, dtype_of(model), model.device.type, tokenizer_digest(tokenizer), environment()]
@@ -74,7 +90,15 @@ def scored(
             finally:
                 model.train(training)
             settings = {**result.settings, "dtype": dtype_of(model)}
-            kept = scores_of(task.name, label_of(model), result.documents, result.scores, settings)
+            kept = scores_of(
+                task.name,
+                label_of(model),
+                result.documents,
+                result.scores,
+                settings,
+                metric=result.metric,
+                labels=result.labels,
+            )
             if key is not None and cache is not None:
                 _write(Path(cache), key, kept)
         found[task.name] = kept
@@ -112,7 +136,8 @@ def model_digest(model: Any) -> str:
 def _read(cache: Path, key: str) -> Scores | None:
     try:
         kept = json.loads((cache / f"{key}.json").read_bytes())
-        return scores_of(kept["task"], kept["model"], kept["documents"], kept["scores"], kept["settings"])
+        values = (kept["task"], kept["model"], kept["documents"], kept["scores"], kept["settings"])
+        return scores_of(*values, metric=kept["metric"], labels=kept["labels"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -120,8 +145,11 @@ def _read(cache: Path, key: str) -> Scores | None:
 def _write(cache: Path, key: str, scores: Scores) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     partial = cache / f".{key}.{os.getpid()}"
-    partial.write_text(json.dumps(scores.to_dict()))
-    partial.replace(cache / f"{key}.json")
+    try:
+        partial.write_text(json.dumps(scores.to_dict()))
+        partial.replace(cache / f"{key}.json")
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def seeds_of(models: Any) -> list[Any]:

@@ -5,28 +5,39 @@ The choices of one question share its keys and values on a CPU: the question is 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from lorakit.errors import EvaluationError, MissingExtraError
+from lorakit.evaluation._digests import digest
+from lorakit.statistics._corpus_metrics import CORPUS_METRICS
 
 _SHORTEST_SHARED = 8  # tokens: below this a second forward pass costs more than reading the question again
 
 
 @dataclass(frozen=True)
 class HarnessResult:
-    """Hashes of documents with their prompts, their scores, and what the harness did."""
+    """Hashes of documents with their prompts, their scores, and what the harness did.
+
+    With a corpus metric (`metric`) `scores` are predicted classes, and `labels` the true ones.
+    """
 
     documents: list[str]
     scores: list[float]
     settings: dict[str, Any]
+    metric: str | None = None
+    labels: list[float] | None = None
 
 
 def import_harness() -> Any:
@@ -47,9 +58,9 @@ def run_task(
     tokenizer: Any,
     *,
     limit: int | None,
-    batch_size: int | str | None = None,
     num_fewshot: int | None = None,
     chat_template: bool = False,
+    progress: bool = True,
 ) -> HarnessResult:
     """The scores of `task`'s documents, in the harness' order.
 
@@ -57,31 +68,50 @@ def run_task(
         task: a name that the harness knows, the path of a YAML config, or a config as a dict.
         metric: which of the task's metrics is the score; None: the first that each document has.
         limit: how many documents at most.
-        batch_size: None: 8 on a CPU, automatic elsewhere.
+        progress: show the harness' progress bars, on stderr.
     Raises: EvaluationError where the harness fails, or the metric is not one of the task's.
     """
     import_harness()
     from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
 
-    if batch_size is None:
-        batch_size = 8 if model.device.type == "cpu" else "auto"
+    batch_size = 8 if model.device.type == "cpu" else "auto"
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    language_model = _shared_prefix_class()(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     try:
-        results = evaluator.simple_evaluate(
-            model=language_model,
-            tasks=[task],
-            limit=limit,
-            bootstrap_iters=0,
-            log_samples=True,
-            num_fewshot=num_fewshot,
-            apply_chat_template=chat_template,
-            task_manager=TaskManager(),
-        )
+        with _output(progress):
+            results = evaluator.simple_evaluate(
+                model=_language_model(model, tokenizer, batch_size, progress),
+                tasks=[task],
+                limit=limit,
+                bootstrap_iters=0,
+                log_samples=True,
+                num_fewshot=num_fewshot,
+                apply_chat_template=chat_template,
+                task_manager=TaskManager(),
+            )
     except (KeyError, ValueError, OSError, TypeError, AttributeError) as error:
         raise EvaluationError(f"lm-evaluation-harness cannot run {task!r}: {type(error).__name__}: {error}") from error
-    return _result(results, metric)
+    found = _result(results, metric)
+    return replace(found, settings={**found.settings, "chat_template": chat_template})
+
+
+@contextlib.contextmanager
+def _output(progress: bool) -> Iterator[None]:
+    """What the harness prints goes to stderr; without `progress` it and `datasets` show no progress bars."""
+    import datasets
+    from lm_eval.api import task
+
+    bars, shown = task.tqdm, not datasets.are_progress_bars_disabled()
+    try:
+        if not progress:
+            task.tqdm = functools.partial(tqdm, disable=True)  # the harness has no option for this bar
+            datasets.disable_progress_bars()
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        task.tqdm = bars
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def _result(results: Any, metric: str | None) -> HarnessResult:
@@ -94,28 +124,68 @@ def _result(results: Any, metric: str | None) -> HarnessResult:
     metric = metrics[0] if metric is None else metric
     if metric not in metrics:
         raise EvaluationError(f"`metric` must be one of the task's, {', '.join(metrics)}; got {metric!r}.")
-    documents, scores = [], []
-    for sample in samples:
-        parts = (sample["doc_hash"], sample["prompt_hash"], sample["target_hash"])
-        documents.append(hashlib.sha256("".join(map(str, parts)).encode()).hexdigest())
-        try:
-            scores.append(float(sample[metric]))
-        except (TypeError, ValueError) as error:
-            raise EvaluationError(
-                f"The metric {metric!r} is not one number a document ({sample[metric]!r}). Name another as `metric`: "
-                f"{', '.join(metrics)}."
-            ) from error
-    lower_is_better = {name: not up for found in results["higher_is_better"].values() for name, up in found.items()}
-    if lower_is_better.get(metric):
-        scores = [-score for score in scores]
+    documents = [_document(sample) for sample in samples]
     settings = {
         "harness": str(results.get("lm_eval_version", "")),
         "metric": metric,
         "filter": first_filter,
         "versions": {name: str(version) for name, version in results["versions"].items()},
         "num_fewshot": dict(results["n-shot"]),
+        "decoding": [_decoding(config) for config in results["configs"].values()],
     }
+    values = [sample[metric] for sample in samples]
+    if metric in CORPUS_METRICS and all(isinstance(value, list | tuple) and len(value) == 2 for value in values):
+        labels, predictions = (_numbers(metric, metrics, side) for side in zip(*values, strict=True))
+        return HarnessResult(documents, predictions, settings, metric, labels)
+    scores = _numbers(metric, metrics, values)
+    lower_is_better = {name: not up for found in results["higher_is_better"].values() for name, up in found.items()}
+    if lower_is_better.get(metric):
+        scores = [-score for score in scores]
     return HarnessResult(documents, scores, settings)
+
+
+def _document(sample: Any) -> str:
+    parts = (sample["doc_hash"], sample["prompt_hash"], sample["target_hash"])
+    return hashlib.sha256("".join(map(str, parts)).encode()).hexdigest()
+
+
+def _decoding(config: Any) -> dict[str, Any]:
+    """How a task's answers are had: the kind of request, and what ends and draws a generation."""
+    kind = str(config.get("output_type", ""))
+    kwargs = config.get("generation_kwargs") if kind == "generate_until" else None
+    return {"output_type": kind, "generation_kwargs": None if kwargs is None else digest(str(sorted(kwargs.items())))}
+
+
+def _numbers(metric: str, metrics: Sequence[str], values: Sequence[Any]) -> list[float]:
+    found = []
+    for value in values:
+        try:
+            found.append(float(value))
+        except (TypeError, ValueError) as error:
+            raise EvaluationError(
+                f"The metric {metric!r} is not one number a document ({value!r}). Name another as `metric`: "
+                f"{', '.join(metrics)}."
+            ) from error
+    return found
+
+
+def _language_model(model: Any, tokenizer: Any, batch_size: int | str, progress: bool) -> Any:
+    """The harness' wrapper of a model, whose progress bars can be left out."""
+
+    class LM(_shared_prefix_class()):  # type: ignore[misc]
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+            found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm or not progress)
+            return found
+
+        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+            found: list[float] = super().loglikelihood_rolling(requests, disable_tqdm or not progress)
+            return found
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+            found: list[str] = super().generate_until(requests, disable_tqdm or not progress)
+            return found
+
+    return LM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 
 def _shared_prefix_class() -> Any:

@@ -70,6 +70,7 @@ def load_base(
 
     settings: dict[str, Any] = {"revision": options.revision or "main", "trust_remote_code": options.trust_remote_code}
     device = default_device() if options.device is None else torch.device(options.device)
+    _check_device(device, options)
     try:
         cls = _class_of(base, task_type, settings)
         if options.load_in_4bit:
@@ -96,6 +97,22 @@ def _class_of(base: str | os.PathLike[str], task_type: str | None, settings: dic
                 f"{os.fspath(base)!r} does not say which class it is of; load it in Python instead."
             )
     return getattr(transformers, name)
+
+
+def _check_device(device: torch.device, options: LoadOptions) -> None:
+    """Raise EvaluationError for a device that is not there, and for 4 bits on a CPU."""
+    if options.load_in_4bit and device.type == "cpu":
+        raise EvaluationError(
+            "`load_in_4bit` needs an accelerator; this model would be loaded on the CPU. Leave it out, or name an "
+            "accelerator as `device`."
+        )
+    if device.type in ("cpu", "meta"):
+        return
+    there = default_device()
+    count = torch.accelerator.device_count() if there.type == device.type else 0
+    if (device.index or 0) >= count:
+        found = f"{count} of {device.type}" if count else there.type
+        raise EvaluationError(f"`device` must be there; got {options.device!r}, and torch finds {found}.")
 
 
 def default_device() -> torch.device:

@@ -8,12 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lorakit._figures import escape_mathtext, new_figure
 from lorakit._report import Report
 from lorakit.errors import EvaluationError
 from lorakit.evaluation._digests import digest
-from lorakit.statistics import PairedInterval
+from lorakit.statistics import Interval, jackknife_interval, seeds_interval
 from lorakit.statistics import paired_interval as paired_interval
+from lorakit.statistics._corpus import pseudo_values_of
+from lorakit.statistics._corpus_metrics import corpus_metric
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,6 +29,9 @@ class Scores(Report):
 
     `documents` are the SHA-256 hashes of the documents with their prompts, in the order of `scores`. `settings` are
     what both sides of a comparison must share: prompt, decoding, few-shot examples, dtype, versions.
+
+    A task with a corpus metric (`metric` is "mcc", "f1" or "macro_f1") has no score of a single document: `scores` are
+    then the predicted classes, and `labels` the true ones.
     """
 
     task: str
@@ -32,11 +39,13 @@ class Scores(Report):
     documents: tuple[str, ...]
     scores: tuple[float, ...]
     settings: Mapping[str, Any]
+    metric: str | None = None
+    labels: tuple[float, ...] | None = None
 
     @property
     def mean(self) -> float:
-        """The mean score."""
-        return math.fsum(self.scores) / len(self.scores)
+        """The mean score, or the value of the corpus metric."""
+        return mean_of(self.scores, self.metric, self.labels)
 
     @property
     def headline(self) -> str:
@@ -62,17 +71,40 @@ class Scores(Report):
         return figure
 
 
-def scores_of(
-    task: str, model: str, documents: Sequence[str], values: Sequence[float], settings: Mapping[str, Any]
-) -> Scores:
-    """Scores, checked.
+def mean_of(scores: Sequence[float], metric: str | None, labels: Sequence[float] | None) -> float:
+    """The mean of scores, or a corpus metric of predicted classes and labels."""
+    if metric is None:
+        return math.fsum(scores) / len(scores)
+    return float(corpus_metric(metric)(np.asarray(labels), np.asarray(scores)))
 
-    Raises: EvaluationError for no document, a score that is not finite, or a document that is there twice.
+
+def scores_of(
+    task: str,
+    model: str,
+    documents: Sequence[str],
+    values: Sequence[float],
+    settings: Mapping[str, Any],
+    *,
+    metric: str | None = None,
+    labels: Sequence[float] | None = None,
+) -> Scores:
+    """Scores, checked; with a corpus metric, `values` are predicted classes.
+
+    Raises: EvaluationError for no document, a score or label that is not finite, labels that are missing, or a document
+        that is there twice.
     """
     if not documents:
         raise EvaluationError(f"Task {task!r} has no document.")
     if len(documents) != len(values):
         raise EvaluationError(f"Task {task!r} has {len(documents)} documents, but {len(values)} scores came.")
+    if (metric is None) != (labels is None) or (labels is not None and len(labels) != len(values)):
+        got = "none" if labels is None else len(labels)
+        raise EvaluationError(
+            f"Task {task!r} must have one label a document for a corpus metric, else none; got {got} for {len(values)} "
+            f"documents and metric {metric!r}."
+        )
+    if not all(map(math.isfinite, labels or ())):
+        raise EvaluationError(f"The labels of task {task!r} must be classes, as numbers; one is not finite.")
     wrong = [i for i, value in enumerate(values) if not math.isfinite(value)]
     if wrong:
         raise EvaluationError(
@@ -86,13 +118,18 @@ def scores_of(
             f"Task {task!r} has one document more than once (documents {places[0]} and {places[1]}), which an interval "
             f"would count as independent. Remove the copies."
         )
-    return Scores(task, model, tuple(documents), tuple(float(value) for value in values), dict(settings))
+    kept = None if labels is None else tuple(map(float, labels))
+    found = Scores(task, model, tuple(documents), tuple(map(float, values)), dict(settings), metric, kept)
+    _ = found.mean  # a metric says which classes it is for
+    return found
 
 
 def compare(
     reference: Scores, candidate: Scores, *, alpha: float = 0.05, groups: Sequence[Any] | None = None
-) -> PairedInterval:
+) -> Interval:
     """The paired difference candidate − reference on the same documents, with one-sided bounds, each at `alpha`.
+
+    A `PairedInterval`; of a task with a corpus metric a `CorpusInterval`.
 
     Args:
         reference, candidate: of the same task, documents and settings.
@@ -101,13 +138,50 @@ def compare(
     Raises: EvaluationError where the two are not of the same task, prompts, decoding or dtype, or not on the same
         documents; and as `lorakit.statistics.paired_interval`.
     """
-    return paired_interval(reference.scores, aligned(reference, candidate), alpha=alpha, groups=groups)
+    values = aligned(reference, candidate)
+    return interval_of([reference.scores], [values], alpha, groups, metric=reference.metric, labels=reference.labels)
+
+
+def interval_of(
+    reference: Sequence[Sequence[float]],
+    candidate: Sequence[Sequence[float]],
+    alpha: float,
+    groups: Any = None,
+    *,
+    metric: str | None = None,
+    labels: Sequence[float] | None = None,
+) -> Interval:
+    """The interval of one seed a side, or of several, paired by seed; of scores, or of classes with a corpus metric.
+
+    Several seeds with a corpus metric: each seed's pseudo-values are its documents' differences.
+    Raises: EvaluationError for two seeds, or different numbers of seeds on the two sides.
+    """
+    if len(reference) != len(candidate):
+        raise EvaluationError(
+            f"Both sides must have the same seeds; the reference has {len(reference)}, the candidate {len(candidate)}."
+        )
+    if metric is None:
+        compute = paired_interval if len(reference) == 1 else seeds_interval
+        pair = (reference[0], candidate[0]) if len(reference) == 1 else (reference, candidate)
+        return compute(*pair, alpha=alpha, groups=groups)
+    function = corpus_metric(metric)
+    if len(reference) == 1:
+        return jackknife_interval(function, labels, reference[0], candidate[0], alpha=alpha, groups=groups)
+    values = [pseudo_values_of(function, labels, a, b)[0] for a, b in zip(reference, candidate, strict=True)]
+    zero = np.full(
+        np.shape(values), 0.5
+    )  # other than 0, so that pseudo-values of 0 and 1 are no wrong and right answers
+    return seeds_interval(zero, zero + np.asarray(values), alpha=alpha, groups=groups)
 
 
 def aligned(reference: Scores, candidate: Scores) -> list[float]:
     """The candidate's scores in the order of the reference's documents. Raises: as `compare`."""
     if reference.task != candidate.task:
         raise EvaluationError(f"The two sides are of different tasks: {reference.task!r} and {candidate.task!r}.")
+    if reference.metric != candidate.metric:
+        raise EvaluationError(
+            f"The two sides have different metrics of {reference.task!r}: {reference.metric} and {candidate.metric}."
+        )
     keys = sorted(set(reference.settings) | set(candidate.settings))
     for key in keys:
         ours, theirs = reference.settings.get(key), candidate.settings.get(key)
@@ -124,4 +198,8 @@ def aligned(reference: Scores, candidate: Scores) -> list[float]:
             f"The two sides must have the same documents of {reference.task!r}: {candidate.model} lacks {len(missing)} "
             f"and has {more} others."
         )
+    if reference.labels is not None and candidate.labels is not None:
+        labels = dict(zip(candidate.documents, candidate.labels, strict=True))
+        if any(labels[d] != label for d, label in zip(reference.documents, reference.labels, strict=True)):
+            raise EvaluationError(f"The two sides have different labels of {reference.task!r}. Evaluate both again.")
     return [scores[document] for document in reference.documents]

@@ -3,163 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
-from torch import Tensor
-from torch.nn import functional as F
+from typing import Any, Literal, get_args
 
 from lorakit._checks import check_number
-from lorakit.calibration.losses import IGNORED_LABEL
-from lorakit.data import loader
 from lorakit.errors import EvaluationError
-from lorakit.evaluation._digests import data_digest, digest, document_digests, file_digest
-from lorakit.evaluation._harness import run_task
+from lorakit.evaluation._task_kinds import FunctionTask, HarnessTask, LossTask, Task
+from lorakit.statistics._corpus_metrics import CORPUS_METRICS, corpus_metric
 
-
-@dataclass(frozen=True)
-class Scored:
-    """Documents' hashes, their scores, and settings that two sides of a comparison must share."""
-
-    documents: list[str]
-    scores: list[float]
-    settings: dict[str, Any]
-
-
-class Task(Protocol):
-    """What `evaluate` and `certify` need of a task.
-
-    `margin` is the task's own, in the units of its score; None: that of the call. A task that is not `cacheable` is
-    run again in every call. `fingerprint()` is a hash of its data and settings.
-    """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def margin(self) -> float | None: ...
-    @property
-    def cacheable(self) -> bool: ...
-    def fingerprint(self) -> str: ...
-    def score(self, model: Any, tokenizer: Any, *, limit: int | None, progress: bool) -> Scored: ...
-
-
-@dataclass(frozen=True)
-class HarnessTask:
-    """A task of lm-evaluation-harness: by name, by a YAML config's path, or by a config."""
-
-    name: str
-    config: str | dict[str, Any]
-    metric: str | None = None
-    data: str | None = None
-    limit: int | None = None
-    num_fewshot: int | None = None
-    chat_template: bool = False
-    margin: float | None = None
-
-    @property
-    def cacheable(self) -> bool:
-        """Not with a YAML config: which files it reads is not known."""
-        return not (isinstance(self.config, str) and Path(self.config).is_file())
-
-    def fingerprint(self) -> str:
-        """A hash of the config and of the data it reads."""
-        config = self.config
-        if isinstance(config, str) and Path(config).is_file():
-            config = Path(config).read_text(encoding="utf-8")
-        data = None if self.data is None else file_digest(self.data)
-        return digest([config, self.metric, data, self.limit, self.num_fewshot, self.chat_template])
-
-    def score(self, model: Any, tokenizer: Any, *, limit: int | None, progress: bool) -> Scored:
-        """Run the harness on the first documents."""
-        limits = [number for number in (self.limit, limit) if number is not None]
-        if tokenizer is None:
-            raise EvaluationError(f"Task {self.name!r} needs the model's tokenizer; pass `tokenizer`.")
-        found = run_task(
-            self.config,
-            self.metric,
-            model,
-            tokenizer,
-            limit=min(limits) if limits else None,
-            num_fewshot=self.num_fewshot,
-            chat_template=self.chat_template,
-        )
-        return Scored(found.documents, found.scores, found.settings)
-
-
-@dataclass(frozen=True)
-class LossTask:
-    """The negative mean loss of each document's labelled tokens, in nats a token."""
-
-    name: str
-    source: Any
-    length: int
-    batch_size: int
-    num_examples: int | None
-    margin: float | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    cacheable: bool = field(default=True, init=False)
-
-    def fingerprint(self) -> str:
-        """A hash of the data and of how it is cut."""
-        options = sorted(map(str, self.options.items()))
-        return digest([data_digest(self.source), self.length, self.num_examples, options])
-
-    def score(self, model: Any, tokenizer: Any, *, limit: int | None, progress: bool) -> Scored:
-        """Losses of the first documents, each over its own tokens."""
-
-        limits = [number for number in (self.num_examples, limit) if number is not None]
-        batches: Any = self.source
-        if isinstance(self.source, str | os.PathLike) or hasattr(self.source, "column_names"):
-            if tokenizer is None:
-                raise EvaluationError(f"Task {self.name!r} needs the model's tokenizer; pass `tokenizer`.")
-            batches = loader(
-                self.source,
-                tokenizer,
-                length=self.length,
-                batch_size=self.batch_size,
-                num_examples=min(limits) if limits else None,
-                progress=progress,
-                **self.options,
-            )
-        documents: list[str] = []
-        scores: list[float] = []
-        for document, loss in _losses(model, batches):
-            if limits and len(documents) >= min(limits):
-                break
-            documents.append(document)
-            scores.append(-loss)
-        return Scored(documents, scores, {"length": self.length, "loss": "mean over labelled tokens"})
-
-
-@dataclass(frozen=True)
-class FunctionTask:
-    """A function of the model that returns the documents' scores."""
-
-    name: str
-    function: Callable[[Any], Sequence[float] | Tensor]
-    margin: float | None = None
-    cacheable: bool = field(default=False, init=False)
-
-    def fingerprint(self) -> str:
-        """The function's name: what it does is not known."""
-        return digest([self.name, getattr(self.function, "__qualname__", repr(self.function))])
-
-    def score(self, model: Any, tokenizer: Any, *, limit: int | None, progress: bool) -> Scored:
-        """Call the function, without gradients; the documents are numbered."""
-        with torch.no_grad():
-            values = self.function(model)
-        try:
-            scores = torch.as_tensor(values, dtype=torch.float64).reshape(-1).tolist()
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise EvaluationError(
-                f"Task {self.name!r} must return one score a document, a sequence of numbers; got "
-                f"{type(values).__name__}."
-            ) from error
-        documents = [digest([self.name, i]) for i in range(len(scores))]
-        return Scored(documents, scores, {"function": self.name})
+ChoiceMetric = Literal["acc", "acc_norm", "mcc", "f1", "macro_f1"]
 
 
 def choices(
@@ -170,7 +23,7 @@ def choices(
     question: str = "question",
     options: str = "choices",
     answer: str = "answer",
-    normalized: bool = False,
+    metric: ChoiceMetric = "acc",
     limit: int | None = None,
     margin: float | None = None,
 ) -> HarnessTask:
@@ -184,11 +37,15 @@ def choices(
         name: the task's name; None: the file's.
         prompt: a Jinja template over a document's fields.
         question, options, answer: the fields' names.
-        normalized: divide each log-probability by the choice's length in bytes ("acc_norm").
+        metric: "acc"; "acc_norm" divides each log-probability by the choice's length in bytes; "mcc" (Matthews'
+            correlation), "f1" (of choice 1 of two) and "macro_f1" are of the whole corpus, not of a document.
         limit: how many documents at most.
         margin: the task's own margin; None: that of `certify`.
-    Raises: EvaluationError for a file that is not there or of another kind.
+    Raises: EvaluationError for a file that is not there or of another kind; ValueError for an unknown metric.
     """
+    if metric not in get_args(ChoiceMetric):
+        raise ValueError(f"`metric` must be one of {', '.join(get_args(ChoiceMetric))}; got {metric!r}.")
+    corpus = metric if metric in CORPUS_METRICS else None
     file = _data_file(path)
     title = name or file.stem
     config = {
@@ -198,11 +55,13 @@ def choices(
         "doc_to_choice": "{{" + options + "}}",
         "doc_to_target": answer,
         "metric_list": [
-            {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
+            *({"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")),
+            # for its pairs of true and predicted class
+            *([] if corpus is None else [{"metric": "mcc", "higher_is_better": True}]),
         ],
     }
-    metric = "acc_norm" if normalized else "acc"
-    return HarnessTask(title, config, metric, os.fspath(file), limit, margin=_margin(margin))
+    own = metric if corpus is None else "mcc"
+    return HarnessTask(title, config, own, os.fspath(file), limit, margin=_margin(margin), corpus_metric=corpus)
 
 
 def exact_match(
@@ -293,7 +152,8 @@ def lm_eval(
 
     Args:
         task: such as "arc_easy"; a task that the harness has to download needs the Hub.
-        metric: the metric that is the score; None: the first that each document has.
+        metric: the metric that is the score; None: the first that each document has. Where the harness gives classes
+            for it ("mcc", and "f1" of two classes), it is a corpus metric.
         limit, num_fewshot, chat_template: as in the harness.
         margin: the task's own margin; None: that of `certify`.
     """
@@ -302,12 +162,18 @@ def lm_eval(
 
 
 def function(
-    f: Callable[[Any], Sequence[float] | Tensor], *, name: str | None = None, margin: float | None = None
+    f: Callable[[Any], Any], *, name: str | None = None, metric: str | None = None, margin: float | None = None
 ) -> FunctionTask:
-    """A function of the model: ``f(model)`` returns the documents' scores in a fixed order, higher is better."""
+    """A function of the model: ``f(model)`` returns the documents' scores in a fixed order, higher is better.
+
+    With a corpus metric ("mcc", "f1" or "macro_f1") it returns ``(labels, predictions)``, both classes as numbers.
+    Results are never kept for later calls.
+    """
     if not callable(f):
         raise TypeError(f"`f` must be a function of the model; got {type(f).__name__}.")
-    return FunctionTask(name or str(getattr(f, "__name__", "function")), f, _margin(margin))
+    if metric is not None:
+        corpus_metric(metric)
+    return FunctionTask(name or str(getattr(f, "__name__", "function")), f, _margin(margin), metric)
 
 
 def task_of(value: Any) -> Task:
@@ -363,17 +229,3 @@ def _has_choices(path: Path) -> bool:
         return False
     rows = load_dataset(_READERS[path.suffix], data_files=os.fspath(path), split="train[:1]")
     return {"question", "choices", "answer"} <= set(rows.column_names)
-
-
-@torch.no_grad()
-def _losses(model: Any, batches: Any) -> Iterator[tuple[str, float]]:
-    """Each document's hash and mean loss, over its labelled tokens; documents without one are left out."""
-    device = model.get_input_embeddings().weight.device
-    for batch in batches:
-        inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
-        logits = model(**inputs, use_cache=False).logits
-        targets = batch["labels"][:, 1:].to(logits.device)
-        for i, document in enumerate(document_digests(batch)):
-            labelled = targets[i] != IGNORED_LABEL
-            if labelled.any():
-                yield document, float(F.cross_entropy(logits[i, :-1][labelled].float(), targets[i][labelled]))

@@ -10,6 +10,15 @@ if TYPE_CHECKING:
     from lorakit.experiments._adapt_each_layer import LayerGain as LayerGain
     from lorakit.experiments._adapt_each_layer import LayerGains as LayerGains
     from lorakit.experiments._adapt_each_layer import adapt_each_layer as adapt_each_layer
+    from lorakit.experiments._bench import bench as bench
+    from lorakit.experiments._bench_file import read_bench_file as read_bench_file
+    from lorakit.experiments._bench_report import BenchReport as BenchReport
+    from lorakit.experiments._bench_report import BenchVariant as BenchVariant
+    from lorakit.experiments._bench_report import read_bench as read_bench
+    from lorakit.experiments._bench_run import UnfinishedBench as UnfinishedBench
+    from lorakit.experiments._bench_verdicts import BenchGate as BenchGate
+    from lorakit.experiments._bench_verdicts import BenchScores as BenchScores
+    from lorakit.experiments._bench_verdicts import BenchTask as BenchTask
     from lorakit.experiments._executors import RayExecutor as RayExecutor
     from lorakit.experiments._executors import process_pool as process_pool
     from lorakit.experiments._layer_sensitivity import LayerSensitivity as LayerSensitivity

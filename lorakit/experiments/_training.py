@@ -125,7 +125,8 @@ def train_trial(
         set_seed(seed % 2**32)
         adapted = get_peft_model(model, copy.deepcopy(config))
         params = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-        train_loss = _train(adapted, _batches(work.train_data, settings, seed, bar), settings, seed, what)
+        batches = batches_of(work.train_data, settings, seed, bar)
+        train_loss = train_adapter(adapted, batches, settings, seed, what)
         adapted.eval()
         losses = losses_of(adapted, work.evaluate, what, count)
         params -= sum(removed_parameters(adapted, used) for used in adapted.peft_config.values())
@@ -140,7 +141,7 @@ def _run(result: Mapping[str, Any], name: str, seed: int) -> SweepRun:
     return SweepRun(name, seed, result["params"], tuple(result["losses"]), result["train_loss"])
 
 
-def _batches(data: Any, settings: TrainSettings, seed: int, bar: Any) -> Iterator[Any]:
+def batches_of(data: Any, settings: TrainSettings, seed: int, bar: Any) -> Iterator[Any]:
     """Batches in an order that depends on the seed alone. Before each one all generators are seeded anew."""
     generator = torch.Generator().manual_seed(seed)
     size = settings.batch_size
@@ -152,7 +153,7 @@ def _batches(data: Any, settings: TrainSettings, seed: int, bar: Any) -> Iterato
         bar.update()
 
 
-def _train(model: Any, batches: Iterator[Any], settings: TrainSettings, seed: int, what: str) -> float | None:
+def train_adapter(model: Any, batches: Iterator[Any], settings: TrainSettings, seed: int, what: str) -> float | None:
     """Train; the mean training loss of the last tenth of the steps, or None if the caller's function trained."""
     model.train()
     with torch.enable_grad():

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from peft import PeftModel, PeftType
 
@@ -17,7 +17,10 @@ from lorakit.adapters.lora_config import minimal_config
 from lorakit.adapters.write_lora import plain_lora, write_lora
 from lorakit.compress._ranks import RankChoice, least_rank
 from lorakit.compress._truncate import Source, recorded_edits, rewrite
+from lorakit.compress.ladder import SmallestReport
 from lorakit.errors import ExportError
+from lorakit.evaluation import LoadOptions
+from lorakit.evaluation.comparison import Question
 from lorakit.export._live import (
     LiveUpdate,
     about_masks,
@@ -31,10 +34,12 @@ from lorakit.export._live import (
     whole_updates,
 )
 from lorakit.export._report import ExportedModule, ExportReport
+from lorakit.export._smallest import smallest_export
 from lorakit.serving._needs import SERVED_RANKS, Needs, needs_of
 from lorakit.serving._written import WrittenReport, compact_finding, summary
 
 
+@overload
 def to_lora(
     adapter: PeftModel | str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -46,7 +51,50 @@ def to_lora(
     adapter_name: str | None = None,
     source: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
-) -> ExportReport:
+) -> ExportReport: ...
+
+
+@overload
+def to_lora(
+    adapter: PeftModel | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    rank: Literal["smallest"],
+    tasks: Any,
+    margin: float,
+    base: Any = None,
+    alpha: float = 0.05,
+    guards: Any = (),
+    groups: Mapping[str, Sequence[Any]] | None = None,
+    tokenizer: Any = None,
+    limit: int | None = None,
+    used_documents: Sequence[str] = (),
+    cache: str | os.PathLike[str] | None = None,
+    options: LoadOptions | None = None,
+    progress: bool = True,
+    for_server: str | Iterable[str] | None = None,
+    adapter_name: str | None = None,
+    source: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+) -> SmallestReport: ...
+
+
+def to_lora(
+    adapter: PeftModel | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    rank: int | Literal["auto", "smallest"] | None = None,
+    energy: float = 0.99,
+    pad: bool = True,
+    for_server: str | Iterable[str] | None = None,
+    adapter_name: str | None = None,
+    source: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    tasks: Any = None,
+    margin: float | None = None,
+    base: Any = None,
+    **question: Any,
+) -> ExportReport | SmallestReport:
     """Write an adapter, of a PeftModel or at rest, as a plain LORA checkpoint; a model is not changed.
 
     FISHERLORA and LORA keep their tensors. SPECLORA's mask is itself an update of rank ≤ k, so the whole is written
@@ -61,12 +109,18 @@ def to_lora(
             or a Hub id, unless it is a SPECLORA, whose mask is an update of the base weight.
         out: a directory, made if need be; the adapter's files in it are replaced, and only if all goes well.
         rank: "auto" writes the smallest rank that servers serve (8, 16, 32, 64, 128, 256, 320, 512) and that keeps
-            `energy`, the share of ‖ΔW‖_F² in every module.
+            `energy`, the share of ‖ΔW‖_F² in every module. "smallest" writes the smallest rank of the ladder 512, 256,
+            128, …, 2, 1 below the exact one at which every task survives, with its certificate, as
+            `lorakit.compress.smallest` does, and nothing where none does; the adapter itself is the reference.
         pad: False writes each module at its own rank: a smaller file, for PEFT ≥ 0.15 and vLLM ≥ 0.33 only.
         for_server: servers that the file is for, as in `lorakit.compress.truncate`.
         source: where the adapter of a model was loaded from: tokenizer, chat template, model card and record of
             surgery beside it are carried over, as they are for an adapter at rest.
         overwrite: allow `out` to be the adapter's own directory, or to hold an adapter that lorakit did not write.
+        tasks, margin, question: with "smallest", as in `lorakit.evaluation.certify`; `question` are alpha, guards,
+            groups, tokenizer, limit, used_documents, cache, options and progress.
+        base: with "smallest", the base model: a path, a Hub id or a model; None: that of the PeftModel.
+    Returns: an `ExportReport`; with "smallest" a `lorakit.compress.SmallestReport`.
     Raises: ExportError (a ValueError) for what no plain LoRA can say; ValueError for a bad `rank`; OverwriteError (a
         FileExistsError); for adapters at rest also what `lorakit.compress.truncate` raises.
 
@@ -79,6 +133,24 @@ def to_lora(
         >>> to_lora(model, tempfile.mkdtemp()).r
         6
     """
+    if rank == "smallest":
+        if tasks is None or margin is None or not pad:
+            raise TypeError("`rank='smallest'` needs `tasks` and `margin`, and writes all modules at one rank.")
+        check_overwrite(out, [adapter, source], overwrite=overwrite)
+        beside = source if isinstance(adapter, PeftModel) else adapter
+
+        def write(model: PeftModel | str | os.PathLike[str], directory: str, rank: int) -> ExportReport:
+            live: dict[str, Any] = (
+                {"adapter_name": adapter_name, "source": beside} if isinstance(model, PeftModel) else {}
+            )
+            return to_lora(model, directory, rank=rank, for_server=for_server, **live)
+
+        asked = Question(tasks=tasks, margin=margin, **question)
+        needs = needs_of(for_server, pad=True)
+        return smallest_export(adapter, out, write, asked, base=base, needs=needs, adapter_name=adapter_name)
+    given = [name for name, value in {"tasks": tasks, "margin": margin, "base": base, **question}.items() if value]
+    if given:
+        raise TypeError(f"`{given[0]}` is for `rank='smallest'`; got rank={rank!r}.")
     if rank is not None and rank != "auto":
         try:
             check_integer("rank", rank)

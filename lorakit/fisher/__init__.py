@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lorakit.fisher._report import FisherGroup as FisherGroup
     from lorakit.fisher._report import FisherReport as FisherReport
     from lorakit.fisher._report import FisherRow as FisherRow
+    from lorakit.fisher._report import MaskStep as MaskStep
     from lorakit.fisher._report import Moments as Moments
 else:
     __getattr__, __dir__, __all__ = attach(__name__)

@@ -15,17 +15,19 @@ from torch.nn import functional as F
 from lorakit._distributed.fsdp import full_tensor
 from lorakit.adapters.in_model import LiveModule, read_weight
 from lorakit.errors import CalibrationError, UnsupportedModelError
+from lorakit.fisher._mask_ladder import MaskLadder
 
 
 class LoraBGradientProbe(nn.Module):
     """Replaces lora_B during a pass: computes the same output, and measures each example's gradients in backward.
 
     Its statistic is (n, k), with one row an example: the root mean square of the gradient of B's entries; of A's
-    entries, if "A" is in `factors`; and the norms of the rows and of the columns of W's gradient, if "weight" is. Each
-    is proportional to the gradient, as a calibration pass needs it.
+    entries, if "A" is in `factors`; the norms of the rows and of the columns of W's gradient, if "weight" is; and the
+    norms of the gradient of SpecLoRA's d, for each k of `ladder`. Each is proportional to the gradient, as a
+    calibration pass needs it.
     """
 
-    def __init__(self, module: LiveModule, factors: set[str]) -> None:
+    def __init__(self, module: LiveModule, factors: set[str], ladder: MaskLadder | None = None) -> None:
         super().__init__()
         up = module.up
         self.weight = read_weight(up)
@@ -36,6 +38,7 @@ class LoraBGradientProbe(nn.Module):
         self.scaling = module.scaling
         self.d_in = int(cast(Any, module.down).weight.shape[1])
         self.factors = factors
+        self.ladder = ladder
         # An output that is always 0 needs no product, and no gradient flows back through it.
         self.is_zero = self.bias is None and not bool(self.weight.any())
         self.begin(one_example=False)
@@ -88,6 +91,8 @@ class LoraBGradientProbe(nn.Module):
                 found["A"] = einsum(back, x, "n token r, n token d -> n r d")
             if "weight" in self.factors:
                 found["x"], found["delta"] = x, delta / self.scaling
+            if self.ladder is not None:
+                found["mask"] = self.ladder.gradients(x, delta / self.scaling)
         for name, value in found.items():
             known = self.gradients.get(name)
             if known is not None:  # a module that runs twice: gradients add up before they are squared
@@ -109,6 +114,8 @@ class LoraBGradientProbe(nn.Module):
                 gram = einsum(right, right, "n t d, n s d -> n t s")
                 squares = reduce(einsum(gram, left, "n t s, n s d -> n t d") * left, "n t d -> n d", "sum")
                 parts.append(squares.clamp(min=0).sqrt())
+        if self.ladder is not None:
+            parts.append(self.ladder.norms(self.gradients["mask"]))
         return torch.cat(parts, dim=1)
 
     def collect(self, num_examples: int) -> Tensor | None:
@@ -123,25 +130,30 @@ class LoraBGradientProbe(nn.Module):
         if self.gradients:
             self.statistic, self.gradients = self._reduced(), {}
         if self.statistic is None:  # the module did not run, or its output does not reach the loss
-            widths = {"B": 1, "A": 1, "weight": self.weight.shape[0] + self.d_in}
             dtype = torch.promote_types(self.weight.dtype, torch.float32)
-            return self.weight.new_zeros(num_examples, sum(widths[name] for name in self.factors), dtype=dtype)
+            return self.weight.new_zeros(num_examples, sum(self.widths), dtype=dtype)
         return self.statistic
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The columns of the statistic: for B, A, the rows and columns of W, and the ladder, 0 where not asked for."""
+        rows, columns = (self.weight.shape[0], self.d_in) if "weight" in self.factors else (0, 0)
+        return 1, int("A" in self.factors), rows, columns, 0 if self.ladder is None else len(self.ladder.ks)
 
 
 @contextlib.contextmanager
-def probed(module: LiveModule, factors: set[str]) -> Iterator[LoraBGradientProbe]:
+def probed(module: LiveModule, factors: set[str], ladder: MaskLadder | None = None) -> Iterator[LoraBGradientProbe]:
     """Replace a module's lora_B by a probe while the block runs."""
     layer, name = module.layer, module.adapter_name
     up, down = layer.lora_B[name], module.down
-    probe = LoraBGradientProbe(module, factors)
+    probe = LoraBGradientProbe(module, factors, ladder)
     handle = None
 
     def see_input(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         probe.input = arguments[0].detach()
 
     try:
-        if factors - {"B"}:
+        if factors - {"B"} or ladder is not None:
             handle = down.register_forward_pre_hook(see_input)
         layer.lora_B[name] = probe
         yield probe

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -24,13 +24,19 @@ from lorakit.adapters.in_model import LiveModule, check_no_stacks, live_modules,
 from lorakit.calibration.losses import LossFn
 from lorakit.calibration.run import collect
 from lorakit.calibration.state import activated, base_model_of, check_can_differentiate, no_inference_mode
+from lorakit.data._loader import examples_for
+from lorakit.data._sources import is_source
 from lorakit.errors import UnsupportedModelError
 from lorakit.fisher._gradient_probe import LoraBGradientProbe, probed
-from lorakit.fisher._report import FisherReport, FisherRow, Moments, estimate
+from lorakit.fisher._mask_ladder import MaskLadder, oriented_weight
+from lorakit.fisher._report import FisherReport, FisherRow, MaskStep, Moments, estimate
 from lorakit.fisher._temporary_lora import temporary_lora, train_temporary_lora
 from lorakit.naming.roles import layer_of, role_of
+from lorakit.tuners._mask import MODES, Mode
 
 FACTORS = ("B", "A", "weight")
+Method = Literal["fisherlora", "speclora"]
+LADDER = (1, *range(25, 401, 25))  # up to twice the paper's k; 1 is the smallest mask there is
 LEARNING_RATE = 2e-4
 # On a CPU, running short examples together is faster while the matrices are small. From some hundred tokens on nothing
 # is gained, and the logits of a large vocabulary take more memory. An accelerator runs batches as they come.
@@ -40,25 +46,33 @@ CPU_TOKENS = 384
 @no_inference_mode()
 def probe(
     model: nn.Module,
-    loader: Iterable[Any],
+    loader: Any,
     *,
     target_modules: str | Sequence[str] | None = None,
     num_examples: int = 16,
     seed: int = 0,
     factors: Sequence[str] = ("B",),
     loss_fn: LossFn | None = None,
-    train_loader: Iterable[Any] | None = None,
+    train_loader: Any = None,
     train_steps: int = 50,
     learning_rate: float = LEARNING_RATE,
     adapter_name: str | None = None,
+    tokenizer: Any = None,
     progress: bool = True,
+    method: Method = "fisherlora",
+    mode: Mode = "hadamard",
+    ladder: Sequence[int] = LADDER,
 ) -> FisherReport:
     """Measure the diagonal empirical Fisher information of every adapted module's lora_B; the model does not change.
+
+    With ``method="speclora"`` the same pass also measures SpecLoRA's mask: S(k) = Σ_{i≤k} E[(∂ℓ/∂d_i)²], for each k of
+    a ladder.
 
     Args:
         model: a base model, which gets a temporary LoRA (r = 16, scaling 2, lora_A drawn from `seed`, lora_B = 0); or
             a PeftModel with a LORA, FISHERLORA or SPECLORA adapter, at any point of its training.
-        loader: yields mappings for ``model(**batch)`` with labels, or anything that `loss_fn` takes.
+        loader: yields mappings for ``model(**batch)`` with labels, or anything that `loss_fn` takes; or a path, a
+            dataset id or a `datasets.Dataset`, which is read as `lorakit.data.loader` does by default.
         target_modules: matched as PEFT matches its own. None selects the query and value projections of a base model,
             and every linear module of a PeftModel's adapter.
         num_examples: how many examples to use; all of them if the loader has fewer.
@@ -67,11 +81,18 @@ def probe(
             Σ_ts δ_to δ_so (x_t · x_s), and the column sums Σ_o G_oj² are Σ_ts x_tj x_sj (δ_t · δ_s). Both come from
             T × T Gram matrices and are exact; no Kronecker factors are assumed to be independent.
         loss_fn: ``loss_fn(model, batch)`` returns the loss of each example, (n,).
-        train_loader: for a base model only: first train the temporary LoRA on these batches, repeated as needed, for
-            `train_steps` steps of AdamW at `learning_rate` (no weight decay, gradients clipped to norm 1), like the
-            paper's probe after about 50 steps. The base stays frozen and in eval mode.
+        train_loader: for a base model only: first train the temporary LoRA on these batches, or this source, repeated
+            as needed, for `train_steps` steps of AdamW at `learning_rate` (no weight decay, gradients clipped to norm
+            1), like the paper's probe after about 50 steps. The base stays frozen and in eval mode.
         adapter_name: which adapter of a PeftModel; required unless exactly one is active.
+        tokenizer: with a path, dataset id or Dataset: a tokenizer, or the path of the adapter or model beside which it
+            lies. None: the one that the base model was saved with.
         progress: show a progress bar on stderr.
+        method: "fisherlora", or "speclora" for S(k) besides; `lorakit.SpecLoRAConfig.from_probe` turns that into ks.
+        mode: what a mask of SpecLoRA's would rescale; see `lorakit.SpecLoRAConfig`. The svd modes need one full SVD a
+            module.
+        ladder: the ks to measure, clipped to the smaller side of each weight; by default 1, and 25 to 400 in steps of
+            25. The memory of a module grows with examples × ladder × largest k.
 
     Each example's gradients belong to its own mean loss, whatever the batch size, order and padding. On a CPU, large
     batches run in parts. For several processes see `lorakit.calibration.collect`.
@@ -99,21 +120,34 @@ def probe(
     wanted = set(factors) | {"B"}
     if not wanted <= set(FACTORS):
         raise ValueError(f"`factors` must be among {', '.join(FACTORS)}; got {list(factors)!r}.")
+    if method not in get_args(Method):
+        raise ValueError(f"`method` must be one of {', '.join(get_args(Method))}; got {method!r}.")
+    if mode not in MODES:
+        raise ValueError(f"`mode` must be one of {', '.join(MODES)}; got {mode!r}.")
+    if not ladder:
+        raise ValueError("`ladder` must have at least one k; got none.")
+    for k in ladder:
+        check_integer("ladder", k)
+    masks = method == "speclora"
     check_integer("num_examples", num_examples)
     check_integer("train_steps", train_steps)
     seed = check_seed("seed", seed)
     model = unwrapped(model)
     check_can_differentiate(model)
     _check_kind(model, train_loader, adapter_name)
+    loader, train_loader = _batches(model, loader, train_loader, tokenizer, num_examples, progress)
     with contextlib.ExitStack() as stack:
         if isinstance(model, PeftModel):
-            modules, unprobed = stack.enter_context(_adapter(model, adapter_name, target_modules, wanted))
+            modules, unprobed = stack.enter_context(_adapter(model, adapter_name, target_modules, wanted, masks))
         else:
             modules, unprobed = stack.enter_context(temporary_lora(model, target_modules, seed)), []
             if train_loader is not None:
                 train_temporary_lora(model, modules, train_loader, loss_fn, train_steps, learning_rate, progress)
         targets = _target_names(model, [module.name for module in modules])
-        probes = [stack.enter_context(probed(module, wanted)) for module in modules]
+        probes = [
+            stack.enter_context(probed(module, wanted, _mask_ladder(module, mode, ladder) if masks else None))
+            for module in modules
+        ]
         collected = collect(
             model,
             loader,
@@ -135,12 +169,25 @@ def probe(
         temporary=not isinstance(model, PeftModel),
         train_steps=train_steps if train_loader is not None else 0,
         seed=seed,
+        mode=mode if masks else None,
         unprobed=tuple(unprobed),
         moments={row.module_name: moments for row, moments in rows},
     )
 
 
-def _check_kind(model: nn.Module, train_loader: Iterable[Any] | None, adapter_name: str | None) -> None:
+def _batches(
+    model: nn.Module, loader: Any, train_loader: Any, tokenizer: Any, num_examples: int, progress: bool
+) -> tuple[Iterable[Any], Iterable[Any] | None]:
+    """Both loaders, made from sources where they are; a `tokenizer` must be for one of them."""
+    for_loader = tokenizer if is_source(loader) or not is_source(train_loader) else None
+    batches = examples_for(model, loader, for_loader, num_examples=num_examples, progress=progress)
+    if train_loader is None:
+        return batches, None
+    for_training = tokenizer if is_source(train_loader) else None
+    return batches, examples_for(model, train_loader, for_training, progress=progress)
+
+
+def _check_kind(model: nn.Module, train_loader: Any, adapter_name: str | None) -> None:
     """Raises: ValueError for an argument that is for the other kind of model."""
     if train_loader is not None and isinstance(model, PeftModel):
         raise ValueError("`train_loader` trains the temporary LoRA of a base model; a PeftModel is probed as it is.")
@@ -150,7 +197,11 @@ def _check_kind(model: nn.Module, train_loader: Iterable[Any] | None, adapter_na
 
 @contextlib.contextmanager
 def _adapter(
-    model: PeftModel, adapter_name: str | None, target_modules: str | Sequence[str] | None, factors: set[str]
+    model: PeftModel,
+    adapter_name: str | None,
+    target_modules: str | Sequence[str] | None,
+    factors: set[str],
+    masks: bool,
 ) -> Iterator[tuple[list[LiveModule], list[str]]]:
     """Activate an adapter; its selected linear modules, and the names of selected modules that are not linear."""
     adapter_name = resolve_adapter_name(model, adapter_name)
@@ -169,7 +220,7 @@ def _adapter(
             f"{len(available)} modules named {leaves}; pass some of these names as `target_modules`."
         )
     for module in modules:
-        _check_layer(module, factors)
+        _check_layer(module, {*factors, "weight"} if masks else factors)
     with activated(model, adapter_name):
         yield modules, [module.name for module in chosen if not module.is_linear()]
 
@@ -185,7 +236,7 @@ def _check_layer(module: LiveModule, factors: set[str]) -> None:
     if "weight" in factors and module.scaling == 0:
         raise UnsupportedModelError(
             f"The adapter's scaling at {module.name!r} is 0, so the gradient of the weight cannot be seen through it. "
-            f"Leave 'weight' out of `factors`, or restore the scaling."
+            f"Restore the scaling, or leave out what needs that gradient: 'weight' in `factors`, method='speclora'."
         )
     if layer.disable_adapters:
         raise UnsupportedModelError(f"The adapters of {module.name!r} are disabled. Enable them first.")
@@ -207,12 +258,12 @@ def _row(module: LiveModule, probe: LoraBGradientProbe, statistic: Tensor) -> tu
     """A module's row from its probe's statistic (n, k)."""
     squares = statistic.detach().to("cpu", torch.float64) ** 2
     d_out, rank = probe.weight.shape
-    widths = [1, *([1] if "A" in probe.factors else []), *([d_out, probe.d_in] if "weight" in probe.factors else [])]
-    parts = list(torch.split(squares, widths, dim=1))
-    per_example = parts.pop(0).squeeze(1)
-    factor_a = estimate(parts.pop(0).squeeze(1)) if "A" in probe.factors else None
-    rows, columns = parts if parts else (None, None)
-    weight = None if rows is None else estimate(rows.sum(1) / (d_out * probe.d_in))
+    B, A, rows, columns, steps = torch.split(squares, list(probe.widths), dim=1)
+    per_example = B.squeeze(1)
+    factor_a = estimate(A.squeeze(1)) if "A" in probe.factors else None
+    dense = "weight" in probe.factors
+    weight = estimate(rows.sum(1) / (d_out * probe.d_in)) if dense else None
+    mask = () if probe.ladder is None else tuple(map(_mask_step, probe.ladder.ks, steps.T))
     fisher = estimate(per_example)
     row = FisherRow(
         module_name=module.name,
@@ -227,6 +278,16 @@ def _row(module: LiveModule, probe: LoraBGradientProbe, statistic: Tensor) -> tu
         stderr=fisher.stderr,
         factor_a=factor_a,
         weight=weight,
+        mask=mask,
     )
-    mean_rows, mean_columns = (None if value is None else value.mean(0) for value in (rows, columns))
+    mean_rows, mean_columns = (value.mean(0) if dense else None for value in (rows, columns))
     return row, Moments(per_example, mean_rows, mean_columns)
+
+
+def _mask_step(k: int, per_example: Tensor) -> MaskStep:
+    found = estimate(per_example)
+    return MaskStep(k, found.value, found.stderr)
+
+
+def _mask_ladder(module: LiveModule, mode: Mode, ladder: Sequence[int]) -> MaskLadder:
+    return MaskLadder(oriented_weight(module.layer, module.name), mode, ladder)

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from einops import einsum
+from scipy import special
 from torch import Tensor
 
 from lorakit._figures import escape_mathtext, new_figure
 from lorakit._format import number
 from lorakit._report import Report
 from lorakit.naming.roles import ROLES, Role
+from lorakit.tuners._mask import Mode
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,11 +31,21 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class MaskStep:
+    """S(k) = Σ_{i≤k} E[(∂ℓ/∂d_i)²] of a mask of size k in one module, and its standard error (None for one example)."""
+
+    k: int
+    sensitivity: float
+    stderr: float | None
+
+
+@dataclass(frozen=True)
 class FisherRow:
     """One module. `fisher` is the mean of F over the d_out · rank entries of lora_B, with its standard error.
 
     `params` counts the adapter's parameters, rank · (d_in + d_out). `factor_a` and `weight` are the mean of F over the
-    entries of lora_A and of the dense weight; None unless asked for.
+    entries of lora_A and of the dense weight; None unless asked for. `mask` has S(k) for each k of the ladder; empty
+    unless asked for. S may fall from one k to the next, since a row's new columns may act against its first ones.
     """
 
     module_name: str
@@ -48,6 +60,7 @@ class FisherRow:
     stderr: float | None
     factor_a: Estimate | None
     weight: Estimate | None
+    mask: tuple[MaskStep, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,8 +94,8 @@ class FisherReport(Report):
 
     `num_examples` were used; `num_without_labels` more had no label that counts and were left out. `temporary` says
     that the LoRA was made for the probe alone and trained for `train_steps`. `target_modules` names the probed modules
-    as a config takes them. `unprobed` are modules of the adapter that are not linear. `moments`, by module, is not in
-    `to_dict`.
+    as a config takes them. `mode` is that of the masks, None if none were measured. `unprobed` are modules of the
+    adapter that are not linear. `moments`, by module, is not in `to_dict`.
     """
 
     model_name: str
@@ -93,6 +106,7 @@ class FisherReport(Report):
     temporary: bool
     train_steps: int
     seed: int
+    mode: Mode | None
     unprobed: tuple[str, ...]
     moments: dict[str, Moments]
 
@@ -119,8 +133,13 @@ class FisherReport(Report):
 
     @property
     def next_steps(self) -> tuple[str, ...]:
-        """Python code that turns the report into a config with a budget of 62.5 % of uniform ranks' parameters."""
-        return ("import lorakit; config = lorakit.FisherLoRAConfig.from_probe(report, budget=0.625)",)
+        """Python code that turns the report into a config with a budget of 62.5 % of uniform ranks' parameters.
+
+        With masks, into one whose ks have the sum of a uniform k.
+        """
+        ranks = "import lorakit; config = lorakit.FisherLoRAConfig.from_probe(report, budget=0.625)"
+        masks = "import lorakit; config = lorakit.SpecLoRAConfig.from_probe(report, k=200)"
+        return (ranks,) if self.mode is None else (masks, ranks)
 
     @property
     def roles(self) -> tuple[FisherGroup, ...]:
@@ -149,6 +168,18 @@ class FisherReport(Report):
         ratio = float(value.mean() / query.mean())
         return Estimate(ratio, standard_error((value - ratio * query) / query.mean()))
 
+    @property
+    def vq_interval(self) -> tuple[float, float] | None:
+        """The 90 % interval of `vq_ratio`: a t interval of its logarithm, each bound at 5 %.
+
+        None if there is no ratio, if it is 0, or for a single example.
+        """
+        ratio = self.vq_ratio
+        if ratio is None or ratio.stderr is None or ratio.value == 0:
+            return None
+        width = float(special.stdtrit(self.num_examples - 1, 0.95)) * ratio.stderr / ratio.value
+        return ratio.value * math.exp(-width), ratio.value * math.exp(width)
+
     def _per_example(self, rows: Sequence[FisherRow]) -> Tensor | None:
         """For each example, the mean squared gradient over the lora_B entries of all rows, (n,)."""
         if not rows:
@@ -172,6 +203,7 @@ class FisherReport(Report):
             "temporary": self.temporary,
             "train_steps": self.train_steps,
             "seed": self.seed,
+            "mode": self.mode,
             "target_modules": list(self.target_modules),
             "unprobed": list(self.unprobed),
             "vq_ratio": None if ratio is None else {"value": ratio.value, "stderr": ratio.stderr},
@@ -215,7 +247,8 @@ def standard_error(per_example: Tensor) -> float | None:
 
 
 def _row_data(row: FisherRow) -> dict[str, Any]:
-    return {key: vars(value) if isinstance(value, Estimate) else value for key, value in vars(row).items()}
+    data = {key: vars(value) if isinstance(value, Estimate) else value for key, value in vars(row).items()}
+    return data | {"mask": [vars(step) for step in row.mask]}
 
 
 def _label(role: Role | None) -> str:

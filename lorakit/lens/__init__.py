@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from lorakit.lens.static.comparison_report import ComparedModule as ComparedModule
     from lorakit.lens.static.comparison_report import ComparisonReport as ComparisonReport
     from lorakit.lens.static.groups import GroupSummary as GroupSummary
+    from lorakit.lens.static.recommendation import Recommendation as Recommendation
     from lorakit.lens.static.report import AuditReport as AuditReport
     from lorakit.lens.static.spectra import AuditedModule as AuditedModule
     from lorakit.lens.static.suggestions import RankSuggestion as RankSuggestion

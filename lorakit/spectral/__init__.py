@@ -39,5 +39,7 @@ if TYPE_CHECKING:
     from lorakit.spectral.subspace import subspace_overlap as subspace_overlap
     from lorakit.spectral.subspace import topk_overlap as topk_overlap
     from lorakit.spectral.subspace import update_cosine as update_cosine
+    from lorakit.spectral.threshold import hard_threshold_coefficient as hard_threshold_coefficient
+    from lorakit.spectral.threshold import hard_threshold_rank as hard_threshold_rank
 else:
     __getattr__, __dir__, __all__ = attach(__name__)

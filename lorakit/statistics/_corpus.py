@@ -65,25 +65,9 @@ def jackknife_interval(
         (-0.049, -0.132)
     """
     alpha = as_alpha(alpha)
-    y = _as_documents("labels", labels)
-    reference = _as_documents("reference_predictions", reference_predictions)
-    candidate = _as_documents("candidate_predictions", candidate_predictions)
-    n = len(y)
-    if not n == len(reference) == len(candidate) or n < 2:
-        raise EvaluationError(
-            "`labels`, `reference_predictions` and `candidate_predictions` must have the same documents, at least 2; "
-            f"got {n}, {len(reference)} and {len(candidate)}."
-        )
+    pseudo_values, whole = pseudo_values_of(metric, labels, reference_predictions, candidate_predictions)
+    n = pseudo_values.size
     codes = None if groups is None else as_groups(groups, n)
-    whole = (_value(metric, y, reference, "reference"), _value(metric, y, candidate, "candidate"))
-    total = whole[1] - whole[0]
-    pseudo_values: Floats = np.empty(n)
-    for j in range(n):
-        rest = np.arange(n) != j
-        without = f"with document {j} left out"
-        reference_value = _value(metric, y[rest], reference[rest], "reference", without)
-        candidate_value = _value(metric, y[rest], candidate[rest], "candidate", without)
-        pseudo_values[j] = total + (n - 1) * (total - (candidate_value - reference_value))
     difference, error, degrees = mean_and_error(pseudo_values, codes)
     lower, upper = t_bounds(difference, error, degrees, alpha)
     return CorpusInterval(
@@ -99,6 +83,34 @@ def jackknife_interval(
         candidate_metric=whole[1],
         num_groups=None if codes is None else degrees + 1,
     )
+
+
+def pseudo_values_of(
+    metric: CorpusMetric, labels: Any, reference_predictions: Any, candidate_predictions: Any
+) -> tuple[Floats, tuple[float, float]]:
+    """The pseudo-values (n,) of the difference, and the metrics of reference and candidate on all documents.
+
+    Arguments and errors as in `jackknife_interval`.
+    """
+    y = _as_documents("labels", labels)
+    reference = _as_documents("reference_predictions", reference_predictions)
+    candidate = _as_documents("candidate_predictions", candidate_predictions)
+    n = len(y)
+    if not n == len(reference) == len(candidate) or n < 2:
+        raise EvaluationError(
+            "`labels`, `reference_predictions` and `candidate_predictions` must have the same documents, at least 2; "
+            f"got {n}, {len(reference)} and {len(candidate)}."
+        )
+    whole = (_value(metric, y, reference, "reference"), _value(metric, y, candidate, "candidate"))
+    total = whole[1] - whole[0]
+    pseudo_values: Floats = np.empty(n)
+    for j in range(n):
+        rest = np.arange(n) != j
+        without = f"with document {j} left out"
+        reference_value = _value(metric, y[rest], reference[rest], "reference", without)
+        candidate_value = _value(metric, y[rest], candidate[rest], "candidate", without)
+        pseudo_values[j] = total + (n - 1) * (total - (candidate_value - reference_value))
+    return pseudo_values, whole
 
 
 def _as_documents(name: str, values: Any) -> NDArray[Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorakit._distributed.fsdp import is_sharded
 from lorakit.adapters.atomic import replaced_directory
-from lorakit.adapters.companions import check_overwrite, companions_of
+from lorakit.adapters.companions import CERTIFICATE_NAME, check_overwrite, companions_of
 from lorakit.adapters.edit_log import write_edits
 from lorakit.adapters.in_model import LiveModule, read_weight, write_weight
 from lorakit.calibration.state import no_inference_mode
@@ -127,7 +127,7 @@ class SurgeryReport(SensitivityReport):
                 "call lorakit.adapters.edit_log.write_edits(directory, [edit.record()])."
             )
         edits = [edit.record() if isinstance(edit, SurgeryReport) else edit for edit in previous]
-        with replaced_directory(directory) as beside:
+        with replaced_directory(directory, remove=[CERTIFICATE_NAME]) as beside:
             self._model.save_pretrained(str(beside), selected_adapters=[self.adapter_name])
             own = beside / self.adapter_name  # where PEFT puts an adapter that is not called "default"
             if own.is_dir():

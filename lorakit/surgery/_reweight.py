@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from lorakit.surgery._singular_value_probe import Decomposed
 @no_inference_mode()
 def reweight(
     adapter: PeftModel,
-    loader: Iterable[Any],
+    loader: Any,
     *,
     policy: str | Policy = "smooth_abs",
     target_modules: str | Sequence[str] | None = None,
@@ -39,6 +39,7 @@ def reweight(
     num_examples: int = 128,
     loss_fn: LossFn | None = None,
     adapter_name: str | None = None,
+    tokenizer: Any = None,
     seed: int = 0,
     progress: bool = True,
 ) -> SurgeryReport:
@@ -50,7 +51,7 @@ def reweight(
     adapter's type does not change.
 
     Args:
-        adapter, loader, target_modules, num_examples, loss_fn, adapter_name, progress: see `sensitivity`.
+        adapter, loader, target_modules, num_examples, loss_fn, adapter_name, tokenizer, progress: see `sensitivity`.
         policy: a name (abs_select, smooth_abs, random_index, grad_direction, double_smooth, z_score, robust_z) or a
             policy object, such as ``AbsSelect(core_frac=0.3)``.
         aggregate: None is what the policy needs: ``mean`` (signed) for grad_direction, ``mean_abs`` for the others.
@@ -93,6 +94,7 @@ def reweight(
         loss_fn=loss_fn,
         adapter_name=adapter_name,
         progress=progress,
+        tokenizer=tokenizer,
     )
     edit_id = from_first(uuid.uuid4().hex, loader)
     with preserved_rng(adapter):  # a policy may draw from other generators than its own

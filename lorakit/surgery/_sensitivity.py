@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from lorakit.calibration.losses import LossFn
 from lorakit.calibration.run import collect
 from lorakit.calibration.state import activated, base_model_of, check_can_differentiate, no_inference_mode
 from lorakit.calibration.tally import Collected
+from lorakit.data._loader import examples_for
 from lorakit.surgery._policies import AGGREGATES, Aggregate
 from lorakit.surgery._report import SensitivityReport, SensitivityRow
 from lorakit.surgery._select import check_layers, select_modules
@@ -44,13 +45,14 @@ class Measured:
 
 def measure(
     adapter: PeftModel,
-    loader: Iterable[Any],
+    loader: Any,
     *,
     target_modules: str | Sequence[str] | None,
     num_examples: int,
     loss_fn: LossFn | None,
     adapter_name: str | None,
     progress: bool,
+    tokenizer: Any = None,
 ) -> Measured:
     """Decompose the selected modules and measure each example's sensitivities; the model does not change."""
     check_integer("num_examples", num_examples)
@@ -58,6 +60,7 @@ def measure(
     check_can_differentiate(adapter)
     selected = select_modules(adapter, adapter_name, target_modules)
     check_layers(adapter, adapter_name, selected)
+    loader = examples_for(adapter, loader, tokenizer, num_examples=num_examples, progress=progress)
     decomposed = [decompose(module) for module in selected]
     zero = [item.module.name for item in decomposed if item.module.scaling == 0 or not item.S.any()]
     decomposed = [item for item in decomposed if item.module.name not in zero]
@@ -95,20 +98,22 @@ def measure(
 @no_inference_mode()
 def sensitivity(
     adapter: PeftModel,
-    loader: Iterable[Any],
+    loader: Any,
     *,
     target_modules: str | Sequence[str] | None = None,
     aggregate: Aggregate = "mean_abs",
     num_examples: int = 128,
     loss_fn: LossFn | None = None,
     adapter_name: str | None = None,
+    tokenizer: Any = None,
     progress: bool = True,
 ) -> SensitivityReport:
     """Measure ∂ℓ/∂σ_k of every singular component of an adapter's update; the model does not change.
 
     Args:
         adapter: a PeftModel with a LORA, FISHERLORA or SPECLORA adapter (the low-rank part of SPECLORA).
-        loader: yields mappings for ``model(**batch)`` with labels, or anything that `loss_fn` takes.
+        loader: yields mappings for ``model(**batch)`` with labels, or anything that `loss_fn` takes; or a path, a
+            dataset id or a `datasets.Dataset`, which is read as `lorakit.data.loader` does by default.
         target_modules: names, matched as PEFT matches its own `target_modules`: a list of names or name endings, a
             regular expression, or "all-linear" for every linear module of the adapter. None selects the modules that
             write to the residual stream (output and down projections).
@@ -116,6 +121,8 @@ def sensitivity(
         num_examples: how many examples to use; all of them if the loader has fewer.
         loss_fn: ``loss_fn(model, batch)`` returns the loss of each example, (n,).
         adapter_name: which adapter; required unless exactly one is active.
+        tokenizer: with a path, dataset id or Dataset: a tokenizer, or the path of the adapter beside which it lies.
+            None: the one that the base model was saved with.
         progress: show a progress bar on stderr.
 
     Each example's sensitivities belong to its own mean loss, whatever the batch size, order and padding. For several
@@ -146,6 +153,7 @@ def sensitivity(
         loss_fn=loss_fn,
         adapter_name=adapter_name,
         progress=progress,
+        tokenizer=tokenizer,
     )
     rows = [
         SensitivityRow(

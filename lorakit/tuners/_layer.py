@@ -100,38 +100,10 @@ class SpecLoRALayer:
         if self.weight_is_readable():
             return rescaled_block(self.base_weight().detach(), mask).clone()
         row, column, width = mask.region(self.out_features, self.in_features)
+        columns = dequantized_columns(self.get_base_layer(), self.in_features, column, width)
         if not mask.mode.startswith("hadamard"):
-            return rescaled_block(self._dequantized_columns(0, self.in_features), mask)
-        return self._dequantized_columns(column, width)[row : row + mask.k].clone()
-
-    def _dequantized_columns(self: Any, column: int, width: int) -> Tensor:
-        """Columns of a quantized weight, (d_out, width): the base layer's output for unit vectors, without its bias.
-
-        These are the values that the kernel computes with, whatever the format, and nothing is dequantized for good.
-        """
-        base = self.get_base_layer()
-        tensors = [*base.parameters(recurse=False), *base.buffers(recurse=False)]
-        device = tensors[0].device if tensors else base.device
-        candidates = [
-            getattr(base, "compute_dtype", None),
-            getattr(getattr(base, "bias", None), "dtype", None),
-            *(torch.float32, torch.float16, torch.bfloat16),
-        ]
-        floating = [dtype for dtype in candidates if isinstance(dtype, torch.dtype) and dtype.is_floating_point]
-        with _without_bias(base):
-            for dtype in dict.fromkeys(floating):
-                units = torch.zeros(width, self.in_features, dtype=dtype, device=device)
-                units.diagonal(offset=column).fill_(1)
-                # An input that needs no gradient would make bitsandbytes repack its weight for inference, for good.
-                units.requires_grad_()
-                try:
-                    columns: Tensor = base(units).T
-                except (RuntimeError, ValueError, TypeError, AssertionError):  # the kernel does not take this dtype
-                    if dtype == floating[-1]:
-                        raise
-                else:
-                    return columns
-        raise AssertionError("unreachable: the last dtype either worked or raised")
+            return rescaled_block(columns, mask)
+        return columns[row : row + mask.k].clone()
 
     # --- the mask's update of the weight
 
@@ -288,6 +260,35 @@ class SpecLoRALayer:
         """P applied to the layer's input: (…, k), with a convolution's spatial dimensions after the k channels."""
         _, column, width = self.lora_spec[adapter_name].region(self.out_features, self.in_features)
         return F.linear(x.narrow(-1, column, width).to(block.dtype), block)
+
+
+def dequantized_columns(base: Any, d_in: int, column: int, width: int) -> Tensor:
+    """Columns of a quantized base layer's weight, (d_out, width): its output for unit vectors, without the bias.
+
+    These are the values that the kernel computes with, whatever the format, and nothing is dequantized for good.
+    """
+    tensors = [*base.parameters(recurse=False), *base.buffers(recurse=False)]
+    device = tensors[0].device if tensors else base.device
+    candidates = [
+        getattr(base, "compute_dtype", None),
+        getattr(getattr(base, "bias", None), "dtype", None),
+        *(torch.float32, torch.float16, torch.bfloat16),
+    ]
+    floating = [dtype for dtype in candidates if isinstance(dtype, torch.dtype) and dtype.is_floating_point]
+    with _without_bias(base):
+        for dtype in dict.fromkeys(floating):
+            units = torch.zeros(width, d_in, dtype=dtype, device=device)
+            units.diagonal(offset=column).fill_(1)
+            # An input that needs no gradient would make bitsandbytes repack its weight for inference, for good.
+            units.requires_grad_()
+            try:
+                columns: Tensor = base(units).T
+            except (RuntimeError, ValueError, TypeError, AssertionError):  # the kernel does not take this dtype
+                if dtype == floating[-1]:
+                    raise
+            else:
+                return columns
+    raise AssertionError("unreachable: the last dtype either worked or raised")
 
 
 @contextmanager

@@ -5,7 +5,7 @@ The mask adds (d − 1) ⊙ (P x) to k output channels. This file knows nothing 
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ class SpectralMask(nn.Module):
     """The learnable part of one module's mask.
 
     `weight` has shape (k,), or (experts, k) for experts stacked in one parameter. It holds d − 1, so that zero means no
-    change: weight decay pulls towards the identity, and half precision has its best resolution there.
+    change: weight decay pulls towards the identity, and half precision has its best resolution there. The parameter is
+    named after the mode (`weight_svd`), so that every checkpoint says which block its d rescales.
 
     `block` is the frozen P where it cannot be a view of the base weight (svd modes, quantized weights). It is never
     saved.
@@ -34,8 +35,19 @@ class SpectralMask(nn.Module):
         self.k = k  # FSDP keeps only a shard of `weight` between its forward passes, so its shape is no source of k
         self.mode = mode
         self.reads_weight = reads_weight and mode.startswith("hadamard")
-        self.weight = nn.Parameter(torch.zeros(*experts, k))
+        self.parameter_name = f"weight_{mode}"
+        self.register_parameter(self.parameter_name, nn.Parameter(torch.zeros(*experts, k)))
         self.register_buffer("block", None, persistent=False)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """d − 1."""
+        return cast(nn.Parameter, getattr(self, self.parameter_name))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        errors: list[str] = args[-1]
+        errors += [wrong_mode(key, self.mode) for key in state_dict if is_of_other_mode(key, prefix, self.mode)]
 
     def forward(self, result: Tensor, projected: Tensor, factor: float, row: int, channels: int = -1) -> Tensor:
         """Add factor · (d − 1) ⊙ `projected`, in place, to the k channels of `result` that begin at `row`.
@@ -61,6 +73,19 @@ class SpectralMask(nn.Module):
 
     def extra_repr(self) -> str:
         return f"k={self.k}, mode={self.mode}"
+
+
+def is_of_other_mode(key: str, prefix: str, mode: str) -> bool:
+    """Whether a tensor of a mask, whose name begins with `prefix`, is not that of a mask of this mode."""
+    return key.startswith(prefix) and key[len(prefix) :] != f"weight_{mode}"
+
+
+def wrong_mode(key: str, mode: str) -> str:
+    """The message for a checkpoint's tensor of another mode."""
+    return (
+        f"SpecLoRA: the checkpoint has {key!r}, but the adapter's `mode` is {mode!r}, with 'weight_{mode}'. "
+        f"Make the adapter with the `mode` that the checkpoint was trained with."
+    )
 
 
 class ProjectInput(torch.autograd.Function):

@@ -5,7 +5,6 @@ Reference: "LoRA-Lens", section 4 (keep V, reduce Q: value projections lie in st
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,11 +13,10 @@ from peft import LoraConfig
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
-from lorakit._checks import check_integer
 from lorakit._registration import register_tuner
-from lorakit.allocation.report import Allocation, Per, Rule
-from lorakit.allocation.rules import ProbeReport, allocate
-from lorakit.errors import AllocationError, UnsupportedModelError
+from lorakit.allocation.probed import ProbeReport, ranks_from_probe
+from lorakit.allocation.report import Per, Rule
+from lorakit.errors import UnsupportedModelError
 from lorakit.naming.patterns import (
     alpha_of,
     compact_pattern,
@@ -91,7 +89,7 @@ class FisherLoRAConfig(InitWeightsAlias, LoraConfig):
         *,
         budget: float | None = None,
         params: int | None = None,
-        rule: Rule = "fisher",
+        rule: Rule | None = None,
         r: int = 16,
         min_rank: int = 1,
         max_rank: int | None = None,
@@ -106,17 +104,19 @@ class FisherLoRAConfig(InitWeightsAlias, LoraConfig):
                 if neither this nor `params` is given.
             params: the budget as a number of parameters.
             rule: see `lorakit.allocation.allocate`. Any but "energy", which needs the spectra of a trained adapter.
+                None means the paper's, "fisherlora", where query and value projections were probed, and else "fisher".
             r: the rank that `lora_alpha` refers to. Every module has the scaling ``lora_alpha / r``, 2 by default.
             min_rank: the smallest rank of a module.
             max_rank: the largest rank of a module. None means `r` for the rules "fisherlora", "spectral" and "uniform",
-                and min(d_out, d_in) for the others.
+                and 2r for the others.
             per: "role" gives all modules of one role the same rank.
             settings: other fields of the config, such as `task_type`.
 
+        Warns if the rule is "fisherlora" and the 90 % interval of the V/Q ratio does not lie above 1.
         Raises: AllocationError (a ValueError) if the budget does not cover `min_rank` in all modules, or the rule does
         not fit; ValueError for an invalid budget or rank.
         """
-        allocation = allocation_of(
+        allocation = ranks_from_probe(
             report, budget=budget, params=params, rule=rule, r=r, min_rank=min_rank, max_rank=max_rank, per=per
         )
         ranks = allocation.ranks
@@ -127,53 +127,6 @@ class FisherLoRAConfig(InitWeightsAlias, LoraConfig):
             raise ValueError(f"FisherLoRA: `from_probe` sets {taken} itself; leave them out.")
         defaults: dict[str, Any] = {"lora_alpha": 2 * r, "target_modules": list(report.target_modules)}
         return cls(r=r, **(defaults | settings | fixed))
-
-
-def allocation_of(
-    report: ProbeReport,
-    *,
-    budget: float | None = None,
-    params: int | None = None,
-    rule: Rule = "fisher",
-    r: int = 16,
-    min_rank: int = 1,
-    max_rank: int | None = None,
-    per: Per = "module",
-) -> Allocation:
-    """The allocation that `FisherLoRAConfig.from_probe` uses; same arguments and errors."""
-    if budget is not None and params is not None:
-        raise ValueError(
-            f"`budget` (a fraction) and `params` (a number of parameters) exclude each other; got {budget!r} and "
-            f"{params!r}. Pass one of them."
-        )
-    check_integer("r", r)
-    if rule == "energy":
-        raise AllocationError(
-            "`rule` 'energy' needs the spectra of a trained adapter, which a probe does not have. Use 'fisher'."
-        )
-    costs = {row.module_name: row.d_out + row.d_in for row in report.modules}
-    if params is None:
-        budget = 0.625 if budget is None else budget
-        if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget <= 1:
-            raise ValueError(
-                f"`budget` must be a fraction in (0, 1] of uniform rank {r}; got {budget!r}. Use `params` for a number "
-                f"of parameters."
-            )
-        params = math.floor(budget * r * sum(costs.values()) + 1e-6)
-    whole = {row.module_name: min(row.d_out, row.d_in) for row in report.modules}
-    bound = r if max_rank is None and rule in ("fisherlora", "spectral", "uniform") else max_rank
-    bounds = whole if bound is None else {name: min(bound, largest) for name, largest in whole.items()}
-    return allocate(
-        {row.module_name: row.fisher for row in report.modules},
-        costs,
-        params,
-        rule=rule,
-        min_rank=min_rank,
-        max_rank=bounds,
-        per=per,
-        roles={row.module_name: row.role for row in report.modules},
-        d_out={row.module_name: row.d_out for row in report.modules},
-    )
 
 
 class FisherLoRAModel(ResolvingLoraModel):

@@ -12,7 +12,6 @@ Reference: Si et al., "Weight Spectra Induced Efficient Model Adaptation", 2025,
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from contextlib import nullcontext
@@ -26,13 +25,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import merge_utils
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from lorakit._registration import register_tuner
-from lorakit.errors import UnsupportedModelError
-from lorakit.naming.patterns import lookup, targeted_modules, targeted_parameters, warn_unmatched
+from lorakit.allocation.probed import MaskProbeReport, masks_from_probe
+from lorakit.errors import AdapterFileError, UnsupportedModelError
+from lorakit.naming.patterns import compact_pattern, lookup, targeted_modules, targeted_parameters, warn_unmatched
 from lorakit.tuners import _private
 from lorakit.tuners._base import InitWeightsAlias, ResolvingLoraModel, integer_errors
+from lorakit.tuners._blocks import compute_blocks
 from lorakit.tuners._layer import SpecLoRALayer
 from lorakit.tuners._layers import (
     SpecLoRAConv1d,
@@ -46,7 +46,7 @@ from lorakit.tuners._layers import (
     masked_class,
     quantized_class,
 )
-from lorakit.tuners._mask import MODES, Mode, SpectralMask, svd_blocks
+from lorakit.tuners._mask import MODES, Mode, SpectralMask, is_of_other_mode, wrong_mode
 
 __all__ = [
     "MODES",
@@ -71,9 +71,6 @@ _EXCLUDED = {
     "arrow_config": "it routes between low-rank factors and ignores masks",
     "megatron_config": "the weight is sharded over processes",
 }
-
-# Weight elements in one batched SVD.
-_SVD_CHUNK = 1 << 26
 
 
 @dataclass
@@ -130,6 +127,39 @@ class SpecLoRAConfig(InitWeightsAlias, LoraConfig):
         if wrong:
             prefix = "" if wrong[0].startswith("SpecLoRA") else "SpecLoRA: "
             raise ValueError(prefix + " ".join(wrong))
+
+    @classmethod
+    def from_probe(
+        cls,
+        report: MaskProbeReport,
+        *,
+        budget: float | None = None,
+        params: int | None = None,
+        k: int = 200,
+        **settings: Any,
+    ) -> SpecLoRAConfig:
+        """A config with ks under a budget, for the modules that `lorakit.fisher.probe` measured with method="speclora".
+
+        The budget of the masks is their own: Σ k. It is spent along the upper concave envelope of each module's S(k);
+        see `lorakit.allocation.allocate_masks`. A module's k is one of the ladder that was measured.
+
+        Args:
+            report: what the probe returned. `mode` is the one that it measured.
+            budget: a fraction in (0, 1] of the uniform `k`'s Σ k, clipped as SpecLoRA clips it; 1 by default.
+            params: the budget as a number of parameters, Σ k.
+            k: the uniform k that `budget` refers to, and the `k` of the config.
+            settings: other fields of the config, such as `r` and `task_type`.
+
+        Raises: AllocationError (a ValueError) if the budget does not cover the smallest ks, or no masks were measured;
+        ValueError for an invalid budget or k.
+        """
+        ks = masks_from_probe(report, budget=budget, params=params, k=k).ks
+        pattern = compact_pattern(ks, {name for name, value in ks.items() if value == k})
+        fixed: dict[str, Any] = {"k": k, "k_pattern": pattern, "mode": report.mode}
+        taken = sorted(set(fixed) & set(settings))
+        if taken:
+            raise ValueError(f"SpecLoRA: `from_probe` sets {taken} itself; leave them out.")
+        return cls(**({"target_modules": list(report.target_modules)} | settings | fixed))
 
 
 class SpecLoRAModel(ResolvingLoraModel):
@@ -220,6 +250,20 @@ class SpecLoRAModel(ResolvingLoraModel):
                 combination_type, adapters, weights, new_rank, target, *args, **kwargs
             )
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """PEFT's method. Raises: AdapterFileError for a checkpoint of another mode, which PEFT would leave out."""
+        for key in state_dict:
+            before, found, _ = key.rpartition(".lora_spec.")
+            if found and is_of_other_mode(key, before + found, config.mode):
+                raise AdapterFileError(wrong_mode(key, config.mode))
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        return remapped
+
     def combine_more(
         self, adapters: list[str], weights: list[float], adapter_name: str, kind: str, **settings: Any
     ) -> None:
@@ -263,41 +307,6 @@ def _combine_masks(
     else:
         combined = getattr(merge_utils, kind)(deltas, shares, density)
     target.copy_(combined)
-
-
-def compute_blocks(model: nn.Module, adapter_name: str) -> None:
-    """Compute the blocks that an adapter's masks rescale, where they are not views of the base weights.
-
-    The svd modes take one full SVD per module, batched by shape. Of a quantized weight only the block is dequantized.
-    """
-    batched: dict[Any, list[tuple[Any, SpectralMask]]] = {}
-    single: list[tuple[Any, SpectralMask]] = []
-    layers: list[Any] = list(model.modules())
-    for layer in layers:
-        if not isinstance(layer, SpecLoRALayer) or adapter_name not in layer.lora_spec:
-            continue
-        mask: Any = layer.lora_spec[adapter_name]
-        if mask.reads_weight or mask.block is not None or not layer.base_is_ready(adapter_name):
-            continue
-        if layer.weight_is_readable():
-            weight = layer.base_weight()
-            key = (weight.shape, weight.dtype, weight.device, mask.weight.shape, mask.mode)
-            batched.setdefault(key, []).append((layer, mask))
-        else:
-            single.append((layer, mask))
-    total = sum(map(len, batched.values())) + len(single)
-    with tqdm(total=total, desc="SpecLoRA: blocks of the base weights", delay=1.0, unit="module") as progress:
-        for (shape, *_), group in batched.items():
-            step = max(1, _SVD_CHUNK // math.prod(shape))
-            for start in range(0, len(group), step):
-                chunk = group[start : start + step]
-                weights = torch.stack([layer.base_weight().detach() for layer, _ in chunk])
-                for (_, mask), block in zip(chunk, svd_blocks(weights, chunk[0][1], stacked=1), strict=True):
-                    mask.block = block.clone()
-                progress.update(len(chunk))
-        for layer, mask in single:
-            mask.block = layer.compute_block(mask)
-            progress.update(1)
 
 
 def _check_targets(modules: dict[str, nn.Module], config: SpecLoRAConfig) -> None:

@@ -9,7 +9,7 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -194,13 +194,40 @@ def test_ties_go_to_the_first_layer_and_what_does_not_fit_is_skipped():
 
 def test_it_explains_itself():
     result = allocate({"a": [9, 9, 0], "b": [1, 1], "c": [5]}, {"a": 10, "b": 200, "c": 1}, 250)
-    text = result.explain().splitlines()
+    by_role, by_module, spent = result.explain().split("\n\n")
+    assert by_role.splitlines()[0].split() == ["role", "modules", "mean", "score", "rank", "cost"]
+    assert [line.split() for line in by_role.splitlines()[1:]] == [
+        ["a", "1", "162", "2", "20"],
+        ["b", "1", "2", "1", "200"],
+        ["c", "1", "25", "1", "1"],
+    ]
+    text = by_module.splitlines()
     assert [line.split()[0] for line in text[1:4]] == ["a", "b", "c"]
     assert "another unit gains nothing" in text[1]
     assert "costs 200 with 29 left" in text[2]
     assert "the largest rank allowed is 1" in text[3]
-    assert text[-1] == "rule energy, per module: 221 of 250 (88.4%) spent"
+    assert spent == "rule energy, per module: 221 of 250 (88.4%) spent"
     assert [(row.score, row.cost, row.rank) for row in result.modules] == [(162, 10, 2), (2, 200, 1), (25, 1, 1)]
+
+
+def test_the_ranks_as_a_plain_lora():
+    result = allocate({"x.a": [9, 9, 0], "x.b": [1, 1], "x.c": [5]}, {"x.a": 10, "x.b": 200, "x.c": 1}, 250)
+    config = result.to_config(r=2, lora_alpha=6, lora_dropout=0.1)
+    assert (type(config), config.lora_dropout) == (LoraConfig, 0.1)
+    base = nn.ModuleDict({"x": nn.ModuleDict({name: nn.Linear(4, 4) for name in "abcd"})})
+    model = get_peft_model(base, config)
+    layers = {name: layer for name, layer in model.get_base_model().named_modules() if isinstance(layer, LoraLayer)}
+    assert {name: layer.r["default"] for name, layer in layers.items()} == result.ranks
+    assert {layer.scaling["default"] for layer in layers.values()} == {3.0}
+    model.add_adapter("other", result.to_config(r=2, lora_alpha=6, use_rslora=True))
+    scalings = {layer.scaling["other"] for layer in layers.values()}
+    assert sorted(scalings) == pytest.approx([6 / 2**0.5] * len(scalings))
+    assert result.to_config().r == 1  # the commonest
+    with pytest.raises(ValueError, match="must not have rank_pattern"):
+        result.to_config(rank_pattern={})
+    none = allocate({"a": [0.0]}, {"a": 1}, 3, min_rank=0)
+    with pytest.raises(AllocationError, match="all ranks are 0"):
+        none.to_config()
 
 
 def allocated(**changes):

@@ -74,6 +74,43 @@ def test_probe_writes_a_config_that_peft_takes(base_model, tmp_path, tiny_llama)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "speclora"])
+def test_probe_writes_a_plain_lora_or_a_speclora_on_request(base_model, tmp_path, tiny_llama, method):
+    data, out = tmp_path / "data.txt", tmp_path / "out"
+    data.write_text("w1 w2 w3\n\nw4 w5\nw6\n\n\n\nw7 w8 w9 w1\n")
+    options = ("--type", "lora") if method == "lora" else ("--method", "speclora", "--mode", "svd", "--k", "30")
+    done = run("probe", str(base_model), str(data), "--rank", "8", *options, "--out", str(out), "--json")
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    config = PeftConfig.from_pretrained(str(out))
+    assert config.peft_type.value == method.upper()
+    assert config.r == 8
+    model = get_peft_model(tiny_llama(), config)
+    layers = {name: layer for name, layer in model.get_base_model().named_modules() if hasattr(layer, "lora_A")}
+    modules = results["allocation"]["modules"]
+    if method == "speclora":
+        assert config.mode == results["report"]["mode"] == "svd"
+        assert {name: layer.lora_spec["default"].k for name, layer in layers.items()} == {
+            row["module_name"]: row["k"] for row in modules
+        }
+    else:
+        assert {name: layer.r["default"] for name, layer in layers.items()} == {
+            row["module_name"]: row["rank"] for row in modules
+        }
+        assert results["allocation"]["summary"]["rule"] == "fisherlora"
+        assert "lorakit: warning: The rule 'fisherlora' gives" in done.stderr  # random weights: no ratio above 1
+        assert {layer.scaling["default"] for layer in layers.values()} == {2.0}
+
+
+@pytest.mark.slow
+def test_options_of_ranks_do_not_apply_to_masks(base_model, tmp_path):
+    (tmp_path / "data.txt").write_text("w1 w2 w3")
+    done = run("probe", str(base_model), str(tmp_path / "data.txt"), "--method", "speclora", "--rule", "uniform")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "do not apply to --method speclora" in done.stderr
+
+
+@pytest.mark.slow
 def test_probe_prints_a_table_of_text_s_paragraphs(base_model, tmp_path):
     data = tmp_path / "data.txt"
     data.write_text("w1 w2 w3\n\nw4 w5\nw6\n\n\n\nw7 w8 w9 w1\n")
@@ -89,7 +126,9 @@ def test_probe_prints_a_table_of_text_s_paragraphs(base_model, tmp_path):
         "900",
     )
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    by_role, by_module, *_ = done.stdout.split("\n\n")
+    assert [line.split()[0] for line in by_role.splitlines()] == ["role", "query", "output"]
+    lines = by_module.splitlines()
     assert lines[0].split()[:5] == ["module", "role", "score", "cost", "rank"]
     assert [line.split()[0].rpartition(".")[2] for line in lines[1:5]] == ["q_proj", "o_proj"] * 2
     assert [line.split()[4] for line in lines[1:5]] == ["3"] * 4

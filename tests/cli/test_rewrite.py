@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
-from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,27 +12,15 @@ import torch
 from closeness import assert_close_outputs, assert_close_reports
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from shell import run
 
 from lorakit import FisherLoRAConfig, SpecLoRAConfig
 from lorakit.adapters import open_adapter
 from lorakit.adapters.edit_log import read_edits
-from lorakit.cli import main
 from lorakit.compress import truncate
 from lorakit.export import to_lora
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
-
-def run(*arguments):
-    """The command in this process; `run_apart` runs it in its own."""
-    out, err = io.StringIO(), io.StringIO()
-    code: object = 0
-    with mock.patch.object(sys, "argv", ["lorakit", *map(str, arguments)]), redirect_stdout(out), redirect_stderr(err):
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code or 0
-    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def run_apart(*arguments):

@@ -362,3 +362,20 @@ def test_the_report(tiny_llama):
     assert math.fsum(widths) * 2**10 == pytest.approx(found.memory.total + found.memory_full.total)
     assert [patch.get_width() for patch in right.patches] == [256, 768]
     assert [text.get_text() for text in right.texts] == ["256", "768"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd_momentum"])
+def test_fp32_copies_and_states_of_half_precision_weights_count_on_request(optimizer):
+    model = nn.Sequential(nn.Linear(6, 4, bias=False)).bfloat16()
+    config, inputs = LoraConfig(r=2, target_modules=["0"]), {"input": torch.ones(3, 6, dtype=torch.bfloat16)}
+    plain, master = (
+        cost.accounting(model, config, inputs=inputs, optimizer=optimizer, fp32_master=flag) for flag in (False, True)
+    )
+    moments, steps = (2, 4) if optimizer == "adamw" else (1, 0)
+    assert (plain.memory_full.master, plain.memory_full.optimizer) == (0, moments * 24 * 2 + steps)
+    assert (master.memory_full.master, master.memory_full.optimizer) == (4 * 24, moments * 24 * 4 + steps)
+    assert master.memory_full.total - plain.memory_full.total == 4 * 24 + moments * 24 * 2
+    adapter_in_fp32 = sum(p.numel() for p in get_peft_model(model, config).parameters() if p.dtype == torch.float32)
+    assert adapter_in_fp32 == 20  # PEFT trains the adapter in fp32, so it needs no copy
+    assert master.memory == plain.memory
+    assert any("an fp32 copy of every trained half-precision weight" in line for line in master.assumptions)

@@ -80,7 +80,19 @@ def _run_lorakit(arguments: list[str]) -> tuple[int, str]:
     return 0, output.getvalue()
 
 
-BLOCKS = Sybil(parsers=[PythonCodeBlockParser(), CodeBlockParser(language="sh", evaluator=_run_shell)])
+def _write_file(example: Example) -> None:
+    """A file whose name the first line of the block says, in a comment."""
+    name, _, _ = example.parsed.partition("\n")
+    Path(name.removeprefix("# ")).write_text(example.parsed)
+
+
+BLOCKS = Sybil(
+    parsers=[
+        PythonCodeBlockParser(),
+        CodeBlockParser(language="sh", evaluator=_run_shell),
+        CodeBlockParser(language="yaml", evaluator=_write_file),
+    ]
+)
 
 
 def _uses_examples(text: str) -> bool:
@@ -108,7 +120,7 @@ def test_the_blocks_of_a_page_run(page, example_files, tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", PAGES)
 def test_no_block_is_in_a_language_that_would_not_run(page):
     languages = set(re.findall(r"^ *```(\S+)", (ROOT / page).read_text(), flags=re.M))
-    assert languages <= {"python", "sh", "text", "json", "jsonl", "toml"}
+    assert languages <= {"python", "sh", "text", "json", "jsonl", "toml", "yaml"}
 
 
 def test_what_does_not_run_is_still_there_and_needs_no_exemption_otherwise():

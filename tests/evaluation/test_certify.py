@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from lorakit import evaluation
 from lorakit.errors import EvaluationError
-from lorakit.evaluation._certificate import interval_of
 from lorakit.evaluation._digests import digest
+from lorakit.evaluation._scores import interval_of
 
 SLOW = pytest.mark.slow
 
@@ -249,7 +249,9 @@ def test_a_base_that_does_not_fit_is_named(home, texts, tmp_path):
 
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
     LlamaForCausalLM(LlamaConfig(vocab_size=256, num_key_value_heads=2, **shape)).save_pretrained(tmp_path / "other")
-    with pytest.raises(EvaluationError, match=r"good' has an update of shape .*other' has shape"):
+    with pytest.raises(
+        EvaluationError, match=r"good' does not fit .*other': its tensor .* shape \(4, 32\), .* needs \(4, 16\)"
+    ):
         evaluation.certify(tmp_path / "other", home / "good", home / "bad", tasks=evaluation.loss(texts), margin=0.1)
     with pytest.raises(EvaluationError, match="nowhere' cannot be loaded"):
         evaluation.certify(tmp_path / "nowhere", home / "good", home / "bad", tasks=evaluation.loss(texts), margin=0.1)

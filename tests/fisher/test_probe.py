@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import random
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import transformers
 from closeness import assert_close_reports
@@ -17,10 +19,10 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from lorakit import FisherLoRAConfig, SpecLoRAConfig
+from lorakit.allocation import ranks_from_probe
 from lorakit.errors import AllocationError, CalibrationError, UnsupportedModelError
-from lorakit.fisher import probe
+from lorakit.fisher import FisherReport, FisherRow, Moments, probe
 from lorakit.fisher._probe import CPU_TOKENS
-from lorakit.tuners.fisherlora import allocation_of
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 T5 = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 1, "num_heads": 4, "vocab_size": 64}
@@ -549,7 +551,7 @@ def test_a_config_from_a_probe_gives_exactly_the_allocated_ranks(tiny_llama, tmp
     base, batches = tiny_llama(), padded(text_examples(), 5)
     report = probe(base, batches, target_modules=targets, progress=False)
     config = FisherLoRAConfig.from_probe(report, budget=0.625, rule=rule, r=8, task_type="CAUSAL_LM")
-    allocation = allocation_of(report, budget=0.625, rule=rule, r=8)
+    allocation = ranks_from_probe(report, budget=0.625, rule=rule, r=8)
     uniform = get_peft_model(tiny_llama(), LoraConfig(r=8, target_modules=targets)).get_nb_trainable_parameters()[0]
     assert allocation.budget == math.floor(0.625 * uniform)
     model = get_peft_model(base, config)
@@ -588,3 +590,53 @@ def test_a_config_from_a_probe_refuses_what_makes_no_sense(tiny_llama, settings,
     report = probe(tiny_llama(), padded(text_examples(), 5), progress=False)
     with pytest.raises(error, match=message):
         FisherLoRAConfig.from_probe(report, **settings)
+
+
+def as_measured(q, v, n=16):
+    """A report of two modules whose per-example F are `q` and `v`, with a little noise."""
+    rows, moments = [], {}
+    for name, role, values in (("q_proj", "query", q), ("v_proj", "value", v)):
+        per_example = torch.tensor(values, dtype=torch.float64)
+        rows.append(FisherRow(name, role, None, 64, 64, 16, 2.0, 2048, float(per_example.mean()), None, None, None))
+        moments[name] = Moments(per_example, None, None)
+    return FisherReport("m", tuple(rows), ("q_proj", "v_proj"), len(q), 0, True, 0, 0, None, (), moments)
+
+
+def test_the_interval_of_the_ratio_is_a_t_interval_of_its_logarithm():
+    q, v = [1.0, 2.0, 1.5, 1.2], [3.0, 5.0, 4.0, 2.0]
+    report = as_measured(q, v)
+    ratio = np.mean(v) / np.mean(q)
+    error = np.std(np.array(v) - ratio * np.array(q), ddof=1) / np.mean(q) / 2
+    width = scipy.stats.t.ppf(0.95, 3) * error / ratio
+    assert report.vq_interval == pytest.approx((ratio * np.exp(-width), ratio * np.exp(width)))
+    assert as_measured([1.0], [2.0]).vq_interval is None
+    assert as_measured([0.0, 0.0], [2.0, 1.0]).vq_interval is None
+
+
+def test_the_paper_s_rule_is_the_default_where_queries_and_values_were_probed(recwarn):
+    report = as_measured([1.0, 1.1, 0.9], [9.0, 10.0, 11.0])
+    assert ranks_from_probe(report).rule == "fisherlora"
+    assert FisherLoRAConfig.from_probe(report).rank_pattern == {"q_proj": 4}
+    assert not recwarn.list
+    values = dataclasses.replace(report, modules=report.modules[1:])
+    assert ranks_from_probe(values).rule == "fisher"
+
+
+@pytest.mark.parametrize(
+    ("q", "v", "message"),
+    [
+        ([1.0, 2.0, 0.5], [1.1, 2.2, 0.1], "has the 90 % interval .* here, which is not above 1"),
+        ([2.0, 2.0, 2.1], [1.0, 1.0, 1.1], "has the 90 % interval"),
+        ([2.0], [4.0], "has no interval here"),
+    ],
+)
+def test_the_paper_s_rule_warns_where_the_ratio_may_be_1(q, v, message):
+    with pytest.warns(UserWarning, match=message):
+        ranks_from_probe(as_measured(q, v))
+
+
+@pytest.mark.parametrize("rule", ["fisher", "prior"])
+def test_ranks_by_module_are_at_most_twice_r_unless_said_otherwise(rule):
+    report = as_measured([1e-6] * 3, [9.0, 10.0, 11.0])
+    assert ranks_from_probe(report, rule=rule, params=128 * 40, r=8).ranks == {"q_proj": 16, "v_proj": 16}
+    assert ranks_from_probe(report, rule=rule, params=128 * 40, r=8, max_rank=10).ranks["v_proj"] == 10

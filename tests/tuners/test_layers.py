@@ -341,7 +341,7 @@ def test_saved_keys_are_lora_s_and_one_more_a_module(tmp_path):
         assert keys - added == set(load_file(tmp_path / "plain" / "adapter_model.safetensors"))
         layers = [module for module in plain.modules() if isinstance(module, LoraLayer)]
         assert len(added) == len(layers)
-        assert all(key.endswith("lora_spec.weight") for key in added)
+        assert all(key.endswith("lora_spec.weight_hadamard") for key in added)
 
 
 @pytest.mark.parametrize("groups", [2, 3])

@@ -39,6 +39,7 @@ TORCH_BROKE = f"torch {torch.__version__} changed {{}}: adapt lorakit/tuners/_pr
             ["self", "combination_type", "adapters", "weights", "new_rank", "target", "target_lora_A", "target_lora_B"],
         ),
         (LoraModel, "_get_adapter_state_dict", ["model", "config", "adapter_name", "state_dict"]),
+        (LoraModel, "_remap_adapter_state_dict_for_load", ["model", "config", "adapter_name", "state_dict"]),
         (
             LoraModel,
             "_convert_state_dict_for_initial_model",

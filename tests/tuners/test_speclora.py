@@ -10,7 +10,7 @@ import torch
 from closeness import assert_close_outputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import ArrowConfig
 from torch import nn
 from torch.nn import functional as F
@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from lorakit import SpecLoRAConfig
+from lorakit.adapters import open_adapter
+from lorakit.errors import AdapterFileError
 from lorakit.tuners.speclora import MODES, SpecLoRALinear
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -347,6 +349,34 @@ def test_saving_and_loading_give_the_same_bits(tiny_llama, randomize, token_ids,
     masks = [key for key in keys if "lora_spec" in key]
     assert len(masks) == 4
     assert all(keys[key].shape == (12,) for key in masks)  # d alone: no block of the base weight
+    assert all(key.endswith(f"lora_spec.weight_{mode}") for key in masks)
+
+
+@pytest.mark.parametrize("saved", MODES)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_checkpoint_loads_only_into_its_own_mode(mode, saved):
+    model, source = adapted(mode=mode)[0], adapted(mode=saved, seed=1)[0]
+    tensors = get_peft_model_state_dict(source)
+    if mode == saved:
+        loaded = set_peft_model_state_dict(model, tensors)
+        assert not loaded.unexpected_keys
+        weights = (m.base_model.model.lin.lora_spec["default"].weight for m in (model, source))
+        assert torch.equal(*weights)
+        return
+    with pytest.raises(AdapterFileError, match=rf"lora_spec.weight_{saved}', but the adapter's `mode` is '{mode}'"):
+        set_peft_model_state_dict(model, tensors)
+    raw = {name: value for name, value in source.state_dict().items() if "lora_" in name}
+    with pytest.raises(RuntimeError, match=rf"lora_spec.default.weight_{saved}', but the adapter's `mode` is '{mode}'"):
+        model.load_state_dict(raw, strict=False)
+
+
+def test_a_checkpoint_does_not_load_if_its_config_was_edited_to_another_mode(tmp_path):
+    adapted()[0].save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(path.read_text().replace('"hadamard"', '"svd"'))
+    assert [finding.code for finding in open_adapter(tmp_path).findings] == ["mode_mismatch"]
+    with pytest.raises(AdapterFileError, match="Make the adapter with the `mode` that the checkpoint was trained with"):
+        PeftModel.from_pretrained(OneLayer(24, 40, "Linear", torch.float64), tmp_path)
 
 
 @pytest.mark.slow

@@ -6,19 +6,22 @@ References: Gradience (stable rank, utilization, energy ranks); LoRA-Lens (effec
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from lorakit._checks import check_number
 from lorakit._report import ordered
 from lorakit.adapters import Adapter, open_adapter
+from lorakit.adapters.base_norms import base_norms
 from lorakit.adapters.whole import with_whole_updates
 from lorakit.allocation.budget import read_budget
 from lorakit.lens._rows import grouped
 from lorakit.lens.static import experts
 from lorakit.lens.static.findings import find, find_served_wrong
 from lorakit.lens.static.groups import summarize
+from lorakit.lens.static.recommendation import recommend
 from lorakit.lens.static.report import AuditReport
-from lorakit.lens.static.spectra import check_extras, measure
+from lorakit.lens.static.spectra import AuditedModule, check_extras, measure
 from lorakit.lens.static.suggestions import suggest
 
 if TYPE_CHECKING:
@@ -30,11 +33,11 @@ THRESHOLDS = (0.9, 0.95, 0.99)
 def audit(
     adapter: str | os.PathLike[str] | nn.Module | Adapter,
     *,
+    base: str | os.PathLike[str] | nn.Module | None = None,
     energy: float = 0.9,
     suggest_ranks: bool = False,
     budget: int | str | None = None,
     by: Literal["group", "expert"] = "group",
-    base: str | os.PathLike[str] | nn.Module | None = None,
     adapter_name: str | None = None,
 ) -> AuditReport:
     """Measure an adapter's updates ΔW from its factors, and say what stands out and which ranks would do.
@@ -47,14 +50,16 @@ def audit(
 
     Args:
         adapter: a directory, a .safetensors or .bin file, a Hub id, a PeftModel, or an open `lorakit.adapters.Adapter`.
+        base: the base model, as a directory, a .safetensors file or a module: DoRA and SPECLORA are then measured by
+            their whole updates, and norms are also relative to those of its weights, which for a base on disk are
+            computed once and kept in a cache file.
         energy: the share of each ‖ΔW‖_F² that suggested ranks keep, in addition to k@0.9, k@0.95 and k@0.99.
-        suggest_ranks: also suggest ranks: global median and p90, per module, by knee and by entropy.
+        suggest_ranks: also suggest ranks: global median and p90, per module, by knee, by entropy and by the optimal
+            hard threshold; and recommend one of them.
         budget: also suggest ranks under a budget, by greedy energy per parameter: a number of parameters, or a string
             such as "2M" (parameters) or "4MB" (bytes, in the dtype the factors are stored in). Implies `suggest_ranks`.
         by: "expert" gives every expert a row; otherwise the experts of one parameter, or of one name and layer, are
             one row, with quantiles over them.
-        base: the base model's weights (a directory or file of safetensors, or the model): DoRA and SPECLORA are then
-            measured by their whole updates.
         adapter_name: which adapter of a PeftModel; by default the active one.
     Raises: AdapterFileError, UnsupportedModelError for an adapter that cannot be read; ValueError for an `energy`
         outside (0, 1], a budget that does not cover rank 1 in every module, or an unknown `by`.
@@ -79,6 +84,9 @@ def audit(
     whole = with_whole_updates(view, base)
     findings = list(whole.findings)
     measured = measure(whole, thresholds, findings)
+    if base is not None:
+        norms = base_norms(base, view.modules)
+        measured = tuple(_relative(row, norms.get(row.module_name)) for row in measured)
     check_extras(view, findings)
     modules = experts.stacks(measured)
     findings += [*find(modules), *find_served_wrong(view)]
@@ -100,5 +108,12 @@ def audit(
         parameters_beside=sum(extra.info.numel for extra in view.extras)
         + sum(info.numel for module in view.modules for info in module.extras),
         suggestions=tuple(suggestions),
+        recommendation=recommend(suggestions, {row.module_name: row.rank for row in finite}, energy),
         findings=ordered(findings),
     )
+
+
+def _relative(row: AuditedModule, base_norm: float | None) -> AuditedModule:
+    if not base_norm or row.frobenius_norm is None:
+        return row
+    return replace(row, base_norm=base_norm, relative_norm=row.frobenius_norm / base_norm)

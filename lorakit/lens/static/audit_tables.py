@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from lorakit._format import count, extent, number, share
 from lorakit._report import Table
 from lorakit.lens.static.groups import GroupSummary
+from lorakit.lens.static.recommendation import Recommendation
 from lorakit.lens.static.spectra import AuditedModule
 from lorakit.lens.static.suggestions import RankSuggestion
 
@@ -48,10 +49,13 @@ def least_used_table(modules: Sequence[AuditedModule]) -> Table:
     return Table.of("Least used modules (util = stable rank / r)", columns, worst)
 
 
-def suggestion_table(suggestions: Sequence[RankSuggestion], energy: float) -> Table:
-    """One row for each policy."""
+def suggestion_table(
+    suggestions: Sequence[RankSuggestion], energy: float, recommendation: Recommendation | None
+) -> Table:
+    """One row for each policy, the recommended one with a star."""
+    starred = None if recommendation is None else recommendation.policy
     columns: list[tuple[str, Callable[[RankSuggestion], str]]] = [
-        ("policy", lambda s: s.label),
+        ("policy", lambda s: f"★ {s.label}" if s.policy == starred else s.label),
         (
             "rank",
             lambda s: str(s.rank) if s.rank is not None else extent((min(s.ranks.values()), max(s.ranks.values()))),
@@ -73,9 +77,11 @@ def module_table(modules: Sequence[AuditedModule]) -> Table:
         ("r", lambda m: str(m.rank)),
         ("scaling", lambda m: number(m.scaling)),
         ("‖ΔW‖_F", lambda m: number(m.frobenius_norm)),
+        ("/ ‖W‖_F", lambda m: number(m.relative_norm)),
         ("‖ΔW‖₂", lambda m: number(m.spectral_norm)),
         ("stable", lambda m: number(m.stable_rank)),
         ("effective", lambda m: number(m.effective_rank)),
+        ("top 1", lambda m: share(m.top1_share)),
         ("CU", lambda m: number(m.capacity_utilization)),
         ("util", lambda m: number(m.utilization)),
         *((f"k@{float(q):g}", _energy_rank_at(q)) for q in thresholds),

@@ -84,6 +84,8 @@ def _group(name: str, rows: Sequence[AuditedModule]) -> AuditedModule:
         parameters=sum(row.parameters for row in rows),
         low_rank_part_only=any(row.low_rank_part_only for row in rows),
         beside=first.beside if first.stack else {},
+        base_norm=None,
+        relative_norm=None,
         experts=ExpertSpread(len(rows), sum(row.frobenius_norm == 0 for row in rows), _quantiles(finite)),
     )
     if len(finite) < len(rows):
@@ -103,6 +105,8 @@ def _group(name: str, rows: Sequence[AuditedModule]) -> AuditedModule:
         utilization=_median([row.utilization or 0.0 for row in rows]),
         energy_rank={q: max((row.energy_rank or {})[q] for row in rows) for q in first.energy_rank or {}},
         knee=round(_median([float(row.knee or 0) for row in rows])),
+        top1_share=_median([row.top1_share or 0.0 for row in rows]),
+        hard_threshold_rank=max(row.hard_threshold_rank or 0 for row in rows),
     )
 
 
@@ -119,6 +123,8 @@ def _without_numbers(row: AuditedModule) -> AuditedModule:
         utilization=None,
         energy_rank=None,
         knee=None,
+        top1_share=None,
+        hard_threshold_rank=None,
     )
 
 

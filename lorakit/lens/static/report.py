@@ -15,6 +15,7 @@ from lorakit.lens.static.audit_tables import least_used_table, module_table, rol
 from lorakit.lens.static.experts import expert_table
 from lorakit.lens.static.findings import SERVED_WRONG
 from lorakit.lens.static.groups import GroupSummary
+from lorakit.lens.static.recommendation import Recommendation
 from lorakit.lens.static.spectra import AuditedModule
 from lorakit.lens.static.suggestions import RankSuggestion
 
@@ -40,6 +41,7 @@ class AuditReport(Report):
     layers: tuple[GroupSummary, ...]
     parameters_beside: int
     suggestions: tuple[RankSuggestion, ...]
+    recommendation: Recommendation | None
     findings: tuple[Finding, ...]
 
     @property
@@ -64,8 +66,16 @@ class AuditReport(Report):
             f"type: {self.peft_type}" + (f" (only the low-rank part in {partial} modules)" if partial else ""),
             f"base model: {self.base_model}" if self.base_model else "",
             f"updates: {self.total.modules} modules, {count(self.total.parameters)} parameters ({dtypes}){beside}",
+            self._relative_norm,
         ]
+        if self.recommendation is not None:
+            lines.append(f"★ {self.recommendation.policy.replace('_', ' ')}: {self.recommendation.reason}")
         return tuple(line for line in lines if line)
+
+    @property
+    def _relative_norm(self) -> str:
+        ratio = self.total.relative_norm
+        return "" if ratio is None else f"norm: {ratio:.2%} of the base weights'"
 
     @property
     def next_steps(self) -> tuple[str, ...]:
@@ -104,6 +114,7 @@ class AuditReport(Report):
             "roles": [asdict(group) for group in self.roles],
             "layers": [asdict(group) for group in self.layers],
             "suggestions": [asdict(suggestion) for suggestion in self.suggestions],
+            "recommendation": None if self.recommendation is None else asdict(self.recommendation),
         }
         modules = [asdict(module) for module in self.modules]
         data = {"modules": modules, "summary": summary, "findings": [asdict(finding) for finding in self.findings]}
@@ -114,7 +125,7 @@ class AuditReport(Report):
             role_table(self.roles, self.total, self.energy),
             least_used_table(self.modules),
             expert_table(self.modules),
-            suggestion_table(self.suggestions, self.energy),
+            suggestion_table(self.suggestions, self.energy, self.recommendation),
             module_table(self.modules),
         ]
         return [table for table in tables if table.rows and self.modules]

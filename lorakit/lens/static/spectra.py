@@ -19,7 +19,7 @@ from lorakit.errors import Finding
 from lorakit.lens._rows import ModuleRow
 from lorakit.lens.static.stacks import merged_findings, one_by_one
 from lorakit.naming.roles import Role
-from lorakit.spectral import LowRank, effective_rank, energy_rank, knee, stable_rank
+from lorakit.spectral import LowRank, effective_rank, energy_rank, hard_threshold_rank, knee, stable_rank
 
 _ROWS = 1 << 20  # entries of a tensor that are checked together
 
@@ -43,7 +43,10 @@ class AuditedModule(ModuleRow):
     ‖ΔW‖_F² (the key), the smallest rank that keeps it. `low_rank_part_only`: the module also has a DoRA magnitude or a
     SpecLoRA mask, so B A is not the whole update; `whole_update`: it is measured, from the base weight, and `rank` is
     the largest that it can have. `beside` has the size, minimum, maximum, mean and standard deviation of the magnitudes
-    ("magnitude"), of d ("d", not d − 1), and of B's bias ("lora_bias").
+    ("magnitude"), of d ("d", not d − 1), and of B's bias ("lora_bias"). `top1_share`: σ₁² / Σ σ².
+    `hard_threshold_rank`: see `lorakit.spectral.hard_threshold_rank`, with β = 1 because a rank-r update has r
+    singular values, those of an r × r core. `base_norm` and `relative_norm`: ‖W‖_F of the base weight and
+    ‖ΔW‖_F / ‖W‖_F, where the base was given.
 
     A row with `experts` is a group of them: norms and singular values are of all their updates together, σ_k being
     √Σ_e σ_ek²; stable and effective rank, utilization and knee are medians, and an energy rank is one that suffices for
@@ -71,6 +74,10 @@ class AuditedModule(ModuleRow):
     utilization: float | None = None
     energy_rank: dict[str, int] | None = None
     knee: int | None = None
+    top1_share: float | None = None
+    hard_threshold_rank: int | None = None
+    base_norm: float | None = None
+    relative_norm: float | None = None
     stack: str | None = None
     experts: ExpertSpread | None = None
     whole_update: bool = False
@@ -125,16 +132,18 @@ def _numbers(spectra: dict[str, Tensor], thresholds: dict[str, float]) -> dict[s
     numbers = {}
     for names in lengths.values():
         sigma = torch.stack([spectra[name] for name in names])
-        columns = [sigma[:, 0], stable_rank(sigma), effective_rank(sigma), knee(sigma)]
+        columns = [sigma[:, 0], stable_rank(sigma), effective_rank(sigma), knee(sigma), hard_threshold_rank(sigma)]
         columns += [energy_rank(sigma, q) for q in thresholds.values()]
         for name, row in zip(names, torch.stack([column.double() for column in columns], 1).tolist(), strict=True):
-            largest, stable, effective, bend, *ks = row
+            largest, stable, effective, bend, above, *ks = row
             numbers[name] = {
                 "frobenius_norm": largest * math.sqrt(stable),
                 "spectral_norm": largest,
                 "stable_rank": stable,
                 "effective_rank": effective,
                 "knee": int(bend),
+                "top1_share": 1 / stable if stable else 0.0,
+                "hard_threshold_rank": int(above),
                 "energy_rank": {q: int(k) for q, k in zip(thresholds, ks, strict=True)},
             }
     return numbers

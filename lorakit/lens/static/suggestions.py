@@ -5,11 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+from lorakit.adapters.lora_config import spelled_out
+from lorakit.adapters.write_lora import integral
 from lorakit.allocation.budget import read_budget
 from lorakit.allocation.rules import allocate
 from lorakit.lens.static.spectra import AuditedModule
+from lorakit.naming.patterns import compact_pattern
 from lorakit.serving._needs import SERVED_RANKS
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
 @dataclass(frozen=True)
@@ -19,7 +26,7 @@ class RankSuggestion:
     `rank`: the one rank of a global policy, otherwise None. `energy_kept`: the share of Σ ‖ΔW‖_F² that the best
     approximations of these ranks keep. `modules_covered`: how many modules keep the requested energy. `served_rank`:
     the largest rank, rounded up to a size that servers offer. `served_parameters`: the parameters if every module's
-    rank is rounded up that way.
+    rank is rounded up that way. `scalings`: each module's scaling in the audited adapter.
     """
 
     policy: str
@@ -30,11 +37,42 @@ class RankSuggestion:
     modules_covered: int
     served_rank: int
     served_parameters: int
+    scalings: dict[str, float]
 
     @property
     def label(self) -> str:
         """The policy's name in tables and legends."""
         return self.policy.replace("_", " ")
+
+    def to_config(self, **fields: Any) -> LoraConfig:
+        """A LoraConfig for `get_peft_model` that trains the audited modules anew, at these ranks.
+
+        Every module has the scaling alpha / r that it had in the audited adapter, whatever its rank, and is named in
+        full; no other is adapted. `fields` are other fields of LoraConfig, such as `lora_dropout` and `task_type`.
+
+        Raises: ValueError for a field that the ranks decide.
+
+        Example:
+            >>> suggestion = lorakit.lens.audit("adapter/", suggest_ranks=True).suggestions[0]  # doctest: +SKIP
+            >>> model = get_peft_model(base, suggestion.to_config(task_type="CAUSAL_LM"))  # doctest: +SKIP
+        """
+        from peft import LoraConfig
+
+        r = max(self.ranks.values())
+        alphas = {name: integral(self.scalings[name] * rank) for name, rank in self.ranks.items()}
+        alpha = next(alphas[name] for name, rank in self.ranks.items() if rank == r)
+        decided = {
+            "r": r,
+            "lora_alpha": alpha,
+            "rank_pattern": compact_pattern(self.ranks, {name for name, rank in self.ranks.items() if rank == r}),
+            "alpha_pattern": compact_pattern(alphas, {name for name, value in alphas.items() if value == alpha}),
+            "use_rslora": False,
+            **spelled_out(self.ranks),
+        }
+        both = sorted(decided.keys() & fields.keys())
+        if both:
+            raise ValueError(f"`fields` must not have {', '.join(both)}: the suggested ranks decide them.")
+        return LoraConfig(**decided, **fields)
 
 
 def covering(values: Sequence[int], share: float) -> int:
@@ -62,11 +100,27 @@ def suggest(modules: Sequence[AuditedModule], threshold: str, budget: int | str 
         suggestions.append(_suggestion(policy, modules, needed, {m.module_name: min(k, m.rank) for m in modules}, k))
     knees = {m.module_name: max(1, m.knee or 0) for m in modules}
     effective = {m.module_name: max(1, math.ceil((m.effective_rank or 0.0) - 1e-6)) for m in modules}
-    for policy, ranks in (("per_module", needed), ("knee", knees), ("entropy", effective)):
+    above = {m.module_name: max(1, m.hard_threshold_rank or 0) for m in modules}
+    for policy, ranks in (
+        ("per_module", needed),
+        ("knee", knees),
+        ("entropy", effective),
+        ("hard_threshold", above),
+    ):
         suggestions.append(_suggestion(policy, modules, needed, ranks))
     if budget is not None:
         suggestions.append(_suggestion("budget", modules, needed, within(modules, budget)))
     return suggestions
+
+
+def suggestion_of(
+    policy: str, modules: Sequence[AuditedModule], threshold: str, ranks: Mapping[str, int]
+) -> RankSuggestion:
+    """The suggestion of given ranks, of at most the modules' own; `policy` names it, `threshold` is as in `suggest`."""
+    needed = {m.module_name: max(1, (m.energy_rank or {})[threshold]) for m in modules}
+    own = {m.module_name: min(ranks[m.module_name], m.rank) for m in modules}
+    only = set(own.values())
+    return _suggestion(policy, modules, needed, own, only.pop() if len(only) == 1 else None)
 
 
 def within(modules: Sequence[AuditedModule], budget: int | str) -> dict[str, int]:
@@ -101,4 +155,5 @@ def _suggestion(
         modules_covered=sum(ranks[name] >= k for name, k in needed.items()),
         served_rank=served(largest),
         served_parameters=sum(rounded[m.module_name] * m.parameters_of_a_rank for m in modules),
+        scalings={m.module_name: m.scaling for m in modules},
     )

@@ -7,15 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorakit.lens.static._concentration import concentrated
 from lorakit.spectral import effective_rank, energy_rank, stable_rank
+from lorakit.spectral._leading import leading_svd
 
 _RESOLUTION = 16  # spacings of the largest singular value
+_SMALL = 1024  # the smaller side of a weight up to which full SVDs are taken
+_MORE = 8  # triplets beyond those asked for, so that a subspace at the end is whole
+_RANK_TOLERANCE = 64  # spacings of ‖ΔW‖_F that rounding leaves outside the leading directions
 
 
-def update_numbers(update: Tensor, W: Tensor, energy: float) -> dict[str, Any]:
-    """Norms and ranks of ΔW (d_out, d_in), and its size relative to W."""
-    sigma = torch.linalg.svdvals(update)
-    change, size = norm(sigma), norm(W)
+def update_numbers(update: Tensor, W: Tensor, energy: float, *, rank: int | None = None) -> dict[str, Any]:
+    """Norms and ranks of ΔW (d_out, d_in), and its size relative to W. `rank`: as in `vector_numbers`."""
+    sigma = _update_spectrum(update, rank)
+    change, size = norm(update), norm(W)
     return {
         "frobenius_norm": size,
         "update_frobenius_norm": change,
@@ -27,15 +32,41 @@ def update_numbers(update: Tensor, W: Tensor, energy: float) -> dict[str, Any]:
     }
 
 
+def _update_spectrum(update: Tensor, rank: int | None) -> Tensor:
+    """The singular values of ΔW that are not rounding: of a change of low rank, the leading ones are all of them."""
+    if rank is None or min(update.shape) <= _SMALL or update.dtype == torch.float64:
+        every: Tensor = torch.linalg.svdvals(update)
+        return every
+    found = leading_svd(update, rank + _MORE)
+    if found is not None:
+        rest = update - (found.U * found.S) @ found.Vh
+        if norm(rest) <= _RANK_TOLERANCE * torch.finfo(update.dtype).eps * norm(update):
+            return found.S
+    wide = update.double()  # squares of float32's singular values are exact enough in float64
+    gram = wide.mT @ wide if wide.shape[0] >= wide.shape[1] else wide @ wide.mT
+    squares: Tensor = torch.linalg.eigvalsh(gram)
+    return squares.flip(-1).clamp_min(0).sqrt().to(update.dtype)
+
+
 def vector_numbers(W: Tensor, tuned: Tensor, *, rank: int | None, top_k: int, intruder_below: float) -> dict[str, Any]:
     """Singular values of W and W' (d_out, d_in), cosines of singular vectors of the same index, and intruders.
 
     Vectors of singular values that rounding cannot tell apart are known only as a subspace. For them |cos| is the norm
     of the projection onto the subspace, and the cosine of the same index is the root mean square over it.
+
+    With a `rank`, the leading triplets of large weights come from a verified block Krylov method; where that does not
+    converge, and where it cannot be told from them what is an intruder, from full SVDs.
     """
+    if rank is not None and min(W.shape) > _SMALL:
+        found = _from_leading(W, tuned, rank, top_k, intruder_below)
+        if found is not None:
+            return found
+    return _from_full(W, tuned, rank, top_k, intruder_below)
+
+
+def _from_full(W: Tensor, tuned: Tensor, rank: int | None, top_k: int, below: float) -> dict[str, Any]:
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     U_tuned, S_tuned, Vh_tuned = torch.linalg.svd(tuned, full_matrices=False)
-    kept = slice(rank)
     of_base = _subspaces(_indistinguishable(S))
     of_both = _subspaces(_indistinguishable(S) | _indistinguishable(S_tuned))
     # singular value 0: one index past the last subspace, for directions that W does not have
@@ -44,17 +75,72 @@ def vector_numbers(W: Tensor, tuned: Tensor, *, rank: int | None, top_k: int, in
     found: dict[str, Any] = {}
     for side, first, second in (("output", U.mT, U_tuned), ("input", Vh, Vh_tuned.mT)):
         squares = (first @ second).square()
-        cosines = _same_index(squares, of_both)[kept]
         nearest = _projections(squares[:, :examined], real)[: int(of_base[-1]) + 1].amax(0).sqrt()
-        intruders = (nearest < intruder_below).nonzero()[:, 0].tolist()
-        found[f"{side}_cosines"] = tuple(cosines.tolist())
-        found[f"{side}_cosine_mean"] = float(cosines.mean())
-        found["intruders" if side == "output" else "input_intruders"] = tuple(intruders)
+        found |= _side(side, _same_index(squares, of_both)[slice(rank)], (nearest < below).nonzero()[:, 0].tolist())
+    return found | _values(S, S_tuned, rank)
+
+
+def _from_leading(W: Tensor, tuned: Tensor, rank: int, top_k: int, below: float) -> dict[str, Any] | None:
+    """As `_from_full`, from the leading triplets; None where they do not settle it."""
+    first = leading_svd(W, max(rank, top_k) + _MORE)
+    second = None if first is None else leading_svd(tuned, max(rank, top_k) + _MORE)
+    if first is None or second is None:
+        return None
+    S, S_tuned = first.S, second.S
+    merged = _indistinguishable(S) | _indistinguishable(S_tuned)
+    ends = (~merged[rank - 1 :]).nonzero()
+    base_ends = (~_indistinguishable(S)).nonzero()
+    if not len(ends) or not len(base_ends):
+        return None
+    whole, whole_base = rank + int(ends[0]), int(base_ends[-1]) + 1
+    examined = min(top_k, int((_resolution(S_tuned) < S_tuned).sum()))
+    found: dict[str, Any] = {}
+    sides = (("output", W, first.U, second.U), ("input", W.mT, first.Vh.mT, second.Vh.mT))
+    for side, weight, base_vectors, vectors in sides:
+        squares = (base_vectors[:, :whole].mT @ vectors[:, :whole]).square()
+        cosines = _same_index(squares, _subspaces(merged[: whole - 1]))[:rank]
+        intruders = _leading_intruders(
+            weight, S[:whole_base], base_vectors[:, :whole_base], vectors[:, :examined], below
+        )
+        if intruders is None:
+            return None
+        found |= _side(side, cosines, intruders)
+    return found | _values(S, S_tuned, rank)
+
+
+def _leading_intruders(W: Tensor, S: Tensor, base: Tensor, vectors: Tensor, below: float) -> list[int] | None:
+    """Which `vectors` (d, n) no left singular vector of W comes near; `base` (d, m): the leading ones, of values S."""
+    squares = (base.mT @ vectors).square()
+    last = _subspaces(_indistinguishable(S))
+    real = torch.where(_resolution(S) < S, last, int(last[-1]) + 1)
+    nearest = _projections(squares, real)[: int(last[-1]) + 1].amax(0).sqrt()
+    rest = vectors - base @ (base.mT @ vectors)
+    sizes = torch.linalg.vector_norm(rest, dim=0)
+    open_ones = ((nearest < below) & (sizes >= below)).nonzero()[:, 0].tolist()
+    intruders = set(((nearest < below) & (sizes < below)).nonzero()[:, 0].tolist())
+    if open_ones:
+        answers = concentrated(W, rest[:, open_ones], [below / float(sizes[i]) for i in open_ones])
+        if answers is None:
+            return None
+        intruders |= {i for i, near in zip(open_ones, answers, strict=True) if not near}
+    return sorted(intruders)
+
+
+def _side(side: str, cosines: Tensor, intruders: list[int]) -> dict[str, Any]:
+    return {
+        f"{side}_cosines": tuple(cosines.tolist()),
+        f"{side}_cosine_mean": float(cosines.mean()),
+        "intruders" if side == "output" else "input_intruders": tuple(intruders),
+    }
+
+
+def _values(S: Tensor, S_tuned: Tensor, rank: int | None) -> dict[str, Any]:
+    S, S_tuned = S[slice(rank)], S_tuned[slice(rank)]
     size = norm(S)
-    return found | {
+    return {
         "spectrum_shift": norm(S_tuned - S) / size if size else None,
-        "singular_values": tuple(S[kept].tolist()),
-        "tuned_singular_values": tuple(S_tuned[kept].tolist()),
+        "singular_values": tuple(S.tolist()),
+        "tuned_singular_values": tuple(S_tuned.tolist()),
     }
 
 

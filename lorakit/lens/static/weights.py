@@ -59,8 +59,9 @@ def compare_weights(
 ) -> WeightsReport:
     """Compare the matrices of a model before and after fine-tuning, and optionally the change with an adapter's.
 
-    Names must be equal in both models. One weight is in memory at a time. Each takes three full SVDs in float32
-    (float64 for float64 weights), which is minutes for a large model on a CPU; `modules` and `device` cut that short.
+    Names must be equal in both models. One weight is in memory at a time, in float32 (float64 for float64 weights).
+    Where both sides of it exceed 1024, its `rank` leading triplets come from a block Krylov method whose residuals are
+    checked, and from full SVDs where it does not converge; ``rank=None`` takes full SVDs of every weight.
 
     An intruder is one of the `top_k` leading singular vectors of W' whose |cos| with every singular vector of W is
     below `intruder_below`; vectors of singular value 0 are ignored in both. Vectors of singular values that are too
@@ -71,7 +72,8 @@ def compare_weights(
         adapter: an adapter that approximates the change: a path, a Hub id, a PeftModel or an open adapter.
         modules: a regular expression for whole module names, or names as in PEFT's `target_modules`; by default all
             matrices.
-        rank: how many leading singular values and same-index cosines to keep and average; None for all.
+        rank: how many leading singular values and same-index cosines to keep, average, and take the shift of the
+            spectrum over; None for all.
         top_k: how many leading singular vectors of W' to check for intruders.
         intruder_below: the |cos| below which a singular vector of W' is an intruder.
         energy: the share of ‖ΔW‖_F² that `update_energy_rank` keeps.
@@ -198,7 +200,7 @@ def _row(
             return row
     update = tuned - W
     vectors = vector_numbers(W, tuned, rank=options.rank, top_k=options.top_k, intruder_below=options.intruder_below)
-    row = replace(row, **vectors, **update_numbers(update, W, options.energy))
+    row = replace(row, **vectors, **update_numbers(update, W, options.energy, rank=options.rank))
     if view is None or module is None:
         return row
     shape = (module.d_out, module.d_in)

@@ -28,7 +28,8 @@ _MOST_LINES = 8
 class ComparedWeight(ModuleRow):
     """A weight W (d_out, d_in) that fine-tuning changed to W'. If one of them is not finite, the numbers are None.
 
-    `singular_values`, `tuned_singular_values`: the leading ones of W and of W'. `spectrum_shift`: ‖σ' − σ‖₂ / ‖σ‖₂.
+    `singular_values`, `tuned_singular_values`: the leading ones of W and of W'. `spectrum_shift`: ‖σ' − σ‖₂ / ‖σ‖₂ of
+    these.
     `output_cosines`, `input_cosines`: |cos| between the left (right) singular vectors of W and W' with the same index.
     `intruders`, `input_intruders`: indices, from 0, of the left (right) singular vectors of W' that resemble none of W.
     `update_…`: numbers of ΔW = W' − W. `relative_change`: ‖ΔW‖_F / ‖W‖_F. `residual`: ε = ‖ΔW − ΔW_adapter‖_F / ‖ΔW‖_F

@@ -61,7 +61,7 @@ def test_the_table_folds_the_layers(adapter):
         (line,) = [line for line in text.splitlines() if line.startswith(f"{role} ")]
         assert line.split()[1:4] == ["32", "0–31", "4"]
     assert len(text.splitlines()) < 55
-    for policy in ("global median", "global p90", "per module", "knee", "entropy", "budget"):
+    for policy in ("global median", "global p90", "per module", "knee", "entropy", "hard threshold", "budget"):
         assert policy in text
     worst = min(report.modules, key=lambda m: m.utilization)
     assert worst.module_name in text

@@ -194,7 +194,7 @@ def known(tmp_path):
 def test_suggestions_cover_what_they_say(known):
     report = audit(known, suggest_ranks=True)
     by_policy = {s.policy: s for s in report.suggestions}
-    assert set(by_policy) == {"global_median", "global_p90", "per_module", "knee", "entropy"}
+    assert set(by_policy) == {"global_median", "global_p90", "per_module", "knee", "entropy", "hard_threshold"}
     assert by_policy["global_median"].rank == 1
     assert by_policy["global_p90"].rank == 2
     assert by_policy["global_median"].modules_covered == 6
@@ -481,7 +481,7 @@ SPEC = st.tuples(
     SHAPES | SHAPES | st.lists(st.integers(0, 4), max_size=5),
 )
 OTHERS = [
-    "lora_B.bias", "lora_E", "lora_magnitude_vector", "lora_spec.weight", "lora_embedding_A", "lora_embedding_B",
+    "lora_B.bias", "lora_E", "lora_magnitude_vector", "lora_spec.weight_svd", "lora_embedding_A", "lora_embedding_B",
     "lora_A.default.weight", "weight",
 ]  # fmt: skip
 MODULE = st.fixed_dictionaries({"lora_A.weight": SPEC, "lora_B.weight": SPEC}) | st.fixed_dictionaries(

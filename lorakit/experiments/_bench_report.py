@@ -1,0 +1,335 @@
+"""What a bench reports: the gate, the variants with their verdicts, and the scores that these rest on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lorakit._figures import escape_mathtext, message_figure, new_figure
+from lorakit._format import count, extent, size
+from lorakit._report import Report, Table
+from lorakit.errors import EvaluationError, Finding
+from lorakit.evaluation._digests import digest
+from lorakit.experiments._bench_verdicts import BenchGate, BenchScores, BenchTask, gates, judge, overall
+from lorakit.lens.render.files import write_whole
+from lorakit.lens.render.html import write_html
+from lorakit.statistics import Verdict
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FORMAT = "lorakit-bench-1"
+Method = Literal["retrained", "truncated"]
+JSON_NAME, HTML_NAME = "bench.json", "report.html"
+
+
+@dataclass(frozen=True)
+class BenchVariant:
+    """Adapters of lower rank, one for each seed: trained anew at suggested ranks, or the probe's cut to them.
+
+    `policies` are those that suggest these ranks. `verdict` and the p-values are Holm's, over all variants.
+    `parameters` and `size_bytes` are of one adapter as it is written, each module at its own rank; `served_rank` is
+    the size to which servers with one rank for all modules fill it up. `energy_kept` is the mean over seeds of the
+    share of Σ ‖ΔW‖_F² of the probe; None for what was trained anew. `headline` is the task nearest its margin.
+    """
+
+    name: str
+    method: Method
+    policies: tuple[str, ...]
+    ranks: Mapping[str, int]
+    parameters: int
+    size_bytes: int
+    served_rank: int
+    energy_kept: float | None
+    adapters: tuple[str, ...]
+    verdict: Verdict
+    pass_p_value: float
+    fail_p_value: float
+    headline: str
+    tasks: tuple[BenchTask, ...]
+
+    @property
+    def task(self) -> BenchTask:
+        """The result on the task nearest its margin."""
+        return next(task for task in self.tasks if task.name == self.headline)
+
+    @property
+    def within_tolerance(self) -> bool | None:
+        """Gradience's policy on every task; None without a tolerance."""
+        found = [task.within_tolerance for task in self.tasks]
+        return None if None in found else all(found)
+
+
+@dataclass(frozen=True, repr=False)
+class BenchReport(Report):
+    """What `lorakit.experiments.bench` found.
+
+    `verdict` is PASS where a variant PASSes, FAIL where all of them FAIL, else INCONCLUSIVE; also where the probe does
+    not pass the gate, when there are no variants. `probe` says how large the probes are, and where they lie. `sha256`
+    is of everything else.
+    """
+
+    verdict: Verdict
+    base: str
+    seeds: tuple[int, ...]
+    alpha: float
+    tolerance: float | None
+    gate: tuple[BenchGate, ...]
+    probe: Mapping[str, Any]
+    variants: tuple[BenchVariant, ...]
+    findings: tuple[Finding, ...]
+    settings: Mapping[str, Any]
+    hashes: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    created: str
+    scores: BenchScores
+    sha256: str = ""
+
+    @property
+    def passed_gate(self) -> bool:
+        """Whether the probe is good enough to be worth compressing."""
+        return all(row.passed for row in self.gate)
+
+    @property
+    def recommended(self) -> BenchVariant | None:
+        """The PASSing variant within the tolerance with the fewest parameters, then the best bound; or None."""
+        passing = [v for v in self.variants if v.verdict == "PASS" and v.within_tolerance is not False]
+        return min(passing, key=lambda variant: (variant.parameters, -variant.task.lower), default=None)
+
+    @property
+    def title(self) -> str:
+        return f"Bench of {self.base}"
+
+    @property
+    def headline(self) -> str:
+        """The result in one line."""
+        if not self.passed_gate:
+            row = next(row for row in self.gate if not row.passed)
+            return (
+                f"Stopped at the gate: the probe gains {row.gain:+.4f} on {row.task} (lower bound {row.lower:+.4f}), "
+                f"which must exceed {row.minimum:g}. It is not worth compressing."
+            )
+        best = self.recommended
+        if best is None:
+            return f"{self.verdict}: none of {len(self.variants)} variants is shown to be as good as the probe."
+        saved = 1 - best.parameters / self.probe["parameters"]
+        return (
+            f"PASS: {best.name} has {saved:.0%} fewer parameters than the probe, {best.task.name} "
+            f"{best.task.difference:+.4f} (lower bound {best.task.lower:+.4f}) at margin {best.task.margin:g}."
+        )
+
+    @property
+    def details(self) -> tuple[str, ...]:
+        """The gate, a line a task, and how the bounds are made."""
+        rank = extent(self.probe["rank_range"])
+        lines = [
+            f"probe: r {rank}, {count(self.probe['parameters'])} parameters, {size(self.probe['size_bytes'])}, seeds "
+            f"{', '.join(map(str, self.seeds))}"
+        ]
+        lines += [
+            f"gate, {row.task}: base {row.base_mean:.4f} → probe {row.probe_mean:.4f}, gain {row.gain:+.4f} (lower "
+            f"{row.lower:+.4f}) against a minimum of {row.minimum:g}: {'passed' if row.passed else 'not passed'}"
+            for row in self.gate
+        ]
+        lines.append(f"bounds: one-sided, each at level {self.alpha:g}, over seeds and documents; verdicts: Holm's")
+        return tuple(lines)
+
+    @property
+    def next_steps(self) -> tuple[str, ...]:
+        """What to do with the result."""
+        if not self.passed_gate:
+            return ("# train the probe longer, at another learning rate, or on more data",)
+        best = self.recommended
+        if best is not None:
+            return (f"lorakit servable {shlex.quote(best.adapters[0])}",)
+        needs = [task.documents_needed for v in self.variants if v.verdict == "INCONCLUSIVE" for task in v.tasks]
+        known = [number for number in needs if number is not None]
+        if known and max(known) > min(task.documents for v in self.variants for task in v.tasks):
+            return (f"# evaluate on {max(known)} documents for a verdict at this margin",)
+        return ("# take more seeds, or a larger margin",) if needs else ()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a variant and task."""
+        left_out = ("tasks", "ranks", "adapters", "policies", "headline", "verdict")
+        return [
+            {
+                **{key: value for key, value in asdict(variant).items() if key not in left_out},
+                "policies": ", ".join(variant.policies),
+                "verdict": variant.verdict,
+                "task": task.name,
+                **{key: value for key, value in asdict(task).items() if key not in ("name", "verdict")},
+                "task_verdict": task.verdict,
+            }
+            for variant in self.variants
+            for task in variant.tasks
+        ]
+
+    def tables(self) -> list[Table]:
+        """One row a variant, on the task nearest its margin; then one a variant and task, and the ranks."""
+        tasks = sorted({variant.headline for variant in self.variants})
+        note = f"diff: variant − probe on {' or '.join(tasks)}, paired by seed and document, with one-sided bounds. "
+        note += "worst: the worst seed."
+        note += "" if self.tolerance is None else f" policy: no seed is more than {self.tolerance:g} worse."
+        sizes = (
+            "One adapter as it is written, each module at its own rank. served as: the one rank to which most servers "
+        )
+        sizes += "need it padded. energy: what the cut keeps of the probe."
+        found = [
+            Table.of("", _COLUMNS, [(variant, variant.task) for variant in self.variants], note=note),
+            Table.of("Sizes", _SIZE_COLUMNS, self.variants, note=sizes),
+        ]
+        if len(self.gate) > 1:
+            columns = [_COLUMNS[0], ("task", lambda cell: cell[1].name), *_COLUMNS[1:-1], _TASK_VERDICT]
+            each = [(variant, task) for variant in self.variants for task in variant.tasks]
+            found.append(Table.of("Every task", columns, each, long=True))
+        modules = list(self.variants[0].ranks) if self.variants else []
+        columns = [("module", str), *((v.name, _rank_in(v)) for v in self.variants)]
+        found.append(Table.of("Ranks", columns, modules, long=True))
+        return [table for table in found if table.rows]
+
+    def plot(self) -> Figure:
+        """Each variant's difference with its bounds and seeds, beside the margin: one panel a task."""
+        if not self.variants:
+            return message_figure("Bench", "stopped at the gate: no variant was made")
+        tasks = [task.name for task in self.variants[0].tasks]
+        figure = new_figure(3.5 + 4.5 * len(tasks), 1.6 + 0.42 * len(self.variants))
+        for axes, task in zip(figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0], tasks, strict=True):
+            self._draw(axes, task)
+        return figure
+
+    def _draw(self, axes: Axes, name: str) -> None:
+        labels = []
+        for place, variant in enumerate(self.variants):
+            task = next(one for one in variant.tasks if one.name == name)
+            color = _COLORS[variant.verdict]
+            error = [[task.difference - task.lower], [task.upper - task.difference]]
+            axes.errorbar([task.difference], [place], xerr=error, fmt="o", capsize=4, color=color)
+            axes.plot(task.seed_differences, [place] * len(task.seed_differences), "|", color="black", markersize=9)
+            labels.append(escape_mathtext(f"{variant.name}, {count(variant.parameters)}: {variant.verdict}"))
+        margin = next(one for one in self.variants[0].tasks if one.name == name).margin
+        axes.axvline(-margin, color="black", linestyle="--", linewidth=1, label=f"margin {margin:g}")
+        axes.axvline(0, color="gray", linewidth=1)
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set_ylim(len(labels) - 0.5, -0.5)
+        axes.set(xlabel="variant − probe; short bars are the seeds", title=escape_mathtext(name))
+        axes.legend(fontsize=8)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write `bench.json` and `report.html`, each whole or not at all."""
+        content = json.dumps({"format": FORMAT, **self.to_dict()}, indent=1, allow_nan=False)
+        write_whole(Path(directory, JSON_NAME), content.encode())
+        write_html(self, Path(directory, HTML_NAME))
+
+    def signed(self) -> str:
+        """SHA-256 of everything but `sha256`."""
+        return digest({key: value for key, value in self.to_dict().items() if key != "sha256"})
+
+    def verify(self) -> None:
+        """Compute the hash, the gate and every verdict anew from the scores.
+
+        Raises: EvaluationError where one of them is not what the report says.
+        """
+        if self.signed() != self.sha256:
+            raise EvaluationError("The bench does not verify: its content is not what its SHA-256 says.")
+        minimum, margins = self.settings["gate"], self.settings["margins"]
+        again = judge(self.scores, margins, self.alpha, self.tolerance)
+        gate = gates(self.scores, minimum, self.alpha)
+        stated = {v.name: _figures(v.verdict, v.headline, v.tasks) for v in self.variants}
+        computed = {name: _figures(one.verdict, one.headline, one.tasks) for name, one in again.items()}
+        verdict = overall(gate, [one.verdict for one in again.values()])
+        for what, one, other in (
+            ("gate", [asdict(row) for row in self.gate], [asdict(row) for row in gate]),
+            ("variants", stated, computed),
+            ("verdict", self.verdict, verdict),
+        ):
+            if not _same(one, other):
+                raise EvaluationError(f"The bench does not verify: its {what} are not those of its scores.")
+
+
+def read_bench(path: str | os.PathLike[str]) -> BenchReport:
+    """A report from its `bench.json`; not verified.
+
+    Raises: EvaluationError where the file is none.
+    """
+    try:
+        content = json.loads(Path(path).read_bytes())
+        if content.pop("format") != FORMAT:
+            raise ValueError("another format")
+        scores = content.pop("scores")
+        return BenchReport(
+            **content
+            | {
+                "seeds": tuple(content["seeds"]),
+                "gate": tuple(BenchGate(**row) for row in content["gate"]),
+                "variants": tuple(_variant(row) for row in content["variants"]),
+                "findings": tuple(Finding(**row) for row in content["findings"]),
+            },
+            scores=BenchScores(**_tuples(scores)),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise EvaluationError(f"{os.fspath(path)!r} is not a bench of lorakit's: {error}.") from error
+
+
+def _variant(row: dict[str, Any]) -> BenchVariant:
+    tasks = tuple(BenchTask(**task | {"seed_differences": tuple(task["seed_differences"])}) for task in row["tasks"])
+    lists = {name: tuple(row[name]) for name in ("policies", "adapters")}
+    return BenchVariant(**row | lists | {"tasks": tasks})
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _figures(verdict: str, headline: str, tasks: tuple[BenchTask, ...]) -> list[Any]:
+    return [verdict, headline, [asdict(task) for task in tasks]]
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two figures are the same but for another machine's rounding."""
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-9)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return bool(a == b)
+
+
+def _rank_in(variant: BenchVariant) -> Any:
+    return lambda module: str(variant.ranks[module])
+
+
+def _ranks(variant: BenchVariant) -> str:
+    return extent((min(variant.ranks.values()), max(variant.ranks.values())))
+
+
+_COLORS = {"PASS": "#2a7f3f", "FAIL": "#b00020", "INCONCLUSIVE": "#8a5a00"}
+_TASK_VERDICT: tuple[str, Any] = ("verdict", lambda cell: cell[1].verdict)
+_COLUMNS: list[tuple[str, Any]] = [
+    ("variant", lambda cell: cell[0].name),
+    ("ranks", lambda cell: _ranks(cell[0])),
+    ("params", lambda cell: count(cell[0].parameters)),
+    ("diff", lambda cell: f"{cell[1].difference:+.4f}"),
+    ("lower", lambda cell: f"{cell[1].lower:+.4f}"),
+    ("upper", lambda cell: f"{cell[1].upper:+.4f}"),
+    ("worst", lambda cell: f"{cell[1].worst_seed_difference:+.4f}"),
+    ("policy", lambda cell: {None: "", True: "kept", False: "broken"}[cell[1].within_tolerance]),
+    ("verdict", lambda cell: cell[0].verdict),
+]
+_SIZE_COLUMNS: list[tuple[str, Any]] = [
+    ("variant", lambda variant: variant.name),
+    ("ranks", lambda variant: _ranks(variant)),
+    ("params", lambda variant: count(variant.parameters)),
+    ("size", lambda variant: size(variant.size_bytes)),
+    ("served as", lambda variant: str(variant.served_rank)),
+    ("energy", lambda variant: "" if variant.energy_kept is None else f"{variant.energy_kept:.1%}"),
+]

@@ -1,0 +1,100 @@
+"""How much of a vector lies in one singular vector of a matrix, without the matrix' singular vectors.
+
+The Lanczos process from a unit vector u with W Wᵀ gives the orthonormal polynomials p_0, p_1, … of the measure that has
+mass (u · u_i)² at each σ_i². At every λ the mass is at most the Christoffel function 1 / Σ p_j(λ)², whatever the number
+of steps: where that is below a limit everywhere, no singular vector holds so much of u.
+
+Reference: Golub and Meurant, "Matrices, Moments and Quadrature with Applications", 2010.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_STEPS = (24, 48, 96, 160)  # Lanczos steps after which is looked
+_GRID = 16  # points a step, on which the Christoffel function is looked at
+_SLACK = 1.05  # for what lies between two of them
+_TOLERANCE = 1e-6  # residual of a Ritz vector, relative to the largest eigenvalue
+
+
+def concentrated(W: Tensor, vectors: Tensor, below: Sequence[float]) -> list[bool] | None:
+    """For each column u (d_out, n): whether a left singular vector of W has |cos| of at least its `below` with it.
+
+    None where that cannot be told within 160 steps. Raises nothing; W is finite.
+    """
+    count = vectors.shape[1]
+    answers: list[bool | None] = [None] * count
+    process = _Lanczos(W, vectors)
+    for steps in _STEPS:
+        process.run(steps)
+        for i in range(count):
+            if answers[i] is None:
+                answers[i] = process.answer(i, below[i])
+        if all(answer is not None for answer in answers):
+            break
+    return None if None in answers else [bool(answer) for answer in answers]
+
+
+class _Lanczos:
+    """Lanczos processes from several vectors side by side, with full reorthogonalization."""
+
+    def __init__(self, W: Tensor, vectors: Tensor) -> None:
+        self._W = W
+        first = vectors / torch.linalg.vector_norm(vectors, dim=0)
+        self._basis = [first]  # each (d_out, n)
+        self._alpha: list[Tensor] = []
+        self._beta: list[Tensor] = []
+        self._next: Tensor | None = first
+
+    def run(self, steps: int) -> None:
+        """Go on until there are so many steps, or the space is exhausted for all vectors."""
+        while len(self._alpha) < min(steps, self._W.shape[0]):
+            q = self._basis[len(self._alpha)]
+            image = self._W @ (self._W.mT @ q)
+            self._alpha.append((q * image).sum(0).double())
+            basis = torch.stack(self._basis)
+            for _ in range(2):
+                image = image - torch.einsum("jdn,jn->dn", basis, torch.einsum("jdn,dn->jn", basis, image))
+            beta = torch.linalg.vector_norm(image, dim=0)
+            self._beta.append(beta.double())
+            self._basis.append(torch.where(beta > 0, image / beta.clamp_min(torch.finfo(beta.dtype).tiny), 0))
+
+    def answer(self, i: int, below: float) -> bool | None:
+        """Whether vector i is concentrated in one singular vector; None: not known yet."""
+        steps = len(self._alpha)
+        alpha = torch.stack([a[i] for a in self._alpha])
+        beta = torch.stack([b[i] for b in self._beta])
+        largest = float(torch.linalg.vector_norm(alpha, torch.inf) + 2 * beta[:-1].abs().max()) if steps > 1 else 0.0
+        spent = (beta <= 1e-6 * max(largest, float(alpha.abs().max()))).nonzero()
+        if len(spent):  # an invariant subspace: everything is known
+            steps = int(spent[0]) + 1
+        T = torch.diag(alpha[:steps]) + torch.diag(beta[: steps - 1], 1) + torch.diag(beta[: steps - 1], -1)
+        values, vectors = torch.linalg.eigh(T)
+        masses = vectors[0].square()
+        if len(spent):
+            real = values > 1e-10 * values[-1].abs()  # what W maps to 0 is no singular vector of it
+            return bool((masses[real].sqrt() >= below).any())
+        # at a Ritz value the Christoffel function is its mass; a peak there may be narrower than the grid
+        most = max(self._bound(alpha[:steps], beta[:steps], float(values[-1])), float(masses.max()))
+        if most * _SLACK < below**2:
+            return False
+        residuals = beta[steps - 1] * vectors[-1].abs()
+        found = (residuals <= _TOLERANCE * values[-1].abs()) & (masses.sqrt() >= below)
+        return True if bool(found.any()) else None
+
+    @staticmethod
+    def _bound(alpha: Tensor, beta: Tensor, largest: float) -> float:
+        """The largest value of the Christoffel function on a grid over the spectrum."""
+        steps = len(alpha)
+        angles = torch.linspace(0, torch.pi, _GRID * steps, dtype=alpha.dtype, device=alpha.device)
+        grid = 0.51 * largest * (1 - angles.cos())
+        before, now = torch.zeros_like(grid), torch.ones_like(grid)
+        total = torch.ones_like(grid)
+        for j in range(steps - 1):
+            previous = beta[j - 1] if j else 0.0
+            before, now = now, ((grid - alpha[j]) * now - previous * before) / beta[j]
+            total = total + now.square()
+        return float((1 / total).max())
