@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lorakit._checks import preview
 from lorakit.adapters import Adapter, AdapterModule, open_saved_adapter
 from lorakit.adapters.companions import check_overwrite, companions_of, local_directory
 from lorakit.adapters.edit_log import read_edits
 from lorakit.adapters.keys import tensor_name
 from lorakit.adapters.lora_config import minimal_config, spelled_out
 from lorakit.adapters.rewritable import carried_tensors, check_finite, check_rewritable, contents_of, finite_tensor
+from lorakit.adapters.whole import with_whole_updates
 from lorakit.adapters.write_lora import StoredUpdate, plain_lora, stored_update, write_lora
 from lorakit.compress._ranks import EnergyOf, RankChoice, Ranks, Spectra, little_saved
 from lorakit.compress._report import CompressedModule, CompressReport
-from lorakit.errors import AdapterFileError, Finding
+from lorakit.errors import AdapterFileError, Finding, UnsupportedModelError
 from lorakit.serving._needs import needs_of
 from lorakit.serving._written import Before, compact_finding, summary
 from lorakit.spectral import LowRank
@@ -44,6 +46,7 @@ def truncate(
     for_server: str | Iterable[str] | None = None,
     activations: Mapping[str, Tensor] | None = None,
     second_moments: Mapping[str, Tensor] | None = None,
+    base: str | os.PathLike[str] | nn.Module | None = None,
     adapter_name: str | None = None,
     overwrite: bool = False,
     verify: bool = True,
@@ -55,10 +58,12 @@ def truncate(
     every server; modules that keep their rank and scaling keep their tensors bit for bit. `energy`, `budget` and
     `max_rank` choose one rank for all modules, because padding makes a file of mixed ranks as large.
 
+    Experts stacked in one parameter are one module: every expert is cut by itself, and all keep one rank, the largest
+    that one of them needs.
+
     modules_to_save, biases, embeddings, `lora_bias` and the record of surgery are carried over, and so are tokenizer,
-    chat template and model card where they lie beside the adapter. FISHERLORA and ADALORA become LORA. DoRA keeps its
-    magnitudes, so the energies are those of the low-rank part, as the report says; the best cut of the whole needs the
-    base weight.
+    chat template and model card where they lie beside the adapter. FISHERLORA and ADALORA become LORA. Without `base`,
+    DoRA keeps its magnitudes, and the energies are those of the low-rank part, as the report says.
 
     Args:
         adapter: a directory, a file with its config beside it, a Hub id, or a PeftModel, which is not changed.
@@ -78,12 +83,15 @@ def truncate(
         activations: inputs (n, d_in) of every module, by its name: what is minimised is then ‖(ΔW − ΔŴ) C^½‖_F with C
             the mean of x xᵀ, of any rank; `energy` and `budget` are of ΔW C^½.
         second_moments: C (d_in, d_in) itself, instead.
+        base: the base model's weights (a directory or file of safetensors, or the model): DoRA and SPECLORA are then
+            cut by their whole update, which is written as a plain LoRA. A DoRA's has full rank; its spectrum takes an
+            SVD of the weight's size.
         overwrite: allow `out` to be the adapter's own directory, or to hold an adapter that lorakit did not write.
         verify: read back what was written, and compare it with what was meant, before it takes its place.
     Raises: TypeError unless one criterion is given; ValueError for one that cannot be met; AdapterFileError for
-        adapters that are broken or not finite; UnsupportedModelError for SPECLORA, grouped convolutions,
-        `target_parameters`, inits that changed the base, and what a server refuses; OverwriteError (a
-        FileExistsError); OSError. `out` is then as it was.
+        adapters that are broken or not finite; UnsupportedModelError for SPECLORA without `base`, grouped
+        convolutions, inits that changed the base, inputs of stacked experts, and what a server refuses; OverwriteError
+        (a FileExistsError); OSError. `out` is then as it was.
     References: Eckart & Young, Psychometrika 1936.
 
     Example:
@@ -108,7 +116,7 @@ def truncate(
         needs=needs_of(for_server, pad=pad and not per_module),
     )
     check_overwrite(out, [adapter], overwrite=overwrite)
-    view = open_saved_adapter(adapter, adapter_name=adapter_name)
+    view = with_whole_updates(open_saved_adapter(adapter, adapter_name=adapter_name), base)
     source = Source(adapter, view, recorded_edits(adapter))
     return rewrite(source, out, choice, _Inputs(view, activations, second_moments), verify=verify)
 
@@ -168,7 +176,7 @@ def rewrite(
         intended=updates if verify else None,
         edits=source.edits,
     )
-    findings += [finding for finding in view.findings if finding.severity != "info"]
+    findings += [f for f in view.findings if f.severity != "info" or f.code == "whole_update"]
     findings += [*companions.findings, *_about_dora(view), *compact_finding(lora)]
     if command == "compress":
         findings += little_saved(
@@ -212,7 +220,7 @@ def _cut(view: Adapter, module: AdapterModule, rank: int, inputs: _Inputs | None
 def _beside(view: Adapter) -> dict[str, Tensor]:
     """The tensors that are written as they are: beside the updates, and DoRA's magnitudes."""
     magnitudes = {
-        tensor_name(module.name, "magnitude"): finite_tensor(view, module.magnitude)
+        tensor_name(module.path, "magnitude"): finite_tensor(view, module.magnitude)
         for module in view.modules
         if module.magnitude is not None
     }
@@ -221,6 +229,8 @@ def _beside(view: Adapter) -> dict[str, Tensor]:
 
 def _stored(view: Adapter, module: AdapterModule, update: LowRank) -> StoredUpdate:
     bias = None if module.bias is None else finite_tensor(view, module.bias)
+    if bias is not None and module.whole_of is not None:  # a whole update has the scaling 1
+        bias = bias * module.whole_of.scaling
     return stored_update(module, update, bias=bias)
 
 
@@ -228,7 +238,7 @@ def _about_dora(view: Adapter) -> list[Finding]:
     count = sum(module.magnitude is not None for module in view.modules)
     message = (
         f"{count} modules have DoRA magnitudes, which were kept as they were: the cut, and its energy, are of the "
-        f"low-rank part alone."
+        f"low-rank part alone. Give the base weights (`base`, --base) to cut the whole update."
     )
     return [Finding("info", "low_rank_part_only", None, message)] if count else []
 
@@ -242,8 +252,8 @@ class _Rows:
         self._energies: dict[str, tuple[float, float | None]] = {}
         for module in view.modules:
             name, rank = module.name, updates[module.name].rank
-            whole = rank >= len(spectra[name])
-            kept = spectra[name] if whole else spectra[name][:rank]
+            whole = rank >= spectra[name].shape[-1]
+            kept = spectra[name][..., :rank]
             if weighted and not whole:  # not the leading components
                 kept = updates[name].singular_values().double().cpu()
             seen = seen_total.add(name, weighted[name][:rank]) if weighted else None
@@ -261,9 +271,11 @@ class _Rows:
                     module_name=module.name,
                     role=module.role,
                     layer=module.layer,
-                    rank=module.rank,
+                    rank=module.stored.rank,
                     kept_rank=rank,
-                    parameters=(padded_to or rank) * (module.d_out + module.d_in),
+                    whole_update=module.whole_of is not None,
+                    experts=module.experts,
+                    parameters=(padded_to or rank) * (module.experts or 1) * (module.d_out + module.d_in),
                     energy_kept=energy,
                     weighted_energy_kept=weighted_energy,
                     low_rank_part_only=module.magnitude is not None,
@@ -283,6 +295,13 @@ class _Inputs:
         self._given = activations if activations is not None else second_moments
         if self._given is None:
             return
+        stacks = [module.name for module in view.modules if module.experts is not None]
+        if stacks:
+            option = "activations" if activations is not None else "second_moments"
+            raise UnsupportedModelError(
+                f"`{option}` must be those of one matrix each, but these modules are stacks of experts, which see "
+                f"different tokens: {preview(stacks)}. Leave `{option}` out."
+            )
         differing = sorted(self._given.keys() ^ {module.name for module in view.modules})
         if differing:
             raise ValueError(f"The inputs of every module must be given, and of no other; {differing[0]!r} differs.")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lorakit._checks import check_integer, check_seed
 from lorakit._distributed.fsdp import unwrapped
-from lorakit.adapters.in_model import LiveModule, live_modules, resolve_adapter_name
+from lorakit.adapters.in_model import LiveModule, check_no_stacks, live_modules, resolve_adapter_name
 from lorakit.calibration.losses import LossFn
 from lorakit.calibration.run import collect
 from lorakit.calibration.state import activated, base_model_of, check_can_differentiate, no_inference_mode
@@ -211,6 +211,7 @@ def _adapter(
         targets = target_modules if isinstance(target_modules, str) else list(target_modules)
         config = LoraConfig(target_modules=targets)
         chosen = [module for module in available if check_target_module_exists(config, module.name)]
+        check_no_stacks(chosen, "The probe")
     modules = [module for module in chosen if module.is_linear()]
     if not modules:
         leaves = sorted({module.name.rpartition(".")[2] for module in available})

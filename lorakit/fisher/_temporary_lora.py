@@ -51,7 +51,9 @@ def temporary_lora(
                 torch.manual_seed(seed)
                 inject_adapter_in_model(config, model, name)
             modules = [
-                LiveModule(path, layer, name) for path, layer in model.named_modules() if isinstance(layer, LoraLayer)
+                LiveModule(path, layer, name, path)
+                for path, layer in model.named_modules()
+                if isinstance(layer, LoraLayer)
             ]
             unfit = [module for module in modules if not module.is_linear()]
             if unfit:

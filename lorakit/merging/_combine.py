@@ -58,6 +58,8 @@ def merged(items: Items, combine: Combine | None, rank: int | None, energy: floa
 
     With `combine` the updates are formed, and one of the two must be given.
     """
+    if combine is not None and items[0][0].B.ndim > 2:
+        return _of_experts(items, combine, rank, energy)
     if combine is not None:
         dense = _dense(items, combine)
         sigma, vectors, left = leading(dense)
@@ -65,7 +67,7 @@ def merged(items: Items, combine: Combine | None, rank: int | None, energy: floa
         return _result(factored(dense, vectors, left, kept), len(sigma), sigma)
     total = _sum(items)
     if rank is None and energy is None:
-        energies = max(0.0, float(total.inner(total)))
+        energies = max(0.0, float(total.inner(total).sum()))
         return Merged(total, total.rank, energies, energies)
     sigma = total.singular_values().double()
     kept = _rank_of(sigma, rank, energy)
@@ -73,7 +75,9 @@ def merged(items: Items, combine: Combine | None, rank: int | None, energy: floa
 
 
 def least_rank(items: Items, combine: Combine | None, energy: float) -> int:
-    """The smallest rank, at least 1, that keeps a share of the energy of one module's merge."""
+    """The smallest rank, at least 1, that keeps a share of the energy of one module's merge, or of every expert's."""
+    if combine is not None and items[0][0].B.ndim > 2:
+        return max(least_rank(each, combine, energy) for each in _by_expert(items))
     sigma = _sum(items).singular_values() if combine is None else leading(_dense(items, combine))[0]
     return _rank_of(sigma, None, energy)
 
@@ -95,11 +99,26 @@ def _wide(update: LowRank) -> torch.dtype:
 
 def _rank_of(sigma: Tensor, rank: int | None, energy: float | None) -> int:
     if energy is not None:
-        return max(1, int(energy_rank(sigma, energy)))
+        return max(1, int(energy_rank(sigma, energy).max()))
     assert rank is not None
-    return min(rank, len(sigma))
+    return min(rank, sigma.shape[-1])
 
 
 def _result(update: LowRank, rank: int, sigma: Tensor) -> Merged:
     squares = sigma.double().square()
-    return Merged(update, rank, float(squares[: update.rank].sum()), float(squares.sum()))
+    return Merged(update, rank, float(squares[..., : update.rank].sum()), float(squares.sum()))
+
+
+def _of_experts(items: Items, combine: Combine, rank: int | None, energy: float | None) -> Merged:
+    """The merges of a stack of experts, each formed by itself, at one rank."""
+    if rank is None:
+        assert energy is not None
+        rank = least_rank(items, combine, energy)
+    merges = [merged(each, combine, rank, None) for each in _by_expert(items)]
+    update = LowRank(torch.stack([m.update.B for m in merges]), torch.stack([m.update.A for m in merges]))
+    return Merged(update, merges[0].rank, sum(m.kept for m in merges), sum(m.total for m in merges))
+
+
+def _by_expert(items: Items) -> list[Items]:
+    experts = items[0][0].B.shape[0]
+    return [[(LowRank(u.B[e], u.A[e], u.scaling), weight) for u, weight in items] for e in range(experts)]

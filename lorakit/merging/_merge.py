@@ -21,10 +21,11 @@ from lorakit.adapters import Adapter, AdapterModule, open_saved_adapter
 from lorakit.adapters.companions import check_overwrite, companions_of, label_of
 from lorakit.adapters.lora_config import minimal_config
 from lorakit.adapters.rewritable import check_finite, check_rewritable, contents_of
+from lorakit.adapters.whole import with_whole_updates
 from lorakit.adapters.write_lora import plain_lora, stored_update, write_lora
 from lorakit.merging._combine import DENSE, METHODS, Items, Merged, Method, combiner, least_rank, merged
 from lorakit.merging._report import MergedModule, MergeReport
-from lorakit.merging._together import Present, config_of, findings_about, layout_of, modules_of, tensors_beside
+from lorakit.merging._together import Present, config_of, findings_about, layouts_of, modules_of, tensors_beside
 from lorakit.serving._needs import Needs, needs_of
 from lorakit.serving._written import Before, compact_finding, summary
 
@@ -44,6 +45,7 @@ def merge(
     seed: int = 0,
     pad: bool = True,
     for_server: str | Iterable[str] | None = None,
+    base: str | os.PathLike[str] | nn.Module | None = None,
     overwrite: bool = False,
     verify: bool = True,
 ) -> MergeReport:
@@ -72,12 +74,14 @@ def merge(
         pad: False writes each module at its own rank, and chooses it module by module: for PEFT ≥ 0.15 and
             vLLM ≥ 0.33 only.
         for_server: servers that the file is for, as in `lorakit.compress.truncate`.
+        base: the base model's weights (a directory or file of safetensors, or the model): DoRA and SPECLORA are then
+            merged by their whole updates.
         overwrite: allow `out` to be one of the adapters, or to hold an adapter that lorakit did not write.
         verify: read back what was written, and compare it with what was meant, before it takes its place.
     Raises: ValueError for weights, ranks and densities that make no sense, shapes that differ and tensors beside the
-        updates that disagree; TypeError for options that the method has no use for; UnsupportedModelError for DoRA,
-        `lora_bias`, SPECLORA and what else a sum of updates is not one adapter of; AdapterFileError; OverwriteError (a
-        FileExistsError); OSError. `out` is then as it was.
+        updates that disagree; TypeError for options that the method has no use for; UnsupportedModelError for
+        `lora_bias`, for DoRA and SPECLORA without `base`, and what else a sum of updates is not one adapter of;
+        AdapterFileError; OverwriteError (a FileExistsError); OSError. `out` is then as it was.
     References: Yadav et al., "TIES-Merging", NeurIPS 2023; Yu et al., "Language Models are Super Mario" (DARE),
         ICML 2024.
 
@@ -93,7 +97,7 @@ def merge(
     _check_options(method, rank, energy, density)
     check_overwrite(out, adapters, overwrite=overwrite)
     needs = needs_of(for_server, pad=pad)
-    views = [open_saved_adapter(adapter) for adapter in adapters]
+    views = [with_whole_updates(open_saved_adapter(adapter), base) for adapter in adapters]
     for view in views:
         check_rewritable(view)
         needs.check(contents_of(view))
@@ -102,7 +106,7 @@ def merge(
     beside, findings = tensors_beside(views)
     findings += findings_about(views, present)
     merges = _merge_all(views, present, chosen, recipe)
-    layouts = {name: layout_of(list(modules.values())) for name, modules in present.items()}
+    layouts = layouts_of(present)
     stored = [stored_update(layouts[name], one.update) for name, one in merges.items()]
     lora = plain_lora(stored, pad=pad, fitting_rank=needs.rank_at_least, integer_alpha=needs.integer_alpha)
     needs.check_rank(lora.r)
@@ -206,7 +210,10 @@ def _rows(
             sources=len(present[name]),
             rank=one.rank,
             kept_rank=one.update.rank,
-            parameters=(padded_to or one.update.rank) * (layouts[name].d_out + layouts[name].d_in),
+            experts=layouts[name].experts,
+            parameters=(padded_to or one.update.rank)
+            * (layouts[name].experts or 1)
+            * (layouts[name].d_out + layouts[name].d_in),
             energy_kept=one.kept / one.total if one.total > 0 else 1.0,
             error=errors.get(name),
         )

@@ -29,7 +29,6 @@ _EXTRAS = {
     "bias": "trained biases (`bias`)",
     "embedding": "embeddings saved whole (`save_embedding_layers`)",
     "trainable_tokens": "trained tokens (`trainable_token_indices`)",
-    "expert_parameters": "adapted parameters (`target_parameters`)",
     "orphan": "tensors that belong to no module",
 }
 

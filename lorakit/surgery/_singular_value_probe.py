@@ -70,7 +70,7 @@ class SingularValueProbe(nn.Module):
             # The first dimension must be the examples. With two dimensions it may be the tokens of all examples, and
             # if the first two are equal, time may come first.
             self.separable &= n == 1 or (x.ndim >= 3 and x.shape[1] != n)
-        return projected * copy.view(n, *[1] * (projected.ndim - 2), -1).to(projected.dtype)
+        return projected * copy.view(n, *[1] * (projected.ndim - 2), copy.shape[1]).to(projected.dtype)
 
     def collect(self, num_examples: int) -> Tensor | None:
         """∂ℓ/∂σ (num_examples, m) after backward; None if examples could not be told apart."""

@@ -115,7 +115,7 @@ class GradientProbes:
         from lorakit.lens.training.factors import batches, factors_of, grams
 
         probes = {probe.module.name: probe for probe in self._probes}
-        factors = [pair for probe in self._probes if (pair := factors_of(probe.module)) is not None]
+        factors = [pair for probe in self._probes for pair in factors_of(probe.module)]
         if factors and is_distributed():
             _sum_over_processes(self._probes, factors, self._projections)
         by_rank: dict[int, list[_Seen]] = {}
