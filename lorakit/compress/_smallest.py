@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit._figures import escape_mathtext, new_figure
+from lorakit._files import write_file
 from lorakit._format import size
 from lorakit._report import Report, Table
 from lorakit.adapters import open_adapter
@@ -221,6 +222,4 @@ def _add_certificate(out: Path, certificate: Certificate) -> None:
     certificate.save(out / CERTIFICATE_NAME)
     card = out / "README.md"
     if card.exists():
-        partial = out / f".README.md.{os.getpid()}"
-        partial.write_text(card.read_text(encoding="utf-8") + "\n" + certificate.to_model_card(), encoding="utf-8")
-        partial.replace(card)
+        write_file(card, card.read_text(encoding="utf-8") + "\n" + certificate.to_model_card())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import warnings
 from collections.abc import Iterator
@@ -12,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lorakit._signals import restoring
 from lorakit.adapters import open_adapter
+from lorakit.calibration.state import in_eval_mode
 from lorakit.errors import EvaluationError, LorakitError
 from lorakit.evaluation._models import AdapterSource, LoadOptions, label_of, load_base
 
@@ -53,17 +54,19 @@ class AttachedAdapter:
             _check_not_merged(adapter)
             self.model = adapter
             return
-        with without_adapters(base):
-            self._load(base, adapter)
+        with without_adapters(base), self._taken_out(base):
+            self.model = _applied_by_peft(base, adapter)
 
-    def _load(self, base: nn.Module, adapter: AdapterSource) -> None:
+    @restoring
+    def _taken_out(self, base: nn.Module) -> Iterator[None]:
+        """Take out again what the block puts into the base model, and keep it."""
         before = [(module, dict(module.named_children())) for module in base.modules()]
         trainable = {parameter: parameter.requires_grad for parameter in base.parameters()}
         marks = ("peft_config", "_hf_peft_config_loaded")  # of adapters that are in the base now
         kept = {mark: vars(base).pop(mark) for mark in marks if mark in vars(base)}
         biases = {p: p.detach().clone() for name, p in base.named_parameters() if name.endswith("bias")}
         try:
-            self.model = _applied_by_peft(base, adapter)
+            yield
         finally:
             for module, children in before:
                 for name, child in children.items():
@@ -86,7 +89,7 @@ class AttachedAdapter:
         """Whether the adapter has values for biases of the base model."""
         return bool(self._biases)
 
-    @contextlib.contextmanager
+    @restoring
     def applied(self) -> Iterator[Any]:
         """The model with this adapter alone, until the block ends."""
         if self._own:
@@ -103,7 +106,7 @@ class AttachedAdapter:
                     bias.data.copy_(value)
 
 
-@contextlib.contextmanager
+@restoring
 def adapted(base: Any, adapter: AdapterSource | PeftModel) -> Iterator[Any]:
     """The base model with the adapter, until the block ends; a PeftModel is taken as it is.
 
@@ -116,7 +119,7 @@ def adapted(base: Any, adapter: AdapterSource | PeftModel) -> Iterator[Any]:
         yield model
 
 
-@contextlib.contextmanager
+@restoring
 def without_adapters(base: nn.Module) -> Iterator[None]:
     """Every adapter's layer replaced by the layer it is on, until the block ends."""
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -135,7 +138,7 @@ def without_adapters(base: nn.Module) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
+@restoring
 def _exchanged(places: _Places) -> Iterator[None]:
     before = [(module, name, getattr(module, name)) for module, name, _ in places]
     try:
@@ -214,14 +217,10 @@ def check_applied(model: PeftModel, name: str) -> None:
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     device = model.get_input_embeddings().weight.device
     ids = (torch.arange(24, device=device) * 7919 + 11).remainder(vocabulary).unsqueeze(0)
-    was_training = model.training
-    model.eval()
-    try:
+    with in_eval_mode(model):
         changed = model(input_ids=ids).logits
         with without_adapters(model.get_base_model()):
             plain = model(input_ids=ids).logits
-    finally:
-        model.train(was_training)
     if torch.equal(changed, plain):
         raise EvaluationError(
             f"The adapter {name!r} has updates, but the model's logits are the base model's: it is not applied. Is it "

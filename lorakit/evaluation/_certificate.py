@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorakit._figures import escape_mathtext, new_figure
+from lorakit._files import write_file
 from lorakit._report import Report
 from lorakit.errors import EvaluationError
 from lorakit.evaluation._digests import digest
@@ -155,7 +156,7 @@ class Certificate(Report):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the certificate as JSON, whole or not at all."""
-        _write(path, json.dumps({"format": FORMAT, **self.to_dict()}, indent=1, allow_nan=False))
+        write_file(path, json.dumps({"format": FORMAT, **self.to_dict()}, indent=1, allow_nan=False))
 
     def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
         """The certificate as one HTML page; written to `path` where one is given."""
@@ -167,7 +168,7 @@ class Certificate(Report):
             f"<p>Certificate {html.escape(self.sha256)}, {html.escape(self.created)}.</p></body></html>"
         )
         if path is not None:
-            _write(path, page)
+            write_file(path, page)
         return page
 
     def to_model_card(self) -> str:
@@ -314,14 +315,3 @@ def read_certificate(path: str | os.PathLike[str]) -> Certificate:
         return Certificate(**content, **sides, tasks=tasks)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise EvaluationError(f"{os.fspath(path)!r} is not a certificate of lorakit's: {error}.") from error
-
-
-def _write(path: str | os.PathLike[str], text: str) -> None:
-    target = Path(os.path.realpath(path))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)

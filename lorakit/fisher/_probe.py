@@ -8,7 +8,6 @@ gradients of all its examples.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from lorakit._checks import check_integer, check_seed
 from lorakit._distributed.fsdp import unwrapped
+from lorakit._signals import all_of, restoring
 from lorakit.adapters.in_model import LiveModule, live_modules, resolve_adapter_name
 from lorakit.calibration.losses import LossFn
 from lorakit.calibration.run import collect
@@ -105,25 +105,27 @@ def probe(
     model = unwrapped(model)
     check_can_differentiate(model)
     _check_kind(model, train_loader, adapter_name)
-    with contextlib.ExitStack() as stack:
-        if isinstance(model, PeftModel):
-            modules, unprobed = stack.enter_context(_adapter(model, adapter_name, target_modules, wanted))
-        else:
-            modules, unprobed = stack.enter_context(temporary_lora(model, target_modules, seed)), []
-            if train_loader is not None:
-                train_temporary_lora(model, modules, train_loader, loss_fn, train_steps, learning_rate, progress)
+    if isinstance(model, PeftModel):
+        adapter_name = resolve_adapter_name(model, adapter_name)
+        chosen = _chosen(model, adapter_name, target_modules, wanted)
+        attached, unprobed = _active(model, adapter_name, chosen), [m.name for m in chosen if not m.is_linear()]
+    else:
+        attached, unprobed = temporary_lora(model, target_modules, seed), []
+    with attached as modules:
+        if train_loader is not None:
+            train_temporary_lora(model, modules, train_loader, loss_fn, train_steps, learning_rate, progress)
         targets = _target_names(model, [module.name for module in modules])
-        probes = [stack.enter_context(probed(module, wanted)) for module in modules]
-        collected = collect(
-            model,
-            loader,
-            probes,
-            num_examples=num_examples,
-            loss_fn=loss_fn,
-            progress=progress,
-            description="Fisher information",
-            max_tokens=CPU_TOKENS if next(model.parameters()).device.type == "cpu" else math.inf,
-        )
+        with all_of(probed(module, wanted) for module in modules) as probes:
+            collected = collect(
+                model,
+                loader,
+                probes,
+                num_examples=num_examples,
+                loss_fn=loss_fn,
+                progress=progress,
+                description="Fisher information",
+                max_tokens=CPU_TOKENS if next(model.parameters()).device.type == "cpu" else math.inf,
+            )
         rows = list(map(_row, modules, probes, collected.statistics))
     base = base_model_of(model)
     return FisherReport(
@@ -148,12 +150,10 @@ def _check_kind(model: nn.Module, train_loader: Iterable[Any] | None, adapter_na
         raise ValueError(f"`adapter_name` is for a PeftModel; the model is a {type(model).__name__}.")
 
 
-@contextlib.contextmanager
-def _adapter(
-    model: PeftModel, adapter_name: str | None, target_modules: str | Sequence[str] | None, factors: set[str]
-) -> Iterator[tuple[list[LiveModule], list[str]]]:
-    """Activate an adapter; its selected linear modules, and the names of selected modules that are not linear."""
-    adapter_name = resolve_adapter_name(model, adapter_name)
+def _chosen(
+    model: PeftModel, adapter_name: str, target_modules: str | Sequence[str] | None, factors: set[str]
+) -> list[LiveModule]:
+    """An adapter's selected modules, of which at least one is linear. Raises: UnsupportedModelError."""
     available = live_modules(model, adapter_name)
     chosen = available
     if target_modules is not None and target_modules != "all-linear":
@@ -169,8 +169,14 @@ def _adapter(
         )
     for module in modules:
         _check_layer(module, factors)
+    return chosen
+
+
+@restoring
+def _active(model: PeftModel, adapter_name: str, chosen: Sequence[LiveModule]) -> Iterator[list[LiveModule]]:
+    """Activate an adapter; its linear modules among those chosen."""
     with activated(model, adapter_name):
-        yield modules, [module.name for module in chosen if not module.is_linear()]
+        yield [module for module in chosen if module.is_linear()]
 
 
 def _check_layer(module: LiveModule, factors: set[str]) -> None:
