@@ -33,6 +33,7 @@ class _Deferral:
     def __init__(self) -> None:
         self._before: dict[int, Callable[[int, FrameType | None], Any]] = {}
         self._kept: list[int] = []
+        self.entered = False
         self._handler = self._handle  # one object, so that it can be recognised
 
     def install(self) -> None:
@@ -53,13 +54,17 @@ class _Deferral:
 
     def deliver(self, frame: FrameType | None) -> None:
         """Call the former handlers for the signals that were kept, as if they had arrived in `frame`."""
-        kept, self._kept = self._kept, []
-        for number in kept:
-            self._before[number](number, frame)
+        if self._kept:
+            number = self._kept.pop(0)
+            try:
+                self._before[number](number, frame)
+            finally:
+                self.deliver(frame)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        guarded = _GUARDED - {_Uninterrupted.__enter__.__code__} if self.entered else _GUARDED
         caller = frame
-        while caller is not None and caller.f_code not in _GUARDED:
+        while caller is not None and caller.f_code not in guarded:
             caller = caller.f_back
         if caller is None:
             self._before[number](number, frame)
@@ -83,14 +88,17 @@ class _Uninterrupted(contextlib.ContextDecorator, Generic[T]):
             self._inner = self._make()
             value = self._inner.__enter__()
             try:
+                self._deferral.entered = True
                 self._deferral.deliver(sys._getframe(1))
+                return value
             except BaseException:
+                self._deferral.entered = False
                 self._inner.__exit__(*sys.exc_info())
                 raise
         except BaseException:
+            self._deferral.entered = False
             self._deferral.remove()
             raise
-        return value
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
