@@ -14,6 +14,10 @@ class RegistrationError(LorakitError, RuntimeError):
     """lorakit's method names could not be registered with PEFT."""
 
 
+class PatternError(LorakitError, ValueError):
+    """A regular expression that is too large, or that takes too long to match."""
+
+
 class UnsupportedModelError(LorakitError, ValueError):
     """The operation does not support this kind of model, module or adapter."""
 

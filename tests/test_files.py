@@ -71,7 +71,7 @@ def test_a_pipe_gets_the_content(tmp_path):
     (tmp_path / "link").symlink_to("fifo")
     for path in (fifo, tmp_path / "link"):
         read = []
-        reader = threading.Thread(target=lambda: read.append(fifo.read_bytes()))
+        reader = threading.Thread(target=lambda read=read: read.append(fifo.read_bytes()))
         reader.start()
         write_file(path, b"x" * 200_000)
         reader.join()
@@ -91,7 +91,9 @@ def test_a_device_gets_the_content_and_stays(tmp_path):
 @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "link"])
 def test_standard_output_keeps_its_place_also_where_it_is_a_file(tmp_path, name):
     (tmp_path / "link").symlink_to("/dev/stdout")
-    program = f"from lorakit._files import write_file\nprint('before')\nwrite_file({name!r}, 'content\\n')\nprint('after')"
+    program = (
+        f"from lorakit._files import write_file\nprint('before')\nwrite_file({name!r}, 'content\\n')\nprint('after')"
+    )
     expected = "before\ncontent\nafter\n"
     piped = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
     assert (piped.stdout, piped.stderr) == (expected, "")
