@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from lorakit._figures import new_figure
-from lorakit._format import count, extent
+from lorakit._format import count, extent, visible
 from lorakit._report import Report
 from lorakit.naming.patterns import compact_pattern
 from lorakit.naming.roles import group_of, layer_of
@@ -92,7 +92,7 @@ class Allocation(Report):
         """A table of every module's score, cost and rank, and why the rank is not larger."""
         heading = ("module", "role", "score", "cost", "rank", "why not one more")
         lines = [heading] + [
-            (row.module_name, row.role or "-", f"{row.score:.3g}", str(row.cost), str(row.rank), row.why)
+            (visible(row.module_name), row.role or "-", f"{row.score:.3g}", str(row.cost), str(row.rank), row.why)
             for row in self.modules
         ]
         widths = [max(len(line[i]) for line in lines) for i in range(len(heading) - 1)]

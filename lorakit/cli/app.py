@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated
 
 import typer
 
+from lorakit._format import visible
 from lorakit._version import __version__
+from lorakit.cli._shell import in_a_shell
 from lorakit.cli.agree import agree
 from lorakit.cli.certify import certify, evaluate
 from lorakit.cli.demo import demo
@@ -16,7 +19,6 @@ from lorakit.cli.probe import probe
 from lorakit.cli.rewrite import compress, export, merge
 from lorakit.cli.servable import servable
 from lorakit.cli.surgery import surgery
-from lorakit.errors import LorakitError
 
 app = typer.Typer(name="lorakit", no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -51,15 +53,18 @@ for _command in (
     agree,
     demo,
 ):
-    app.command()(_command)
+    app.command()(in_a_shell(_command))
 
 
 def main() -> None:
     """Run the command; exit code 0, 1 for a finding of severity error, 2 for wrong usage and bad input."""
     try:
-        app()
-    except (LorakitError, ValueError, OSError) as error:
-        from rich.console import Console
-
-        Console(stderr=True, soft_wrap=True).print(f"lorakit: {error}", style="red", markup=False, highlight=False)
-        raise SystemExit(2) from None
+        code = app(standalone_mode=False)
+    except Exception as error:
+        if not (hasattr(error, "format_message") and hasattr(error, "show")):
+            raise
+        said = io.StringIO()  # of wrong usage: what was typed is printed again
+        error.show(file=said)
+        sys.stderr.write("\n".join(map(visible, said.getvalue().split("\n"))))
+        raise SystemExit(getattr(error, "exit_code", 2)) from None
+    raise SystemExit(code)

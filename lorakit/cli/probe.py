@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,7 +22,7 @@ from lorakit.cli._data import (
     read_examples,
 )
 from lorakit.cli._models import Device, Dtype, FourBit, Revision, Trust, load_options
-from lorakit.cli._output import print_json
+from lorakit.cli._output import print_json, print_lines
 from lorakit.data import tokenizer_for
 
 if TYPE_CHECKING:
@@ -97,7 +96,7 @@ def probe(
         found = {"report": report, "allocation": allocation, "data": batches.report}
         print_json({name: value.to_dict() for name, value in found.items()})
     else:
-        sys.stdout.write("\n".join(_lines(report, allocation, batches.report, out)) + "\n")
+        print_lines(*_lines(report, allocation, batches.report, out))
 
 
 def _settings(
@@ -143,7 +142,10 @@ def _allocate(report: Any, settings: dict[str, Any], model_name: str, out: Path 
 
 
 def _lines(report: Any, allocation: Any, data: DataReport, out: Path | None) -> list[str]:
-    lines = [allocation.explain(), f"score: mean squared gradient of lora_B's entries, {report.num_examples} examples"]
+    lines = [
+        *allocation.explain().splitlines(),
+        f"score: mean squared gradient of lora_B's entries, {report.num_examples} examples",
+    ]
     ratio = report.vq_ratio
     if ratio is not None:
         error = "" if ratio.stderr is None else f" ± {ratio.stderr:.2g}"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lorakit._signals import restoring
 from lorakit.adapters import open_adapter
 from lorakit.calibration.state import in_eval_mode
-from lorakit.errors import EvaluationError, LorakitError
+from lorakit.errors import EvaluationError, raised_as
 from lorakit.evaluation._models import AdapterSource, LoadOptions, label_of, load_base
 
 if TYPE_CHECKING:
@@ -154,15 +154,9 @@ def _applied_by_peft(base: Any, adapter: AdapterSource) -> PeftModel:
     from peft import PeftModel
 
     _check_fits(base, adapter)
-    try:
+    what = f"The adapter {os.fspath(adapter)!r} does not fit the base model {label_of(base)!r}"
+    with raised_as(EvaluationError, what):
         return PeftModel.from_pretrained(base, os.fspath(adapter)).eval()
-    except LorakitError:
-        raise
-    except (RuntimeError, ValueError, KeyError, OSError, TypeError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise EvaluationError(
-            f"The adapter {os.fspath(adapter)!r} does not fit the base model {label_of(base)!r}: {reason}"
-        ) from error
 
 
 def _check_fits(base: Any, adapter: AdapterSource) -> None:
