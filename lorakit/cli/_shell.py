@@ -53,6 +53,10 @@ def _code_of(command: Callable[[], None], out: TextIO) -> int:
         return code
     except KeyboardInterrupt:
         return INTERRUPTED
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # so ends rich's console, with a code that means a finding
+            return CLOSED_PIPE
+        raise
     except BrokenPipeError as error:
         if error.filename is None:  # the reader of stdout has gone, as `head` does when it has read enough
             _discard(out)
