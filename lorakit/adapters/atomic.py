@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lorakit._signals import restoring
+
 if TYPE_CHECKING:
     from peft import PeftConfig
 
@@ -29,7 +31,7 @@ _RENAME_EXCHANGE = 2  # of Linux
 _AT_FDCWD = -100
 
 
-@contextlib.contextmanager
+@restoring
 def replaced_directory(out: str | os.PathLike[str], *, remove: Collection[str] = ()) -> Iterator[Path]:
     """Yield a temporary directory, whose files replace those of `out` if the block ends without an error.
 

@@ -23,7 +23,17 @@ from lorakit.cli._certified import (
     with_certificate,
 )
 from lorakit.cli._models import Device, Dtype, FourBit, Revision, Trust, load_options
-from lorakit.cli._output import EXIT_CODES, Column, Overwrite, check_share, print_folded, print_json, print_lines, show
+from lorakit.cli._output import (
+    EXIT_CODES,
+    Column,
+    Overwrite,
+    check_share,
+    fail_if_errors,
+    print_folded,
+    print_json,
+    print_lines,
+    show,
+)
 
 if TYPE_CHECKING:
     from lorakit._report import Report
@@ -377,6 +387,7 @@ def _show(report: Report, as_json: bool, columns: list[Column] | None, certifica
     """Print a report: as JSON with its certificate, or with a table of its modules where there are columns."""
     if as_json:
         print_json(with_certificate(report, certificate))
+        fail_if_errors(report)
         return
     if columns is None:
         print_lines(report.headline)
@@ -384,3 +395,4 @@ def _show(report: Report, as_json: bool, columns: list[Column] | None, certifica
         print_folded(report.headline, getattr(report, "modules", ()), columns)
     steps = ("What to do next:", *(f"  {step}" for step in report.next_steps)) if report.next_steps else ()
     print_lines(*report.details, *steps)
+    fail_if_errors(report)

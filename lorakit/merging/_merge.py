@@ -6,7 +6,6 @@ are defined entry by entry of ΔW, so each module's ΔWs are formed, one module 
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from lorakit._checks import check_integer, check_number
+from lorakit._signals import restoring
 from lorakit.adapters import Adapter, AdapterModule, open_saved_adapter
 from lorakit.adapters.companions import check_overwrite, companions_of, label_of
 from lorakit.adapters.lora_config import minimal_config
@@ -173,7 +173,7 @@ def _merge_all(
     return found
 
 
-@contextlib.contextmanager
+@restoring
 def _seeded(recipe: _Recipe) -> Iterator[None]:
     """The same random numbers for `dare` each time, and torch's global state as it was afterwards."""
     with torch.random.fork_rng(enabled=recipe.method == "dare"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit._distributed.fsdp import full_tensor
+from lorakit._signals import restoring
 from lorakit.adapters.in_model import LiveModule
 from lorakit.errors import CalibrationError, SurgeryError, UnsupportedModelError
 
@@ -100,7 +100,7 @@ class _ScaledU(nn.Module):
         return F.linear(a, self.weight, self.bias)
 
 
-@contextlib.contextmanager
+@restoring
 def probed(item: Decomposed) -> Iterator[SingularValueProbe]:
     """Replace a module's factors by its decomposition while the block runs.
 

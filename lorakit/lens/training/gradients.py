@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lorakit._checks import check_integer
 from lorakit._distributed.fsdp import is_distributed, unwrapped
+from lorakit._signals import restoring
 from lorakit.lens._private import is_compiled
 from lorakit.spectral.gram import svd_from_grams
 
@@ -52,7 +53,7 @@ class GradientWatch:
     overlaps: dict[str, Overlap] = field(default_factory=dict)
 
 
-@contextlib.contextmanager
+@restoring
 def watch_gradients(
     model: nn.Module, *, projections: int = 8, seed: int = 0, adapter_name: str | None = None
 ) -> Iterator[GradientWatch]:

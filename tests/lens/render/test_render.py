@@ -337,7 +337,7 @@ def test_the_command_imports_neither_transformers_nor_peft_and_matplotlib_only_f
     for options, loaded in (([], []), (["--json"], []), (["--html", str(adapter / "r.html")], ["matplotlib"])):
         code = f"""
             import io, sys
-            from lorakit.cli import app
+            from lorakit.cli.app import app
             out, sys.stdout = sys.stdout, io.StringIO()
             app(["audit", {str(adapter)!r}, *{options!r}], standalone_mode=False)
             heavy = {{"transformers", "peft", "accelerate", "matplotlib", "huggingface_hub", "scipy"}}
