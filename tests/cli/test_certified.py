@@ -101,7 +101,6 @@ def test_options_that_would_do_nothing_are_refused(tmp_path, name, more, message
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("compress", "a", "out", "--max-rank", "2", "--base", "b"), "--base: does nothing without --task"),
         (("compress", "a", "out", "--max-rank", "2", "--dtype", "float16"), "--dtype: does nothing without --task"),
         (("compress", "a", "out", "--smallest", "--base", "b"), "--task, --margin: is needed with --smallest"),
         (("merge", "a", "b", "out", "--load-in-4bit"), "--load-in-4bit: does nothing without --task"),

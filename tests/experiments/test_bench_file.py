@@ -56,7 +56,7 @@ def test_tasks_with_arguments_and_options_of_the_model(write, tmp_path):
 tasks:
   - test.jsonl
   - {{loss: other.jsonl, length: 64, margin: 5e-2, columns: {{text: body}}}}
-  - {{choices: {tmp_path / "questions.jsonl"}, normalized: true, limit: 10}}
+  - {{choices: {tmp_path / "questions.jsonl"}, metric: acc_norm, limit: 10}}
   - {{lm_eval: arc_easy, num_fewshot: 2}}
 dtype: bfloat16
 device: cpu
