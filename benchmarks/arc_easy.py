@@ -3,11 +3,12 @@
     python benchmarks/arc_easy.py STAGE --data DIR --out DIR
 
 The DIR of `--data` holds arc_easy_train.jsonl and arc_easy_test.jsonl: ARC-Easy (Clark et al., 2018; allenai/ai2_arc on
-the Hub), one document a line with `question`, `choices` (a list of texts) and `answer` (the right one's index). Stages,
-in order: `train`, `audit`, `smallest`, `agree`, and `page`, which writes docs/evidence. What an earlier call has finished
-is not done again: training goes on from its last checkpoint, and scores are kept in a cache. Nothing is tuned: the
-settings stand below. The bench of the same page is `lorakit bench benchmarks/recipes/arc_easy.yaml`, run in the directory
-of `--out` before `page`.
+the Hub), one document a line with `question`, `choices` (a list of texts) and `answer` (the right one's index).
+
+Stages, in order: `train`, `audit`, `smallest`, `agree`, and `page`, which writes docs/evidence. What an earlier call
+has finished is not done again: training goes on from its last checkpoint, and scores are kept in a cache. Nothing is tuned:
+the settings stand below. The bench of the same page is `lorakit bench benchmarks/recipes/arc_easy.yaml`, run in the
+directory of `--out` before `page`.
 """
 
 from __future__ import annotations
