@@ -6,9 +6,9 @@ The DIR of `--data` holds arc_easy_train.jsonl and arc_easy_test.jsonl: ARC-Easy
 the Hub), one document a line with `question`, `choices` (a list of texts) and `answer` (the right one's index).
 
 Stages, in order: `train`, `audit`, `smallest`, `agree`, and `page`, which writes docs/evidence. What an earlier call
-has finished is not done again: training goes on from its last checkpoint, and scores are kept in a cache. Nothing is tuned:
-the settings stand below. The bench of the same page is `lorakit bench benchmarks/recipes/arc_easy.yaml`, run in the
-directory of `--out` before `page`.
+has finished is not done again: training goes on from its last checkpoint, and scores are kept in a cache. Nothing is
+tuned: the settings stand below. The bench of the same page is `lorakit bench benchmarks/recipes/arc_easy.yaml`, run in
+the directory of `--out` before `page`.
 """
 
 from __future__ import annotations

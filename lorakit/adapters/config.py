@@ -97,6 +97,8 @@ class AdapterSettings:
         alphas = _pattern("alpha_pattern", config.get("alpha_pattern"))
         init = config.get("init_lora_weights")
         base = config.get("base_model_name_or_path")
+        if not isinstance(base, str | None):
+            raise AdapterFileError(f"`base_model_name_or_path` must be text; got {_shown(base)}.")
         return cls(
             peft_type=peft_type,
             r=r,
@@ -109,7 +111,7 @@ class AdapterSettings:
             modules_to_save=_names("modules_to_save", config.get("modules_to_save")),
             target_parameters=_names("target_parameters", config.get("target_parameters")),
             init=init if isinstance(init, str) else None,
-            base_model=base if isinstance(base, str) else None,
+            base_model=base,
             raw=dict(config),
         )
 

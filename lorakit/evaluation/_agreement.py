@@ -338,6 +338,10 @@ def _compared(sides: Sequence[Side], batches: Any, progress: bool) -> Iterator[_
             first, *others = (rows[i] for rows in predictions)
             if len(first) == 0:
                 continue
+            if any(bool(rows.isnan().any()) for rows in (first, *others)):
+                raise EvaluationError(
+                    f"A model's predictions for document {document[:12]}… are NaN. Is its adapter finite?"
+                )
             yield _Compared(
                 document,
                 len(first),

@@ -172,6 +172,9 @@ def _applied_by_peft(base: Any, adapter: AdapterSource) -> PeftModel:
     if loaded.missing_keys:
         module = _module_of(loaded.missing_keys[0])
         raise _misfit(base, adapter, f"it is to adapt {module!r}, and has no weights for it")
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and not bool(parameter.isfinite().all()):
+            raise EvaluationError(f"The adapter {os.fspath(adapter)!r} has NaN or infinite factors: {name}.")
     return model
 
 

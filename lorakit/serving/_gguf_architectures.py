@@ -169,7 +169,7 @@ def read_base_config(base_config: str | os.PathLike[str] | Mapping[str, Any] | N
         path = _download(str(recorded))
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ExportError(f"The base model's config, {os.fspath(path)!r}, cannot be read: {error}.") from error
     if not isinstance(config, dict):
         raise ExportError(f"The base model's config, {os.fspath(path)!r}, must be a JSON object.")
