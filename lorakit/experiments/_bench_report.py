@@ -149,11 +149,13 @@ class BenchReport(Report):
         best = self.recommended
         if best is not None:
             return (f"lorakit servable {shlex.quote(best.adapters[0])}",)
-        needs = [task.documents_needed for v in self.variants if v.verdict == "INCONCLUSIVE" for task in v.tasks]
-        known = [number for number in needs if number is not None]
-        if known and max(known) > min(task.documents for v in self.variants for task in v.tasks):
-            return (f"# evaluate on {max(known)} documents for a verdict at this margin",)
-        return ("# take more seeds, or a larger margin",) if needs else ()
+        if self.verdict == "FAIL":
+            return ("# raise `energy`, so that higher ranks are suggested",)
+        tasks = [task for variant in self.variants if variant.verdict == "INCONCLUSIVE" for task in variant.tasks]
+        needed = max((task.documents_needed or 0 for task in tasks), default=0)
+        if needed > min((task.documents for task in tasks), default=needed):
+            return (f"# evaluate on {needed} documents for a verdict at this margin",)
+        return ("# take more seeds and documents",)
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a variant and task."""
