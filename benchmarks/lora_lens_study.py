@@ -17,6 +17,7 @@ import argparse
 import json
 import re
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,13 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import lorakit
 from lorakit import FisherLoRAConfig
-from lorakit.demo import DemoSettings, held_out_losses, load_model, split_data
+from lorakit.demo import load_model, passages, split_documents
 
 STEPS, BATCH, LENGTH, LEARNING_RATE = 100, 4, 96, 1e-3
 HELD_OUT, PROBED = 128, 16
@@ -158,6 +160,20 @@ def train(run: Run, base: Any, data: dict[str, Tensor], out: Path) -> Any:
     return model.unload()
 
 
+@torch.no_grad()
+def held_out_losses(model: Any, batches: Iterable[Tensor]) -> Tensor:
+    """Each sequence's mean loss, (n,)."""
+    training = model.training
+    model.eval()
+    losses = []
+    for ids in batches:
+        logits = model(input_ids=ids, use_cache=False).logits.float()
+        loss = F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+        losses.append(loss.mean(1).double().cpu())
+    model.train(training)
+    return torch.cat(losses)
+
+
 def train_all(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     out = Path(options.directory)
@@ -167,10 +183,11 @@ def train_all(options: argparse.Namespace) -> None:
     if not todo:
         return
     base, tokenizer = load_model(None)
-    settings = DemoSettings(
-        steps=STEPS, batch_size=BATCH, length=LENGTH, calibration_examples=PROBED, held_out_examples=HELD_OUT
-    )
-    data = split_data(tokenizer, settings)
+    counts = {"train": STEPS * BATCH, "calibration": PROBED, "held_out": HELD_OUT}
+    data = {
+        part: passages(tokenizer, documents, counts[part], length=LENGTH)
+        for part, documents in split_documents().items()
+    }
     path = out / "base.json"
     if not path.exists():
         out.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lorakit import compress as compress
     from lorakit import cost as cost
     from lorakit import data as data
+    from lorakit import demo as demo
     from lorakit import errors as errors
     from lorakit import evaluation as evaluation
     from lorakit import experiments as experiments

@@ -23,6 +23,7 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "compress": (),
         "cost": (),
         "data": (),
+        "demo": (),
         "errors": (),
         "evaluation": (),
         "experiments": (),
@@ -75,6 +76,13 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
     "lorakit.data": {
         "_loader": ("DataReport", "ExampleLoader", "as_loader", "loader"),
         "_tokenizer": ("tokenizer_for",),
+    },
+    "lorakit.demo": {
+        "_data": ("passages", "split_documents"),
+        "_model": ("load_model",),
+        "_report": ("DemoReport", "DemoRow"),
+        "_run": ("run_demo",),
+        "_settings": ("DemoError", "DemoSettings"),
     },
     "lorakit.evaluation": {
         "_agreement": ("Agreement", "DocumentAgreement", "Estimate", "agreement", "agreement_task"),

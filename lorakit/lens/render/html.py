@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import html
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from lorakit._figures import png_bytes
 from lorakit._files import write_file
@@ -29,24 +30,22 @@ pre { background: #f6f6f6; padding: .6rem; overflow-x: auto }
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
-def write_html(report: Report, path: str | os.PathLike[str]) -> None:
+def write_html(
+    report: Report, path: str | os.PathLike[str], *, sections: Mapping[str, Report] = MappingProxyType({})
+) -> None:
     """Write a report as one self-contained HTML file; missing parent directories are made.
 
+    `sections` are more reports by their headings, each a section of the page without its next steps.
     Raises: OSError; the file is then as it was before.
     """
-    write_file(path, to_html(report))
+    write_file(path, to_html(report, sections))
 
 
-def to_html(report: Report) -> str:
+def to_html(report: Report, sections: Mapping[str, Report] = MappingProxyType({})) -> str:
     """A report as an HTML page with all text escaped: details, findings, tables, figures and next steps."""
-    parts = [f"<h1>{_escape(report.title)}</h1>", f"<p><b>{_escape(report.headline)}</b></p>"]
-    if report.details:
-        parts.append("<ul>" + "".join(f"<li>{_escape(line)}</li>" for line in report.details) + "</ul>")
-    parts += ["<h2>Findings</h2>", _findings(getattr(report, "findings", ()))]
-    tables = report.tables()
-    parts += [_table(table) for table in tables if not table.long]
-    parts += [_picture(name, png_bytes(figure, dpi=144)) for name, figure in report.figures().items()]
-    parts += [_folded(table) for table in tables if table.long]
+    parts = [f"<h1>{_escape(report.title)}</h1>", *_content(report)]
+    for heading, section in sections.items():
+        parts += [f"<h2>{_escape(heading)}</h2>", *_content(section, level=3)]
     if report.next_steps:
         parts.append("<h2>Next steps</h2><pre>" + _escape("\n".join(report.next_steps)) + "</pre>")
     body = "\n".join(parts)
@@ -57,6 +56,19 @@ def to_html(report: Report) -> str:
         f"<title>{_escape(report.title)}</title><style>{_STYLE}</style></head>\n<body>\n{body}\n"
         f'<p class="info">lorakit {_escape(__version__)}</p>\n</body></html>\n'
     )
+
+
+def _content(report: Report, level: int = 2) -> list[str]:
+    """What stands below a report's title, but its next steps."""
+    parts = [f"<p><b>{_escape(report.headline)}</b></p>"]
+    if report.details:
+        parts.append("<ul>" + "".join(f"<li>{_escape(line)}</li>" for line in report.details) + "</ul>")
+    if hasattr(report, "findings"):
+        parts += [f"<h{level}>Findings</h{level}>", _findings(report.findings)]
+    tables = report.tables()
+    parts += [_table(table) for table in tables if not table.long]
+    parts += [_picture(name, png_bytes(figure, dpi=144)) for name, figure in report.figures().items()]
+    return [*parts, *(_folded(table) for table in tables if table.long)]
 
 
 def _escape(text: object) -> str:

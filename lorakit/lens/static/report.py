@@ -78,6 +78,14 @@ class AuditReport(Report):
         return "" if ratio is None else f"norm: {ratio:.2%} of the base weights'"
 
     @property
+    def recommended(self) -> RankSuggestion | None:
+        """The suggestion that `next_steps` follows, one rank that is enough for nine tenths of the modules.
+
+        None if no ranks were suggested.
+        """
+        return next((suggestion for suggestion in self.suggestions if suggestion.policy == "global_p90"), None)
+
+    @property
     def next_steps(self) -> tuple[str, ...]:
         """Commands that compress the adapter, compare the result with it, and export it as a plain LoRA."""
         source = shell_argument(self.path)
@@ -90,8 +98,8 @@ class AuditReport(Report):
         given = "" if self.base is None else f" --base {shell_argument(self.base)}"
         _, high = self.total.ranks or (0, 0)
         if self._needed_rank < high:
-            globally = next((s for s in self.suggestions if s.policy == "global_p90"), None)
-            criterion = f"--energy {self.energy:g}" if globally is None else f"--max-rank {globally.rank}"
+            recommended = self.recommended
+            criterion = f"--energy {self.energy:g}" if recommended is None else f"--max-rank {recommended.rank}"
             smaller = self._beside("-compressed")
             steps += [
                 f"lorakit compress {source} {smaller} {criterion}{given}",

@@ -150,6 +150,23 @@ def test_the_page_has_the_figures_of_the_report_its_tables_and_next_steps(adapte
     assert f"Modules ({len(report.modules)} rows)" in text
 
 
+@pytest.mark.slow
+def test_sections_stand_below_the_report_without_their_next_steps(adapter, tmp_path):
+    report = audit(adapter)
+    other = audit(write(tmp_path / "other", layers=2, names=[NASTY, "q_proj"]), suggest_ranks=True)
+    page = to_html(report, {NASTY: other})
+    checker = Checker()
+    checker.feed(page)
+    assert checker.open == []
+    text = "".join(checker.text)
+    assert text.index(report.headline) < text.index(NASTY) < text.index("Next steps")
+    assert text.count(other.headline) == 1
+    assert report.next_steps[0] in text
+    assert [step for step in other.next_steps if step in text] == []
+    assert [tag for tag, _ in checker.seen if tag in ("h1", "h2", "h3")] == ["h1", "h2", "h2", "h3", "h2"]
+    assert len([tag for tag, _ in checker.seen if tag == "img"]) == 6
+
+
 def test_notebooks_show_the_tables_and_escape_names(tmp_path):
     report = audit(write(tmp_path / "a", layers=2, names=[NASTY, "q_proj"]))
     shown = report._repr_html_()

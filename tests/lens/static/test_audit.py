@@ -207,6 +207,9 @@ def test_suggestions_cover_what_they_say(known):
     kept = sum(sum(v**2 for v in spectrum[:2]) for spectrum in KNOWN)
     assert by_policy["global_p90"].energy_kept == pytest.approx(kept / sum(v**2 for s in KNOWN for v in s), rel=1e-5)
     assert audit(known).suggestions == ()
+    assert report.recommended == by_policy["global_p90"]
+    assert any(f"--max-rank {report.recommended.rank}" in step for step in report.next_steps)
+    assert audit(known).recommended is None
 
 
 @pytest.mark.parametrize("budget", [210, 300, 419, 10**6, "840B", "1.2kB"])
