@@ -177,6 +177,7 @@ class BenchReport(Report):
         """One row a variant, on the task nearest its margin; then one a variant and task, and the ranks."""
         tasks = sorted({variant.headline for variant in self.variants})
         note = f"diff: variant − probe on {' or '.join(tasks)}, paired by seed and document, with one-sided bounds. "
+        note += f"verdict: after Holm's adjustment over {len(self.variants)} variants, so stricter than these bounds. "
         note += "worst: the worst seed."
         note += "" if self.tolerance is None else f" policy: no seed is more than {self.tolerance:g} worse."
         sizes = (

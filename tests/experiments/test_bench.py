@@ -229,6 +229,7 @@ def test_the_page_and_the_table_show_every_variant(finished):
         assert row[-1] == variant.verdict
         assert variant.name in page
     assert "gate, test: base" in page
+    assert "verdict: after Holm's adjustment over 6 variants" in first.note
     assert len(report.rows()) == len(report.variants)
     json.dumps(report.to_dict(), allow_nan=False)
     assert report.to_frame().verdict.tolist() == [variant.verdict for variant in report.variants]
