@@ -1,7 +1,8 @@
 """Sketches of whole updates: 64 numbers whose inner products estimate those of the updates, whatever the gauge.
 
-Entry j is Σ_m ε_mj y_jᵀ ΔW_m x_j over the modules m, with random signs as ε, y_j and x_j. Its square has the expectation
-Σ ‖ΔW_m‖_F². It is a function of ΔW, so B G, G⁻¹ A has the same sketch for every invertible G. ΔW is never formed.
+Entry j is Σ_m ε_mj y_jᵀ ΔW_m x_j over the modules m, with random signs as ε, y_j and x_j. Its square has the
+expectation Σ ‖ΔW_m‖_F². It is a function of ΔW, so B G, G⁻¹ A has the same sketch for every invertible G. ΔW is never
+formed.
 References: Johnson & Lindenstrauss 1984; Achlioptas, "Database-friendly random projections", 2003 (signs).
 """
 
