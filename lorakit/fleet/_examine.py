@@ -36,7 +36,8 @@ class Examined:
         if self.sketch is None:
             return None
         values = torch.frombuffer(bytearray(self.sketch), dtype=torch.float32)
-        return values / torch.linalg.vector_norm(values)
+        unit: Tensor = values / torch.linalg.vector_norm(values)
+        return unit
 
 
 def examine_all(paths: Sequence[str], cache: str | None) -> list[Examined]:

@@ -52,7 +52,7 @@ class FleetReport(Report):
 
     @property
     def details(self) -> tuple[str, ...]:
-        kinds = Counter(each.kind for group in self.duplicates for each in group.duplicates)
+        kinds: Counter[str] = Counter(each.kind for group in self.duplicates for each in group.duplicates)
         copies = ", ".join(
             f"{kinds[kind]} {words}"
             for kind, words in (
