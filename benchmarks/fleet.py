@@ -2,10 +2,10 @@
 
     python benchmarks/fleet.py [--small 1000] [--large 50] [--in DIRECTORY] [--ray] [--json]
 
-Makes adapters with the shapes of SmolLM2-135M (r = 8 on query and value projections and r = 16 on all linear modules, by
-turns, bfloat16) and of Llama-3.1-8B (r = 16 on all linear modules, bfloat16), and removes them at the end. Among them are
-copies under a random gauge, near copies, and broken files. Correctness comes first: norms against float64 products, and
-the duplicates and broken files must be those that were made. Each fleet is then audited in a fresh process: adapters a
+Makes adapters with the shapes of SmolLM2-135M (r = 8 on query and value projections and r = 16 on all linear modules,
+by turns, bfloat16) and of Llama-3.1-8B (r = 16 on all linear modules, bfloat16), and removes them at the end. Among
+them are copies under a random gauge, near copies, and broken files. Correctness comes first: norms against float64
+products, and the duplicates and broken files must be those that were made. Each fleet is then audited in a fresh process: adapters a
 second of CPU time, one thread, and the peak of memory, for a tenth of the fleet and for all of it; with and without a
 cache. With --ray, two workers must give the same rows.
 """
@@ -213,14 +213,11 @@ def main() -> None:
         print(json.dumps(results))
         return
     for row in results:
+        stored = row.get("cache_bytes_per_adapter")
         print(
             f"{row['kind']:5} {row['what']:20} {row['adapters']:6} adapters ({float(row['size_bytes']) / 1e9:.2f} GB): "
             f"{row['rate']:8.2f} a second of CPU time, peak {float(row['peak']) / 1024:.0f} MiB"
-            + (
-                f", cache {row['cache_bytes_per_adapter']:.0f} bytes an adapter"
-                if "cache_bytes_per_adapter" in row
-                else ""
-            )
+            + ("" if stored is None else f", cache {stored:.0f} bytes an adapter")
         )
 
 

@@ -63,7 +63,8 @@ def test_waste_is_what_a_cut_at_99_percent_saves(tmp_path, write):
 def test_servers_that_would_be_wrong(tmp_path, factors, write):
     write(tmp_path / "x", factors(0), alpha_pattern={"q_proj": 32})
     [row] = fleet.audit([tmp_path / "x"]).adapters
-    assert "vllm" in row.served_wrong
+    assert {"sglang", "vllm-0.28"} <= set(row.served_wrong)
+    assert "vllm" not in row.served_wrong
     assert "served_wrong" in [finding.code for finding in row.findings]
 
 

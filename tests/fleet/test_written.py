@@ -45,7 +45,7 @@ def test_csv_and_parquet(home, tmp_path):
     frame = pandas.read_csv(tmp_path / "out" / "f.csv")
     assert frame["path"].tolist() == [row.path for row in report.adapters]
     assert frame["frobenius_norm"].iloc[0] == pytest.approx(report.adapters[0].frobenius_norm, rel=1e-12)
-    assert "vllm" in frame["served_wrong"].iloc[0].split()
+    assert "sglang" in frame["served_wrong"].iloc[0].split()
     pytest.importorskip("pyarrow")
     fleet.write_parquet(report, tmp_path / "f.parquet")
     frame = pandas.read_parquet(tmp_path / "f.parquet")
