@@ -5,9 +5,9 @@
 Makes adapters with the shapes of SmolLM2-135M (r = 8 on query and value projections and r = 16 on all linear modules,
 by turns, bfloat16) and of Llama-3.1-8B (r = 16 on all linear modules, bfloat16), and removes them at the end. Among
 them are copies under a random gauge, near copies, and broken files. Correctness comes first: norms against float64
-products, and the duplicates and broken files must be those that were made. Each fleet is then audited in a fresh process: adapters a
-second of CPU time, one thread, and the peak of memory, for a tenth of the fleet and for all of it; with and without a
-cache. With --ray, two workers must give the same rows.
+products, and the duplicates and broken files must be those that were made. Each fleet is audited in a fresh process:
+adapters a second of CPU time, one thread, and the peak of memory, for a tenth of the fleet and for all of it, with and
+without a cache. With --ray, two workers must give the same report.
 """
 
 from __future__ import annotations
