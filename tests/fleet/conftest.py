@@ -38,8 +38,8 @@ def write():
         directory.mkdir(parents=True)
         tensors = {}
         for module, (B, A) in factors.items():
-            tensors[f"base_model.model.{module}.lora_A.weight"] = A.to(dtype).contiguous()
-            tensors[f"base_model.model.{module}.lora_B.weight"] = B.to(dtype).contiguous()
+            tensors[f"base_model.model.{module}.lora_A.weight"] = A.to(dtype, copy=True).contiguous()
+            tensors[f"base_model.model.{module}.lora_B.weight"] = B.to(dtype, copy=True).contiguous()
         save_file(tensors, directory / "adapter_model.safetensors")
         rank = next(iter(factors.values()))[1].shape[0]
         settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "base_model_name_or_path": "base"} | config
