@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorakit._files import write_file
 from lorakit._version import __version__
 from lorakit.adapters.atomic import CONFIG_NAME, PICKLE_NAME, WEIGHTS_NAME
-from lorakit.lens.render.files import write_whole
 
 _FORMAT = 1
 _BLOCK = 1 << 20
@@ -95,7 +95,7 @@ class Cache:
     def write(self, kind: str, key: str, record: dict[str, Any]) -> None:
         """Keep a record. Raises: OSError."""
         text = json.dumps({"format": _FORMAT, "lorakit": __version__, "record": record}, allow_nan=False)
-        write_whole(self._path(kind, key), text.encode())
+        write_file(self._path(kind, key), text.encode())
 
     def _path(self, kind: str, key: str) -> Path:
         return self.directory / kind / key[:2] / f"{key}.json"

@@ -165,18 +165,22 @@ def similarity(a: Adapter, b: Adapter) -> Similarity:
     with a.source.reader() as read_a, b.source.reader() as read_b:
         for module in b.modules:
             update = _update(module, read_b)
-            squared_b += float(update.inner(update))
+            squared_b += float(update.inner(update).sum())
         for module in a.modules:
             update = _update(module, read_a)
-            squared_a += float(update.inner(update))
+            squared_a += float(update.inner(update).sum())
             other = theirs.get(module.name)
-            if other is not None and (other.kind, other.d_out, other.d_in) == (module.kind, module.d_out, module.d_in):
-                inner += float(update.inner(_update(other, read_b)))
+            if other is not None and _shape(other) == _shape(module):
+                inner += float(update.inner(_update(other, read_b)).sum())
     if squared_a <= 0 or squared_b <= 0:
         return Similarity(0.0, math.inf, math.inf)
     distance = math.sqrt(max(0.0, squared_a + squared_b - 2 * inner))
     cosine = inner / math.sqrt(squared_a) / math.sqrt(squared_b)
     return Similarity(min(cosine, 1.0), distance / math.sqrt(squared_a), math.sqrt(squared_b / squared_a))
+
+
+def _shape(module: AdapterModule) -> tuple[object, ...]:
+    return module.kind, module.d_out, module.d_in, module.experts
 
 
 def _update(module: AdapterModule, read: Read) -> LowRank:

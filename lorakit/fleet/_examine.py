@@ -79,7 +79,7 @@ def _record(source: Path) -> dict[str, Any]:
     Raises: AdapterFileError, UnsupportedModelError.
     """
     view = open_adapter(source)
-    report = lens.audit(view)
+    report = lens.audit(view, by="expert")
     wrong = any(finding.severity == "error" for finding in view.findings)
     row = measured(view, report, () if wrong else serving.check_all(view))
     row["findings"] = [asdict(finding) for finding in row["findings"]]

@@ -86,13 +86,19 @@ def broken(path: str, error: BaseException) -> FleetAdapter:
 
 
 def measured(view: Adapter, report: AuditReport, checks: Iterable[ServerCheck]) -> dict[str, Any]:
-    """What the row of an adapter holds besides its path and files, as fields of FleetAdapter."""
-    kept = {row.module_name: (row.energy_rank or {}).get(str(WASTE_ENERGY)) for row in report.modules}
+    """What the row of an adapter holds besides its path and files, as fields of FleetAdapter.
+
+    `report` is an audit by expert.
+    """
+    kept: dict[str, int] = {}  # the experts of one stack are cut to one rank
+    for row in report.modules:
+        name = row.stack or row.module_name
+        rank = row.rank if row.energy_rank is None else row.energy_rank[str(WASTE_ENERGY)]
+        kept[name] = max(1, rank, kept.get(name, 0))
     stored = {module.name: _stored_bytes(module) for module in view.modules}
     waste = sum(
-        stored[module.name] * (module.rank - max(1, rank)) // module.rank
+        stored[module.name] * (module.rank - min(kept[module.name], module.rank)) // module.rank
         for module in view.modules
-        if (rank := kept.get(module.name)) is not None and rank < module.rank
     )
     factors = sum(stored.values())
     total = report.total
@@ -133,5 +139,5 @@ def _stored_bytes(module: AdapterModule) -> int:
 
 
 def _module_set(view: Adapter) -> str:
-    text = "\n".join(f"{m.name} {m.kind} {m.d_out} {m.d_in} {m.rank}" for m in view.modules)
+    text = "\n".join(f"{m.name} {m.kind} {m.d_out} {m.d_in} {m.rank} {m.experts}" for m in view.modules)
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]

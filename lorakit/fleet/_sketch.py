@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lorakit.adapters import Adapter
+from lorakit.lens.static.stacks import one_by_one
 from lorakit.spectral import LowRank
 
 SIZE = 64
@@ -29,7 +30,7 @@ def sketch(view: Adapter) -> Tensor | None:
     Raises: AdapterFileError if a tensor cannot be read.
     """
     total = torch.zeros(SIZE, dtype=torch.float64)
-    for modules, update in view.batches():
+    for modules, update in (one_by_one(*batch) for batch in view.batches()):
         total += (_projections(update) * _signs_of(tuple(module.name for module in modules))).sum(0)
     norm = float(torch.linalg.vector_norm(total))
     return total if math.isfinite(norm) and norm > 0 else None

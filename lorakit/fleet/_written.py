@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lorakit._files import write_file
 from lorakit._version import __version__
 from lorakit.adapters.atomic import CONFIG_NAME
 from lorakit.errors import MissingExtraError
 from lorakit.fleet._report import FleetReport
 from lorakit.fleet._rows import FleetAdapter
-from lorakit.lens.render.files import write_whole
 
 _LEVELS = {"error": "error", "warning": "warning", "info": "note"}
 _ROOT = "FLEET"
@@ -33,7 +33,7 @@ def write_csv(report: FleetReport, path: str | os.PathLike[str]) -> None:
     frame = report.to_frame()
     for name in frame.columns:
         frame[name] = [" ".join(value) if isinstance(value, list) else value for value in frame[name]]
-    write_whole(path, frame.to_csv(index=False).encode(errors="replace"))
+    write_file(path, frame.to_csv(index=False).encode(errors="replace"))
 
 
 def write_parquet(report: FleetReport, path: str | os.PathLike[str]) -> None:
@@ -47,7 +47,7 @@ def write_parquet(report: FleetReport, path: str | os.PathLike[str]) -> None:
         frame.to_parquet(content, index=False)
     except ImportError as error:
         raise MissingExtraError("`write_parquet` needs pyarrow: pip install pyarrow") from error
-    write_whole(path, content.getvalue())
+    write_file(path, content.getvalue())
 
 
 def write_sarif(report: FleetReport, path: str | os.PathLike[str]) -> None:
@@ -56,7 +56,7 @@ def write_sarif(report: FleetReport, path: str | os.PathLike[str]) -> None:
     Adapters that cannot be read are results of the rule "unreadable"; outliers and duplicates are notes.
     Raises: OSError; the file is then as it was before.
     """
-    write_whole(path, (json.dumps(to_sarif(report), indent=1, allow_nan=False) + "\n").encode(errors="replace"))
+    write_file(path, (json.dumps(to_sarif(report), indent=1, allow_nan=False) + "\n").encode(errors="replace"))
 
 
 def to_sarif(report: FleetReport) -> dict[str, Any]:
