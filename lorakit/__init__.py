@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lorakit import experiments as experiments
     from lorakit import export as export
     from lorakit import fisher as fisher
+    from lorakit import fleet as fleet
     from lorakit import lens as lens
     from lorakit import merging as merging
     from lorakit import naming as naming

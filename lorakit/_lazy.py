@@ -29,6 +29,7 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "experiments": (),
         "export": (),
         "fisher": (),
+        "fleet": (),
         "lens": (),
         "merging": (),
         "naming": (),
@@ -117,6 +118,13 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
     "lorakit.fisher": {
         "_probe": ("probe",),
         "_report": ("Estimate", "FisherGroup", "FisherReport", "FisherRow", "MaskStep", "Moments"),
+    },
+    "lorakit.fleet": {
+        "_audit": ("audit",),
+        "_duplicates": ("Duplicate", "DuplicateGroup"),
+        "_report": ("FleetReport",),
+        "_rows": ("FleetAdapter", "FleetFinding"),
+        "_written": ("write_csv", "write_parquet", "write_sarif"),
     },
     "lorakit.lens": {
         "static.audit": ("audit",),

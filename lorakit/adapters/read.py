@@ -57,12 +57,13 @@ def open_file_or_hub(path: str | os.PathLike[str]) -> Adapter:
         if isinstance(error, LorakitError):
             raise
         raise AdapterFileError(f"{name!r} cannot be read: {error}.") from error
-    if not _HUB_ID.fullmatch(name):
-        raise AdapterFileError(f"{name!r} is neither a directory nor a file, and not a Hub id (owner/name).")
-    return _open_directory(name, _download(name))
+    return _open_directory(name, download_adapter(name))
 
 
-def _download(repo_id: str) -> Path:
+def download_adapter(repo_id: str) -> Path:
+    """The directory with the config and weights of a Hub id, downloaded once. Raises: AdapterFileError."""
+    if not _HUB_ID.fullmatch(repo_id):
+        raise AdapterFileError(f"{repo_id!r} is neither a directory nor a file, and not a Hub id (owner/name).")
     from huggingface_hub import snapshot_download
 
     try:

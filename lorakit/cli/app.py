@@ -16,6 +16,7 @@ from lorakit.cli.agree import agree
 from lorakit.cli.bench import bench
 from lorakit.cli.certify import certify, evaluate
 from lorakit.cli.demo import demo
+from lorakit.cli.fleet import fleet
 from lorakit.cli.inspect import alignment, audit, compare, weights
 from lorakit.cli.probe import probe
 from lorakit.cli.rewrite import compress, export, merge
@@ -55,6 +56,7 @@ for _command in (
     certify,
     agree,
     bench,
+    fleet,
     demo,
 ):
     app.command()(in_a_shell(_command))
