@@ -93,10 +93,11 @@ def compare(
     ]
     pairs = _pairs(one, other, findings)
     rows = []
-    with tqdm(total=len(pairs), desc="compare", delay=1.0, unit="module", leave=False, disable=None) as progress:
-        for mine, yours in pairs:
-            rows.append(_row(one, mine, other, yours, energy, thresholds, findings))
-            progress.update()
+    progress = tqdm(pairs, desc="compare", delay=1.0, unit="module", leave=False, disable=None)
+    with one.source.reader() as read_one, other.source.reader() as read_other:
+        for mine, yours in progress:
+            updates = mine.update(read_one), yours.update(read_other)
+            rows.append(_row(mine, yours, updates, energy, thresholds, findings))
     partial = sum(row.low_rank_part_only for row in rows)
     if partial:
         message = f"In {partial} modules only the low-rank part is compared; the whole update needs the base weight."
@@ -151,10 +152,9 @@ def _pairs(a: Adapter, b: Adapter, findings: list[Finding]) -> list[tuple[Adapte
 
 
 def _row(
-    a: Adapter,
     mine: AdapterModule,
-    b: Adapter,
     yours: AdapterModule,
+    updates: tuple[LowRank, LowRank],
     energy: float,
     thresholds: Thresholds,
     findings: list[Finding],
@@ -171,7 +171,7 @@ def _row(
         rank_b=yours.rank,
         low_rank_part_only=any(m.magnitude is not None or m.mask is not None for m in (mine, yours)),
     )
-    one, other = a.factors(mine), b.factors(yours)
+    one, other = updates
     for label, update in (("A", one), ("B", other)):
         if not all(bool(half.isfinite().all()) for half in (update.B, update.A)):
             message = f"{mine.name}: {label}'s factors have NaN or infinite entries."

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lorakit.adapters import Adapter, AdapterModule, TensorInfo
-from lorakit.adapters.adapter import Kind
+from lorakit.adapters.adapter import Kind, Read
 from lorakit.errors import Finding
 from lorakit.lens._rows import ModuleRow
 from lorakit.naming.roles import Role
@@ -85,7 +85,8 @@ def measure(
             spectra |= _singular_values(modules, update, findings)
             progress.update(len(modules))
     numbers = _numbers(spectra, thresholds)
-    return tuple(_row(view, module, spectra, numbers, findings) for module in view.modules)
+    with view.source.reader() as read:
+        return tuple(_row(read, module, spectra, numbers, findings) for module in view.modules)
 
 
 def _numbers(spectra: dict[str, Tensor], thresholds: dict[str, float]) -> dict[str, dict[str, Any]]:
@@ -114,7 +115,7 @@ def _numbers(spectra: dict[str, Tensor], thresholds: dict[str, float]) -> dict[s
 
 
 def _row(
-    view: Adapter,
+    read: Read,
     module: AdapterModule,
     spectra: dict[str, Tensor],
     numbers: dict[str, dict[str, Any]],
@@ -137,7 +138,7 @@ def _row(
         parameters=module.parameters,
         dtype=str(module.dtype).removeprefix("torch."),
         low_rank_part_only=module.magnitude is not None or module.mask is not None,
-        beside=_beside_statistics(view, module, findings),
+        beside=_beside_statistics(read, module, findings),
         **measured,
     )
 
@@ -198,13 +199,13 @@ def _state(module: AdapterModule, B: float, A: float, findings: list[Finding]) -
     return "regular" if A and B and module.scaling else "zero"
 
 
-def _beside_statistics(view: Adapter, module: AdapterModule, findings: list[Finding]) -> dict[str, dict[str, float]]:
+def _beside_statistics(read: Read, module: AdapterModule, findings: list[Finding]) -> dict[str, dict[str, float]]:
     """Statistics of mask, magnitudes and bias; a finding for each of them that is not finite."""
     found = {}
     for label, info in (("d", module.mask), ("magnitude", module.magnitude), ("lora_bias", module.bias)):
         if info is None:
             continue
-        values = view.tensor(info).double().flatten()
+        values = read(info.key).double().flatten()
         if not bool(values.isfinite().all()):
             message = f"{module.name}: {info.key} has NaN or infinite entries."
             findings.append(Finding("error", "non_finite", module.name, message))
