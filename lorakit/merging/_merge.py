@@ -184,7 +184,7 @@ class _Merging:
 
     @torch.no_grad()
     def ranks(self) -> dict[str, int]:
-        """The rank of every module's merge, without padding: one for all if it is chosen here and the file is padded."""
+        """The rank of every module's merge, without padding: one for all if it is chosen here and padding is on."""
         recipe = self.recipe
         full = {name: self._full_rank(list(modules.values())) for name, modules in self.present.items()}
         if recipe.rank is not None:
