@@ -24,7 +24,7 @@ from lorakit.adapters.rewritable import (
     finite_tensor,
     planned_tensor,
 )
-from lorakit.adapters.write_lora import Piece, StoredUpdate, plain_lora, stored_update, write_lora
+from lorakit.adapters.write_lora import Piece, PlainLora, StoredUpdate, plain_lora, stored_update, write_lora
 from lorakit.compress._ranks import EnergyOf, RankChoice, Ranks, Spectra, little_saved
 from lorakit.compress._report import CompressedModule, CompressReport
 from lorakit.errors import AdapterFileError, Finding
@@ -146,14 +146,7 @@ def rewrite(
     plain, weighted = _spectra(view, inputs)
     cut = _Cut(view, choice.kept_ranks(view.modules, weighted or plain), inputs)
     beside = _beside(view)
-    lora = plain_lora(
-        [cut.planned(module) for module in view.modules],
-        pad=choice.padded,
-        fitting_rank=choice.needs.rank_at_least,
-        integer_alpha=choice.needs.integer_alpha,
-        computed=lambda: (_stored(view, module, update) for module, update in cut.updates("choosing the scaling")),
-    )
-    choice.needs.check_rank(lora.r)
+    lora = _plan(cut, choice)
     config, findings = minimal_config(view.settings.raw, **lora.fields, **_targets(view))
     companions = companions_of([source.given])
     rows = _Rows(plain, weighted)
@@ -196,6 +189,20 @@ def rewrite(
         modules=rows.of(view, lora.r if choice.padded else None, errors),
         findings=tuple(findings),
     )
+
+
+def _plan(cut: _Cut, choice: RankChoice) -> PlainLora:
+    """What will be written, before it is computed."""
+    view, needs = cut.view, choice.needs
+    lora = plain_lora(
+        [cut.planned(module) for module in view.modules],
+        pad=choice.padded,
+        fitting_rank=needs.rank_at_least,
+        integer_alpha=needs.integer_alpha,
+        computed=lambda: (_stored(view, module, update) for module, update in cut.updates("choosing the scaling")),
+    )
+    needs.check_rank(lora.r)
+    return lora
 
 
 def _targets(view: Adapter) -> dict[str, Any]:

@@ -7,6 +7,7 @@ are defined entry by entry of ΔW, so each module's ΔWs are formed, one module 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -21,10 +22,10 @@ from lorakit.adapters import Adapter, AdapterModule, open_saved_adapter
 from lorakit.adapters.companions import check_overwrite, companions_of, label_of
 from lorakit.adapters.lora_config import minimal_config
 from lorakit.adapters.rewritable import check_finite, check_rewritable, contents_of, finite_tensor, planned_tensor
-from lorakit.adapters.write_lora import Piece, StoredUpdate, plain_lora, stored_update, write_lora
+from lorakit.adapters.write_lora import Piece, PlainLora, StoredUpdate, plain_lora, stored_update, write_lora
 from lorakit.merging._combine import DENSE, METHODS, Items, Merged, Method, combiner, least_rank, merged
 from lorakit.merging._report import MergedModule, MergeReport
-from lorakit.merging._together import Present, config_of, findings_about, layout_of, modules_of, tensors_beside
+from lorakit.merging._together import Beside, Present, config_of, findings_about, layout_of, modules_of, tensors_beside
 from lorakit.serving._needs import Needs, needs_of
 from lorakit.serving._written import Before, compact_finding, summary
 from lorakit.spectral import LowRank
@@ -94,41 +95,24 @@ def merge(
     _check_options(method, rank, energy, density)
     check_overwrite(out, adapters, overwrite=overwrite)
     needs = needs_of(for_server, pad=pad)
-    views = [open_saved_adapter(adapter) for adapter in adapters]
-    for view in views:
-        check_rewritable(view)
-        needs.check(contents_of(view))
+    views = _opened(adapters, needs)
     recipe = _Recipe(method, rank, energy, density, seed, pad, needs)
     present = modules_of(views)
     beside, findings = tensors_beside(views)
     findings += findings_about(views, present)
     layouts = {name: layout_of(list(modules.values())) for name, modules in present.items()}
     merging = _Merging(views, present, chosen, recipe)
-    ranks = merging.ranks()
-    lora = plain_lora(
-        [_planned(layouts[name], rank) for name, rank in ranks.items()],
-        pad=pad,
-        fitting_rank=needs.rank_at_least,
-        integer_alpha=needs.integer_alpha,
-    )
-    needs.check_rank(lora.r)
+    lora = _plan(layouts, merging.ranks, recipe)
     config, about_config = minimal_config(config_of(views, present), **lora.fields)
     companions = companions_of(adapters)
     terms = " + ".join(f"{weight:.6g} · {label_of(view.path)}" for weight, view in zip(chosen, views, strict=True))
     planned = {key: planned_tensor(view, info) for key, (view, info) in beside.items()}
     merges: dict[str, Merged] = {}
-
-    def pieces() -> Generator[Piece]:
-        for name, update, merges[name] in merging.updates(ranks):
-            yield Piece(lora.written(stored_update(layouts[name], update)), name, update)
-        for key, (view, info) in beside.items():
-            yield Piece({key: finite_tensor(view, info)})
-
     errors = write_lora(
         out,
         lora.tensors | planned,
         config,
-        pieces(),
+        _pieces(merging, layouts, lora, beside, merges),
         companions=companions,
         change=lambda: (
             f"`merge` ({method}): {terms}, at rank {lora.r}, {_energy_kept(merges):.4%} of the merge's energy kept."
@@ -147,6 +131,41 @@ def merge(
         modules=_rows(present, layouts, merges, lora.r if pad else None, errors),
         findings=(*findings, *about_config, *companions.findings, *compact_finding(lora)),
     )
+
+
+def _opened(adapters: Iterable[str | os.PathLike[str] | nn.Module | Adapter], needs: Needs) -> list[Adapter]:
+    views = [open_saved_adapter(adapter) for adapter in adapters]
+    for view in views:
+        check_rewritable(view)
+        needs.check(contents_of(view))
+    return views
+
+
+def _plan(layouts: Mapping[str, AdapterModule], ranks: Mapping[str, int], recipe: _Recipe) -> PlainLora:
+    """What will be written, before it is computed."""
+    needs = recipe.needs
+    lora = plain_lora(
+        [_planned(layouts[name], rank) for name, rank in ranks.items()],
+        pad=recipe.pad,
+        fitting_rank=needs.rank_at_least,
+        integer_alpha=needs.integer_alpha,
+    )
+    needs.check_rank(lora.r)
+    return lora
+
+
+def _pieces(
+    merging: _Merging,
+    layouts: Mapping[str, AdapterModule],
+    lora: PlainLora,
+    beside: Beside,
+    merges: dict[str, Merged],
+) -> Generator[Piece]:
+    """What is written, module by module, then the tensors beside; adds the numbers of every module to `merges`."""
+    for name, update, merges[name] in merging.updates():
+        yield Piece(lora.written(stored_update(layouts[name], update)), name, update)
+    for key, (view, info) in beside.items():
+        yield Piece({key: finite_tensor(view, info)})
 
 
 def _planned(layout: AdapterModule, rank: int) -> StoredUpdate:
@@ -182,6 +201,7 @@ class _Merging:
     weights: Sequence[float]
     recipe: _Recipe
 
+    @functools.cached_property
     @torch.no_grad()
     def ranks(self) -> dict[str, int]:
         """The rank of every module's merge, without padding: one for all if it is chosen here and padding is on."""
@@ -211,14 +231,14 @@ class _Merging:
         return side if self.recipe.method in DENSE else min(side, sum(module.rank for module in modules))
 
     @torch.no_grad()
-    def updates(self, ranks: Mapping[str, int]) -> Iterator[tuple[str, LowRank, Merged]]:
+    def updates(self) -> Iterator[tuple[str, LowRank, Merged]]:
         """Module by module the merge of its rank, with its numbers."""
         recipe = self.recipe
         combine = combiner(recipe.method, recipe.density)
         exact = recipe.method == "linear" and recipe.rank is None and recipe.energy is None
         with _seeded(recipe):
             for name, each in self._items("merging"):
-                yield name, *merged(each, combine, None if exact else ranks[name])
+                yield name, *merged(each, combine, None if exact else self.ranks[name])
 
     def _items(self, progress: str) -> Iterator[tuple[str, Items]]:
         """Module by module, the updates of the adapters that have it, with their weights."""
