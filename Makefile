@@ -10,7 +10,9 @@ SERVERS        := build/servers
 SERVERS_STAMP  := $(SERVERS)/.installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test fast format docs test-backends test-docs test-servers test-processors lint unit wheel dist setup clean
+FUZZ_SECONDS ?= 60
+
+.PHONY: help demo test fuzz fast format docs test-backends test-docs test-servers test-processors lint unit wheel dist setup clean
 
 # A target's help is what stands behind ## on its line.
 help: ## this list
@@ -75,6 +77,12 @@ $(SERVERS_STAMP): tests/servers/package.json
 	test -d $(SERVERS)/node_modules/node-llama-cpp
 	$(BIN)/python -m pip install --quiet --no-deps --target $(SERVERS)/mlx mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2
 	touch $@
+
+# Its finds lie in build/fuzz; an input that breaks a promise is written there and named.
+fuzz: setup ## fuzz the reading of adapters and configs for a minute
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[fuzz]'
+	mkdir -p build/fuzz
+	OMP_NUM_THREADS=1 $(BIN)/python tests/attacks/fuzz.py build/fuzz/corpus -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=build/fuzz/
 
 wheel: setup ## a wheel builds, installs in an empty environment and imports
 	rm -rf build/wheel build/empty

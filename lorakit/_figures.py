@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, Literal
 
+from lorakit._format import visible
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -34,11 +36,10 @@ def png_bytes(figure: Figure, *, dpi: int = 120) -> bytes:
 
 
 def escape_mathtext(text: str) -> str:
-    """Text with `$` escaped, so that matplotlib does not read it as mathematics."""
-    return text.replace("$", r"\$")
+    """Text for matplotlib: `$` escaped, which would begin mathematics, and characters without a glyph."""
+    return visible(text).replace("$", r"\$")
 
 
 def title_name(path: str) -> str:
     """An adapter's or a model's path for a figure's title: escaped, and only the end of a long one."""
-    name = path.replace("\n", " ")
-    return escape_mathtext(name if len(name) <= _NAME_LENGTH else f"…{name[1 - _NAME_LENGTH :]}")
+    return escape_mathtext(path if len(path) <= _NAME_LENGTH else f"…{path[1 - _NAME_LENGTH :]}")

@@ -1,6 +1,20 @@
-"""Numbers as text, for terminals, HTML and figures."""
+"""Numbers and names as text, for terminals, HTML and figures."""
 
 from __future__ import annotations
+
+
+def visible(text: str) -> str:
+    r"""Text with what a terminal acts on (control characters, newlines, changes of direction) written as escapes.
+
+    Names from adapters and configs are printed through this, so that they cannot move the cursor or fake a line.
+
+    Example:
+        >>> visible("q_proj\n\x1b[2J")
+        'q_proj\\n\\x1b[2J'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def number(value: float | None) -> str:

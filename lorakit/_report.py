@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lorakit._format import visible
 from lorakit.errors import Finding, MissingExtraError
 
 if TYPE_CHECKING:
@@ -144,7 +145,8 @@ class Report:
             lines.append(f"  next: {self.next_steps[0]}")
         if len(lines) > _REPR_LINES:
             lines = [*lines[: _REPR_LINES - 1], "  …"]
-        return "\n".join(line if len(line) <= _REPR_WIDTH else f"{line[: _REPR_WIDTH - 1]}…" for line in lines)
+        shown = map(visible, lines)
+        return "\n".join(line if len(line) <= _REPR_WIDTH else f"{line[: _REPR_WIDTH - 1]}…" for line in shown)
 
     def _repr_html_(self) -> str:
         """HTML for notebooks, with all text escaped."""

@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorakit import surgery
-from lorakit._figures import new_figure
+from lorakit._figures import new_figure, png_bytes
+from lorakit._files import write_file
 from lorakit._version import __version__
 from lorakit.adapters.in_model import live_modules
 from lorakit.errors import LorakitError
@@ -97,7 +98,7 @@ def run_demo(settings: DemoSettings, say: Callable[[str], None]) -> dict[str, An
         _save_base(model, tokenizer, out / "base")
     data = split_data(tokenizer, settings)
     texts = (json.dumps({"text": text}) + "\n" for text in tokenizer.batch_decode(data["held_out"]))
-    (out / "held-out.jsonl").write_text("".join(texts), encoding="utf-8")
+    write_file(out / "held-out.jsonl", "".join(texts))
     say(
         f"Text from pydoc_data.topics, by document: {len(data['train'])} training, {len(data['calibration'])} "
         f"calibration and {len(data['held_out'])} held-out sequences of {settings.length} tokens."
@@ -111,7 +112,7 @@ def run_demo(settings: DemoSettings, say: Callable[[str], None]) -> dict[str, An
         "seconds": round(time.perf_counter() - started, 1),
         "rows": [asdict(row) for row in rows],
     }
-    (out / "results.json").write_text(json.dumps(results, indent=1))
+    write_file(out / "results.json", json.dumps(results, indent=1))
     _plot(rows, out / "demo.png")
     return results
 
@@ -335,4 +336,4 @@ def _plot(rows: list[DemoRow], path: Path) -> None:
     right.set(
         xlabel="held-out loss less LoRA's (nats a token), ± 1 standard error", title="Against LoRA, paired by sequence"
     )
-    figure.savefig(path, dpi=120)
+    write_file(path, png_bytes(figure))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +14,10 @@ class LorakitError(Exception):
 
 class RegistrationError(LorakitError, RuntimeError):
     """lorakit's method names could not be registered with PEFT."""
+
+
+class PatternError(LorakitError, ValueError):
+    """A regular expression that is too large, or that takes too long to match."""
 
 
 class UnsupportedModelError(LorakitError, ValueError):
@@ -70,6 +76,25 @@ class OverwriteError(LorakitError, FileExistsError):
 
 class MissingExtraError(LorakitError, ImportError):
     """An optional dependency is needed, but not installed."""
+
+
+@contextlib.contextmanager
+def raised_as(kind: type[LorakitError], what: str) -> Iterator[None]:
+    """Raise whatever a library raises in the block, over files that it was given, as one error: `what`: its reason.
+
+    Libraries that load models raise nearly every type for a file that is not as they expect. Our own errors pass.
+    """
+    try:
+        yield
+    except LorakitError:
+        raise
+    except Exception as error:
+        raise kind(f"{what}: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line: its message's first line, or its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lorakit.cli import app
 from lorakit.cli._demo_table import print_results, verdicts
+from lorakit.cli.app import app
 from lorakit.demo import DemoError, DemoSettings, load_model, split_data
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from lorakit._distributed import _private
+from lorakit._signals import restoring
 from lorakit.errors import CalibrationError
 
 
@@ -38,7 +38,7 @@ def unwrapped(model: Any) -> Any:
     return model
 
 
-@contextlib.contextmanager
+@restoring
 def gathered(model: nn.Module) -> Iterator[None]:
     """Gather all weights of a model sharded by fully_shard (FSDP2) in every process while the block runs.
 

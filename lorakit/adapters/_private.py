@@ -6,10 +6,11 @@ tests/adapters/test_private.py says which version of which library breaks one of
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+
+from lorakit._signals import restoring
 
 # Submodules that torch's activation checkpointing, torch.compile and FSDP put around a module, as parts of names.
 COMPILED = "_orig_mod"
@@ -26,7 +27,7 @@ def set_offloaded_weights(module: Any, weights: Mapping[str, Tensor]) -> None:
     module._hf_hook.weights_map = weights
 
 
-@contextmanager
+@restoring
 def restored_parameters(module: nn.Module) -> Iterator[None]:
     """Give a module back the parameter objects that it had before the block."""
     before = dict(module._parameters)

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from lorakit.adapters.config import AdapterSettings
+from lorakit.adapters.experts import unstacked
+from lorakit.adapters.keys import module_path
 from lorakit.errors import AdapterFileError, Finding
 from lorakit.naming.roles import Role
 from lorakit.spectral import LowRank
 
-Kind = Literal["linear", "embedding", "conv"]
-ExtraKind = Literal["modules_to_save", "bias", "embedding", "trainable_tokens", "expert_parameters", "orphan"]
+Kind = Literal["linear", "embedding", "conv", "experts"]
+ExtraKind = Literal["modules_to_save", "bias", "embedding", "trainable_tokens", "orphan"]
 Read = Callable[[str], Tensor]
 
 _BATCH = 1 << 16  # entries of stacked factors; on a CPU, stacking more costs more than it gains
@@ -66,7 +68,8 @@ class AdapterModule:
     """The update ΔW = scaling · B A of one module, with factors B (d_out, rank) and A (rank, d_in) that can be read.
 
     For an embedding, d_in is the number of tokens. For a convolution, d_in is the number of input channels times the
-    size of the kernel, as if the kernel of the base weight were flattened.
+    size of the kernel, as if the kernel of the base weight were flattened. For experts stacked in one parameter, there
+    is one update of shape (d_out, d_in) for each of the `experts`, and all have one rank and scaling.
     DoRA's `magnitude` and SpecLoRA's `mask` (k,), which holds d − 1, are not part of this update.
     """
 
@@ -82,10 +85,22 @@ class AdapterModule:
     mask: TensorInfo | None = None
     E: TensorInfo | None = None  # AdaLoRA's singular values, (rank, 1); `read` multiplies A by them
     fan_in_fan_out: bool = False
+    experts: int | None = None  # stacked in one parameter
+    whole_of: AdapterModule | None = None  # the module as it is stored, where A and B are its whole update
+
+    @property
+    def stored(self) -> AdapterModule:
+        """The module as it is stored: itself, unless A and B are its whole update."""
+        return self if self.whole_of is None else self.whole_of
+
+    @property
+    def path(self) -> str:
+        """The name of PEFT's layer, under which the factors are saved; a parameter's is not its own name."""
+        return module_path(self.stored.A.key)
 
     @property
     def rank(self) -> int:
-        return self.A.shape[0]
+        return self.A.shape[0] // (self.experts or 1)
 
     @property
     def d_in(self) -> int:
@@ -98,7 +113,7 @@ class AdapterModule:
     @property
     def groups(self) -> int:
         """The groups of a convolution: B is stored with rank / groups columns."""
-        return self.rank // self.B.shape[1]
+        return self.A.shape[0] // self.B.shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -115,23 +130,29 @@ class AdapterModule:
     @property
     def parameters(self) -> int:
         """The number of parameters of A, B and E as they are stored."""
+        if self.whole_of is not None:
+            return self.whole_of.parameters
         return self.A.numel + self.B.numel + (0 if self.E is None else self.E.numel)
 
     @property
     def entries(self) -> int:
         """The number of entries of B and A as they are read."""
-        return self.rank * (self.d_out + self.d_in)
+        return (self.experts or 1) * self.rank * (self.d_out + self.d_in)
 
     @property
     def extras(self) -> tuple[TensorInfo, ...]:
         """The module's tensors that are not part of the low-rank update."""
+        if self.whole_of is not None:
+            return self.whole_of.extras
         return tuple(info for info in (self.bias, self.magnitude, self.mask) if info is not None)
 
     def read(self, read: Read) -> tuple[Tensor, Tensor]:
-        """B (d_out, rank) and A (rank, d_in) in one dtype, from an open reader."""
+        """B (d_out, rank) and A (rank, d_in) in one dtype, from an open reader; of experts (experts, …) each."""
         A, B = read(self.A.key).to(self.dtype).flatten(1), read(self.B.key).to(self.dtype).flatten(1)
         if self.E is not None:
             A = A * read(self.E.key).to(self.dtype)
+        if self.experts is not None:
+            return unstacked(B, A, self.experts)
         if self.groups > 1:
             B = torch.block_diag(*B.chunk(self.groups))  # type: ignore[no-untyped-call]
         return B, A
@@ -203,14 +224,15 @@ class Adapter:
     def batches(
         self, modules: Iterable[AdapterModule] | None = None, *, numel: int = _BATCH
     ) -> Iterator[tuple[list[AdapterModule], LowRank]]:
-        """The modules, or those given, in batches of one shape and dtype, with their stacked updates.
+        """The modules, or those given, in batches of one shape and dtype, with their stacked updates (n, …).
 
         A batch has at most `numel` entries, or one module. If you drop each batch before the next, memory holds little
         more than one. Raises: AdapterFileError.
         """
         groups: dict[tuple[object, ...], list[AdapterModule]] = {}
         for module in self.modules if modules is None else modules:
-            groups.setdefault((module.d_out, module.rank, module.d_in, module.dtype), []).append(module)
+            shape = (module.d_out, module.rank, module.d_in, module.experts)
+            groups.setdefault((*shape, module.dtype), []).append(module)
         with self.source.reader() as read:
             for group in groups.values():
                 step = max(1, numel // group[0].entries)
@@ -221,4 +243,5 @@ class Adapter:
 def _stacked(batch: list[AdapterModule], read: Read) -> LowRank:
     Bs, As = zip(*(module.read(read) for module in batch), strict=True)
     B, A = (torch.stack(Bs), torch.stack(As)) if len(batch) > 1 else (Bs[0][None], As[0][None])
-    return LowRank(B, A, torch.tensor([module.scaling for module in batch], dtype=torch.float64, device=B.device))
+    scaling = torch.tensor([module.scaling for module in batch], dtype=torch.float64, device=B.device)
+    return LowRank(B, A, scaling.reshape(-1, *[1] * (B.ndim - 3)).expand(B.shape[:-2]))

@@ -14,6 +14,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from lorakit._signals import restoring
+
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 CONFIG_NAME = "adapter_config.json"
@@ -22,7 +24,7 @@ _RENAME_EXCHANGE = 2  # of Linux
 _AT_FDCWD = -100
 
 
-@contextlib.contextmanager
+@restoring
 def replaced_directory(out: str | os.PathLike[str], *, remove: Collection[str] = ()) -> Iterator[Path]:
     """Yield a temporary directory, whose files replace those of `out` if the block ends without an error.
 

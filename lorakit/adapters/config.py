@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from lorakit.adapters.keys import parse_key
-from lorakit.errors import AdapterFileError, UnsupportedModelError
+from lorakit.errors import AdapterFileError, PatternError, UnsupportedModelError
 from lorakit.naming.inits import changes_base_weights
 from lorakit.naming.matching import PatternMatcher
 
@@ -124,15 +124,12 @@ class AdapterSettings:
             return ResolvedConfig({name: ModuleConfig(None, 1.0) for name in module_names}, ())
         if self.peft_type == "ADALORA":
             return self._resolve_adalora(self.r, module_names)
-        ranks, alphas = PatternMatcher(self.rank_pattern), PatternMatcher(self.alpha_pattern)
-        modules = {}
-        for name in module_names:
-            r = _value_of(self.rank_pattern, ranks.first(name), name, self.r)
-            alpha = _value_of(self.alpha_pattern, alphas.first(name), name, self.alpha)
-            modules[name] = ModuleConfig(r, alpha / (math.sqrt(r) if self.use_rslora else r))
-        unmatched = [("rank_pattern", key) for key in ranks.unmatched(module_names)]
-        unmatched += [("alpha_pattern", key) for key in alphas.unmatched(module_names)]
-        return ResolvedConfig(modules, tuple(unmatched))
+        ranks, no_rank = _matched("rank_pattern", self.rank_pattern, module_names, self.r)
+        alphas, no_alpha = _matched("alpha_pattern", self.alpha_pattern, module_names, self.alpha)
+        modules = {
+            name: ModuleConfig(r, alphas[name] / (math.sqrt(r) if self.use_rslora else r)) for name, r in ranks.items()
+        }
+        return ResolvedConfig(modules, (*no_rank, *no_alpha))
 
     def _resolve_adalora(self, r: int, module_names: Collection[str]) -> ResolvedConfig:
         """Its rank pattern has a list for each module, whose true entries are the kept ones of the initial rank r."""
@@ -148,9 +145,17 @@ class AdapterSettings:
         return ResolvedConfig(modules, tuple(unmatched))
 
 
-def _value_of(pattern: Mapping[str, V], key: str | None, name: str, default: V) -> V:
-    """The value under the key that matches a module's name; as in PEFT, under the name itself if none matches."""
-    return pattern.get(name if key is None else key, default)
+def _matched(
+    field_name: str, pattern: Mapping[str, V], names: Collection[str], default: V
+) -> tuple[dict[str, V], list[tuple[str, str]]]:
+    """Each module's value: under the first key that matches, or as in PEFT under its name; and the unmatched keys."""
+    try:
+        matcher = PatternMatcher(pattern)
+        found = {name: matcher.first(name) for name in names}
+        unmatched = [(field_name, key) for key in matcher.unmatched(names)]
+    except PatternError as error:
+        raise AdapterFileError(f"`{field_name}` in the adapter's config: {error}") from None
+    return {name: pattern.get(name if key is None else key, default) for name, key in found.items()}, unmatched
 
 
 def _masked_module(key: str) -> str | None:
@@ -187,6 +192,8 @@ def _pattern(name: str, value: object) -> dict[str, Any]:
     for key in value:
         try:
             PatternMatcher([key])
+        except PatternError as error:
+            raise AdapterFileError(f"`{name}` in the adapter's config: {error}") from None
         except (re.error, TypeError, OverflowError, RecursionError) as error:
             raise AdapterFileError(
                 f"`{name}` in the adapter's config has the key {_shown(key)}, which is no regular expression: {error}."

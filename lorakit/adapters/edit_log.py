@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lorakit._files import write_file
 from lorakit.adapters.atomic import PICKLE_NAME, WEIGHTS_NAME
 
 RECORD_NAME = "lorakit_surgery.json"
@@ -47,12 +48,7 @@ def write_edits(directory: str | os.PathLike[str], edits: Sequence[Mapping[str, 
         path.unlink(missing_ok=True)
         return
     record = {"weights_sha256": weights_hash(Path(directory)), "edits": [dict(edit) for edit in edits]}
-    partial = path.with_name(f".{RECORD_NAME}.{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(record), encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_file(path, json.dumps(record))
 
 
 def _ignored(path: Path, reason: str) -> list[dict[str, Any]]:

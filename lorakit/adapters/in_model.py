@@ -16,10 +16,12 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
+from lorakit._checks import preview
 from lorakit._distributed.fsdp import fill, full_tensor
 from lorakit.adapters._private import CHECKPOINTED, COMPILED, set_offloaded_weights
 from lorakit.adapters.adapter import Adapter, TensorInfo, row_slices
 from lorakit.adapters.config import AdapterSettings
+from lorakit.adapters.experts import unstacked
 from lorakit.adapters.keys import parse_key
 from lorakit.adapters.parse import assemble
 from lorakit.adapters.read import TensorDict
@@ -34,12 +36,14 @@ _SUPPORTED_TYPES = ("LORA", "FISHERLORA", "SPECLORA")
 class LiveModule:
     """An adapted module of a model: ΔW = scaling · B A, with B (d_out, r) and A (r, d_in) if it is linear.
 
-    `name` is that in the base model, as in PEFT's `targeted_module_names`; `layer` is PEFT's layer.
+    `name` is that of the module or parameter in the base model; `layer` is PEFT's layer, and `path` is its name. They
+    differ for a parameter (`target_parameters`): ``….experts.down_proj`` may be adapted by ``….experts.base_layer``.
     """
 
     name: str
     layer: LoraLayer
     adapter_name: str
+    path: str
 
     @functools.cached_property
     def role(self) -> Role | None:
@@ -58,21 +62,45 @@ class LiveModule:
     @property
     def rank(self) -> int:
         weight: Any = self.down.weight
-        return int(weight.shape[0])
+        return int(weight.shape[0]) // (self.experts or 1)
+
+    @property
+    def experts(self) -> int | None:
+        """How many experts are stacked in the parameter that the layer adapts; None for a module or one matrix."""
+        layer: Any = self.layer
+        if not isinstance(layer, ParamWrapper) or (layer.num_experts == 1 and layer.parameter_name == "weight"):
+            return None
+        return int(layer.num_experts)
 
     @property
     def scaling(self) -> float:
         return float(self.layer.scaling[self.adapter_name])
 
     def factors(self) -> LowRank:
-        """The low-rank update. Its tensors share the parameters' memory, unless these are offloaded or sharded."""
-        return LowRank(read_weight(self.up), read_weight(self.down), self.scaling)
+        """The low-rank update, of stacked experts a batch. Its tensors share the parameters' memory, unless these are
+        offloaded or sharded.
+        """
+        B, A = read_weight(self.up), read_weight(self.down)
+        return LowRank(*(unstacked(B, A, self.experts) if self.experts is not None else (B, A)), self.scaling)
 
     def is_linear(self) -> bool:
         """Whether the layer is linear: no embedding, convolution, attention or stack of experts."""
         if isinstance(self.layer, ParamWrapper | MultiheadAttention) or self.adapter_name not in self.layer.lora_A:
             return False
         return isinstance(self.down, nn.Linear) and isinstance(self.up, nn.Linear)
+
+
+def check_no_stacks(modules: Sequence[LiveModule], purpose: str) -> None:
+    """Raise UnsupportedModelError, with their names, for experts stacked in parameters: their tokens are multiplied
+    expert by expert, so that what an example contributes cannot be seen at the layer.
+    """
+    stacks = [module.name for module in modules if isinstance(module.layer, ParamWrapper)]
+    if stacks:
+        raise UnsupportedModelError(
+            f"{purpose} must tell examples apart, which it cannot in {len(stacks)} adapted parameters "
+            f"(`target_parameters`), where tokens of all examples are multiplied expert by expert: {preview(stacks)}. "
+            f"Leave them out of `target_modules`."
+        )
 
 
 def resolve_adapter_name(model: PeftModel, adapter_name: str | None) -> str:
@@ -119,10 +147,20 @@ def live_modules(model: PeftModel, adapter_name: str) -> list[LiveModule]:
 
 def _modules_of(model: nn.Module, adapter_name: str) -> list[LiveModule]:
     return [
-        LiveModule(strip_wrappers(name), layer, adapter_name)
-        for name, layer in model.named_modules()
+        LiveModule(parameter_name(path, layer), layer, adapter_name, path)
+        for path, layer in ((strip_wrappers(name), layer) for name, layer in model.named_modules())
         if isinstance(layer, LoraLayer) and (adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A)
     ]
+
+
+def parameter_name(path: str, layer: Any) -> str:
+    """The name in the base model of what a layer adapts: a module, or a parameter that is not called ``weight``."""
+    if not isinstance(layer, ParamWrapper):
+        return path
+    owner = path
+    while owner.endswith(".base_layer"):
+        owner = owner.removesuffix(".base_layer")
+    return owner if layer.parameter_name == "weight" else f"{owner}.{layer.parameter_name}"
 
 
 def strip_wrappers(name: str) -> str:
@@ -173,12 +211,13 @@ def live_adapter(model: Any, adapter_name: str | None = None) -> Adapter:
     settings = AdapterSettings.from_config(config.to_dict())
     source = _LiveTensors(live_modules(model, name), name)
     adapter = assemble(f"{type(model.get_base_model()).__name__}, adapter {name!r}", settings, source)
-    layers = source.layers
+    live = {module.path: module for module in source.modules}
     modules = [
         replace(
             module,
-            scaling=float(layers[module.name].scaling[name]),
-            fan_in_fan_out=bool(getattr(layers[module.name], "fan_in_fan_out", False)),
+            name=live[module.path].name,
+            scaling=live[module.path].scaling,
+            fan_in_fan_out=bool(getattr(live[module.path].layer, "fan_in_fan_out", False)),
         )
         for module in adapter.modules
     ]
@@ -211,9 +250,15 @@ def saved_adapter(model: Any, adapter_name: str | None = None) -> Adapter:
         model.get_base_model(), "name_or_path", None
     )
     saved = assemble(live.path, replace(live.settings, raw=raw), TensorDict(tensors))
-    own = {module.name: module for module in live.modules}
+    own = {module.path: module for module in live.modules}
     modules = [
-        replace(m, scaling=own[m.name].scaling, fan_in_fan_out=own[m.name].fan_in_fan_out) for m in saved.modules
+        replace(
+            module,
+            name=own[module.path].name,
+            scaling=own[module.path].scaling,
+            fan_in_fan_out=own[module.path].fan_in_fan_out,
+        )
+        for module in saved.modules
     ]
     return replace(saved, modules=tuple(modules))
 
@@ -222,23 +267,18 @@ class _LiveTensors:
     """The tensors of an adapter's layers, under the keys that PEFT saves them with."""
 
     def __init__(self, modules: list[LiveModule], adapter_name: str) -> None:
-        self.layers: dict[str, Any] = {}
+        self.modules = modules
         self._holders: dict[str, tuple[Any, str]] = {}
         for module in modules:
-            if isinstance(module.layer, ParamWrapper):
-                raise UnsupportedModelError(
-                    f"{module.name!r} adapts parameters (`target_parameters`), which is not supported."
-                )
-            self.layers[module.name] = module.layer
             for part in ("lora_A", "lora_B", "lora_magnitude_vector", "lora_spec"):
                 holder = getattr(module.layer, part, {})
                 if adapter_name in holder:
                     for leaf, _ in holder[adapter_name].named_parameters(recurse=False):
-                        self._holders[f"{module.name}.{part}.{leaf}"] = holder[adapter_name], leaf
+                        self._holders[f"{module.path}.{part}.{leaf}"] = holder[adapter_name], leaf
             for part in ("lora_embedding_A", "lora_embedding_B"):
                 holder = getattr(module.layer, part, {})
                 if adapter_name in holder:
-                    self._holders[f"{module.name}.{part}"] = holder, adapter_name
+                    self._holders[f"{module.path}.{part}"] = holder, adapter_name
 
     def infos(self) -> dict[str, TensorInfo]:
         shapes = {key: getattr(holder, name) for key, (holder, name) in self._holders.items()}

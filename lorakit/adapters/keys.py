@@ -56,6 +56,13 @@ def parse_key(name: str) -> Key | None:
     return Key(match["module"], part, match["part"].startswith("lora_embedding"), match["adapter"])
 
 
+def module_path(name: str) -> str:
+    """The name of PEFT's layer that a tensor of a low-rank update belongs to."""
+    key = parse_key(name)
+    assert key is not None
+    return key.module_name
+
+
 def tensor_name(module_name: str, part: Part, embedding: bool = False) -> str:
     """The name under which PEFT saves a part of a LoRA."""
     leaf = {"A": "lora_A.weight", "B": "lora_B.weight", "bias": "lora_B.bias", "magnitude": "lora_magnitude_vector"}

@@ -108,10 +108,11 @@ def minimal_config(raw: Mapping[str, Any], **changes: Any) -> tuple[dict[str, An
     return written, findings
 
 
-def spelled_out(module_names: Iterable[str]) -> dict[str, Any]:
-    """The fields of a config that targets these modules, by their names, and no others."""
+def spelled_out(module_names: Iterable[str], parameter_names: Iterable[str] = ()) -> dict[str, Any]:
+    """The fields of a config that targets these modules and parameters, by their names, and no others."""
     nothing = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
-    return {"target_modules": sorted(module_names), **nothing}
+    targets = {"target_modules": sorted(module_names), "target_parameters": sorted(parameter_names) or None}
+    return {**targets, **nothing}
 
 
 def _plain(value: Any) -> Any:

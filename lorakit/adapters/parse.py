@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from lorakit.adapters.adapter import Adapter, AdapterModule, ExtraKind, ExtraTensor, TensorInfo, TensorSource
+from lorakit.adapters.adapter import Adapter, AdapterModule, ExtraKind, ExtraTensor, Kind, TensorInfo, TensorSource
 from lorakit.adapters.config import AdapterSettings, ModuleConfig
-from lorakit.adapters.keys import Part, mask_mode, parse_key, without_prefix
+from lorakit.adapters.experts import parameters_of
+from lorakit.adapters.keys import Part, mask_mode, module_path, parse_key, without_prefix
 from lorakit.errors import AdapterFileError, Finding
 from lorakit.naming.roles import layer_of, role_of
 
@@ -21,6 +23,7 @@ class _Group:
 
     parts: dict[Part, list[TensorInfo]] = field(default_factory=dict)
     embedding: bool = False
+    parameter: bool = False  # adapted under `target_parameters`
 
 
 def assemble(path: str, settings: AdapterSettings, source: TensorSource) -> Adapter:
@@ -33,16 +36,14 @@ def assemble(path: str, settings: AdapterSettings, source: TensorSource) -> Adap
         named = ", ".join(repr(info.key) for info in others[:2]) + (", …" if len(others) > 2 else "")
         found = f"there are {named}." if others else "there are none at all."
         raise AdapterFileError(f"{path}: no tensor is named like a LoRA's (lora_A, lora_B, …); {found}")
+    parameters = parameters_of(groups, settings.raw, settings.target_parameters)
+    groups = {parameters.get(path, path): _of_parameter(group, path in parameters) for path, group in groups.items()}
     resolved = settings.resolve(groups)
-    parameters = {name.rpartition(".")[0] for name in settings.target_parameters}
     extras = [ExtraTensor(info, _kind_of_extra(info, settings)) for info in others]
     modules: list[AdapterModule] = []
     findings: list[Finding] = []
     for name in sorted(groups, key=_natural):
         group = groups[name]
-        if parameters and _owns_one_of(name, parameters):
-            extras += [ExtraTensor(info, "expert_parameters") for infos in group.parts.values() for info in infos]
-            continue
         problem = _problem(group, resolved.modules[name], settings)
         if problem is not None:
             code, message = problem
@@ -68,11 +69,21 @@ def _grouped(source: TensorSource) -> tuple[dict[str, _Group], list[TensorInfo]]
     return groups, others
 
 
+def _of_parameter(group: _Group, parameter: bool) -> _Group:
+    group.parameter = parameter
+    return group
+
+
 def _module(name: str, group: _Group, config: ModuleConfig, settings: AdapterSettings) -> AdapterModule:
-    one: dict[str, TensorInfo] = {part: infos[0] for part, infos in group.parts.items()}
+    one: dict[str, Any] = {part: infos[0] for part, infos in group.parts.items()}  # one TensorInfo a part
+    experts = one["A"].shape[0] // (config.rank or 1) if group.parameter else None
+    if experts == 1 and name == module_path(one["A"].key):  # a module's own `weight`, of two dimensions
+        experts = None
+    kind: Kind = "embedding" if group.embedding else "conv" if len(one["A"].shape) > 2 else "linear"
     return AdapterModule(
         name=name,
-        kind="embedding" if group.embedding else "conv" if len(one["A"].shape) > 2 else "linear",
+        kind=kind if experts is None else "experts",
+        experts=experts,
         scaling=config.scaling,
         role=role_of(name),
         layer=layer_of(name),
@@ -111,6 +122,11 @@ def _problem(group: _Group, config: ModuleConfig, settings: AdapterSettings) -> 
         if config.rank == 0:
             return "pruned", "AdaLoRA pruned it to rank 0."
         return "rank_zero", "the factors have rank 0."
+    if group.parameter and config.rank is not None:
+        if len(one["A"].shape) != 2 or len(one["B"].shape) != 2 or rank % config.rank:
+            shapes = f"A {one['A'].shape} and B {one['B'].shape}"
+            return "shape_mismatch", f"{shapes} are not the factors of experts of the config's rank {config.rank}."
+        return None
     if config.rank not in (None, rank):
         return "rank_mismatch", f"the factors have rank {rank}, but the config says {config.rank}."
     return None
@@ -149,12 +165,6 @@ def _kind_of_extra(info: TensorInfo, settings: AdapterSettings) -> ExtraKind:
     return "orphan"
 
 
-def _owns_one_of(name: str, parents: set[str]) -> bool:
-    """Whether a module's factors are those of one of its parameters (`target_parameters`), stacked over experts."""
-    module = name.removesuffix(".base_layer")
-    return any(module == parent or module.endswith(f".{parent}") for parent in parents)
-
-
 def _findings_about_all(
     settings: AdapterSettings, unmatched: Sequence[tuple[str, str]], extras: Sequence[ExtraTensor]
 ) -> Iterator[Finding]:
@@ -186,9 +196,6 @@ def _findings_about_extras(kind: ExtraKind, infos: Sequence[TensorInfo]) -> Iter
         for info in infos:
             message = f"{info.key} belongs to no update, and to nothing else that PEFT saves."
             yield Finding("warning", "orphan_tensor", without_prefix(info.key), message)
-    elif kind == "expert_parameters":
-        message = f"{len(infos)} tensors adapt parameters (`target_parameters`), which is not supported: {infos[0].key}"
-        yield Finding("warning", "not_covered", None, message + (", …" if len(infos) > 1 else "."))
     else:
         size = sum(info.numel for info in infos)
         message = f"{len(infos)} tensors ({kind}) with {size:,} parameters are saved beside the updates."

@@ -24,17 +24,13 @@ def check_rewritable(adapter: Adapter) -> None:
     if settings.peft_type == "SPECLORA":
         raise UnsupportedModelError(
             f"{path} is a SPECLORA adapter, whose mask is an update of the base weight: its low-rank part cannot be "
-            f"rewritten alone. Use lorakit.export.to_lora(model, out, rank=…), or `lorakit export --base MODEL`, first."
+            f"rewritten alone. Give the base weights (`base`, --base) to rewrite its whole update, or use "
+            f"lorakit.export.to_lora(model, out)."
         )
     if settings.changes_base:
         raise UnsupportedModelError(
             f"{path} was made with init_lora_weights={settings.init!r}, which changed the base weights; its factors "
             f"mean nothing to the original ones. Save it with `path_initial_model_for_weight_conversion` first."
-        )
-    parameters = [extra.info.key for extra in adapter.extras if extra.kind == "expert_parameters"]
-    if parameters:
-        raise UnsupportedModelError(
-            f"{path} adapts parameters (`target_parameters`), such as {parameters[0]!r}, which is not covered yet."
         )
     grouped = [module.name for module in adapter.modules if module.groups > 1]
     if grouped:
@@ -70,12 +66,14 @@ def planned_tensor(adapter: Adapter, info: TensorInfo) -> Tensor:
 
 
 def contents_of(adapter: Adapter) -> set[str]:
-    """What an adapter has beside low-rank updates that servers refuse: DoRA, lora_bias, modules_to_save."""
+    """What an adapter has that servers refuse: DoRA, lora_bias, modules_to_save, stacked experts."""
     found = set()
     if any(module.magnitude is not None for module in adapter.modules):
         found.add("DoRA")
     if any(module.bias is not None for module in adapter.modules):
         found.add("lora_bias")
+    if any(module.experts is not None for module in adapter.modules):
+        found.add("stacked experts")
     if any(extra.kind == "modules_to_save" for extra in adapter.extras):
         found.add("modules_to_save")
     return found

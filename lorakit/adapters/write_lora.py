@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lorakit.adapters.adapter import AdapterModule, Read
 from lorakit.adapters.atomic import WEIGHTS_NAME, replaced_directory, write_config
 from lorakit.adapters.companions import CERTIFICATE_NAME, Companions
 from lorakit.adapters.edit_log import RECORD_NAME, write_edits
+from lorakit.adapters.experts import stacked
 from lorakit.adapters.keys import tensor_name
 from lorakit.adapters.read import open_file_or_hub
 from lorakit.adapters.stream import SafetensorsWriter
@@ -35,7 +37,8 @@ class StoredUpdate:
     """One module's update in the layout in which PEFT stores it, before padding, in any dtype.
 
     ΔW = `scaling` · B A. `A` is (rank, …) and `B` (d_out, rank / groups, …); `A_dtype` and `B_dtype` are what they are
-    written in. A `lora_bias` is scaled as B A is.
+    written in. A `lora_bias` is scaled as B A is. Of experts in one parameter, B is (experts, d_out, rank) and A
+    (experts, rank, d_in); they are stacked when they are written.
     """
 
     name: str
@@ -48,10 +51,11 @@ class StoredUpdate:
     B_key: str
     groups: int = 1
     bias: Tensor | None = None
+    experts: int | None = None
 
     @property
     def rank(self) -> int:
-        return self.A.shape[0]
+        return self.A.shape[0 if self.experts is None else 1]
 
     @property
     def parameters_of_a_rank(self) -> int:
@@ -97,19 +101,29 @@ class PlainLora:
 def stored_update(module: AdapterModule, update: LowRank, *, bias: Tensor | None = None) -> StoredUpdate:
     """`update` in the layout and the dtypes of a module that PEFT saved."""
     embedding = module.kind == "embedding"
-    assert module.A.dtype is not None
-    assert module.B.dtype is not None
+    A_dtype, B_dtype = module.stored.A.dtype, module.stored.B.dtype
+    assert A_dtype is not None
+    assert B_dtype is not None
     return StoredUpdate(
         name=module.name,
-        A=update.A.reshape(update.rank, *module.A.shape[1:]),
+        A=update.A.reshape(*update.A.shape[:-1], *module.A.shape[1:]),
         B=update.B.reshape(*update.B.shape, *[1] * (len(module.B.shape) - 2)),
         scaling=float(update.scaling),
-        A_dtype=module.A.dtype,
-        B_dtype=module.B.dtype,
-        A_key=tensor_name(module.name, "A", embedding),
-        B_key=tensor_name(module.name, "B", embedding),
+        A_dtype=A_dtype,
+        B_dtype=B_dtype,
+        A_key=tensor_name(module.path, "A", embedding),
+        B_key=tensor_name(module.path, "B", embedding),
         bias=bias,
+        experts=module.experts,
     )
+
+
+def planned_update(module: AdapterModule, rank: int, scaling: float, *, bias: Tensor | None = None) -> StoredUpdate:
+    """`stored_update` of an update of that rank that is not computed yet: its factors are on the device "meta"."""
+    stack = () if module.experts is None else (module.experts,)
+    B = torch.empty(*stack, module.d_out, rank, device="meta")
+    A = torch.empty(*stack, rank, module.d_in, device="meta")
+    return stored_update(module, LowRank(B, A, scaling), bias=bias)
 
 
 def plain_lora(
@@ -192,7 +206,9 @@ def _tensors(update: StoredUpdate, scaling: float, rank: int) -> dict[str, Tenso
         bias = None if bias is None else (bias.double() * ratio).to(bias.dtype)
     A, B = A.to(update.A_dtype), B.to(update.B_dtype)
     missing = (rank - update.rank) // update.groups
-    if missing:
+    if update.experts is not None:
+        B, A = stacked(F.pad(B, (0, missing)), F.pad(A, (0, 0, 0, missing)))
+    elif missing:
         rows = A.reshape(update.groups, -1, *A.shape[1:])
         A = torch.cat([rows, rows.new_zeros(update.groups, missing, *A.shape[1:])], dim=1).flatten(0, 1)
         B = torch.cat([B, B.new_zeros(B.shape[0], missing, *B.shape[2:])], dim=1)
@@ -267,7 +283,7 @@ class _Verification:
         B, A = (factor.double() for factor in module.read(self.read))
         error, norm = _difference(B, A, module.scaling, exact), _norm(exact)
         # Rounding moves each factor by eps/2 of its norm.
-        factors = torch.linalg.matrix_norm(exact.B) * torch.linalg.matrix_norm(exact.A)
+        factors = (torch.linalg.matrix_norm(exact.B) * torch.linalg.matrix_norm(exact.A)).norm()
         allowed = 2 * torch.finfo(_narrower(module)).eps * abs(float(exact.scaling)) * float(factors)
         if not error <= allowed + 1e-12 * norm:
             raise AdapterFileError(
@@ -289,16 +305,16 @@ def _verification(directory: Path) -> Iterator[_Verification]:
 def _difference(B: Tensor, A: Tensor, scaling: float, exact: LowRank) -> float:
     """‖scaling · B A − exact‖_F, as (B − B₀) A + B₀ (A − A₀): without the cancellation of the two updates."""
     own, rank = float(exact.scaling), exact.rank
-    padded = not bool(B[:, rank:].any()) and not bool(A[rank:].any())
-    B, A = (B[:, :rank], A[:rank]) if padded else (B, A)
+    padded = not bool(B[..., rank:].any()) and not bool(A[..., rank:, :].any())
+    B, A = (B[..., :rank], A[..., :rank, :]) if padded else (B, A)
     if B.shape != exact.B.shape or A.shape != exact.A.shape or own == 0:
         return _norm(LowRank(B, A, scaling) - exact)
-    moved = torch.cat([B * (scaling / own) - exact.B, exact.B], dim=1)
-    return _norm(LowRank(moved, torch.cat([A, A - exact.A]), own))
+    moved = torch.cat([B * (scaling / own) - exact.B, exact.B], dim=-1)
+    return _norm(LowRank(moved, torch.cat([A, A - exact.A], dim=-2), own))
 
 
 def _norm(update: LowRank) -> float:
-    return float(update.inner(update).clamp(min=0).sqrt())
+    return float(update.inner(update).clamp(min=0).sum().sqrt())  # over experts, where there are any
 
 
 def _narrower(module: AdapterModule) -> torch.dtype:

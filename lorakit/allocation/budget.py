@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Literal
 
@@ -21,7 +22,8 @@ def read_budget(budget: int | str) -> tuple[int, Unit]:
         ((2000000, 'parameters'), (4000000, 'bytes'))
     """
     match = _BUDGET.fullmatch(str(budget)) if isinstance(budget, int | str) and not isinstance(budget, bool) else None
-    amount = int(float(match[1]) * _PREFIXES[(match[2] or "").lower()]) if match else 0
+    number = float(match[1]) * _PREFIXES[(match[2] or "").lower()] if match else 0.0
+    amount = int(number) if math.isfinite(number) else 0
     if match is None or amount < 1:
         raise ValueError(
             f"`budget` must be a positive number of parameters (2000000, 2M) or bytes (4MB, 4MiB); got {budget!r}."

@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from lorakit._signals import restoring
 from lorakit.calibration import _private
 from lorakit.errors import CalibrationError
 
@@ -42,7 +43,7 @@ def check_can_differentiate(model: nn.Module) -> None:
         )
 
 
-@contextlib.contextmanager
+@restoring
 def no_inference_mode() -> Iterator[None]:
     """Leave torch.inference_mode(), in which nothing can be differentiated; gradients stay on or off as they are."""
     enabled = torch.is_grad_enabled()
@@ -50,7 +51,7 @@ def no_inference_mode() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
+@restoring
 def preserved_state(model: nn.Module) -> Iterator[None]:
     """Restore a model afterwards: `requires_grad`, train or eval mode, active adapters, `use_cache`.
 
@@ -76,7 +77,19 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
-@contextlib.contextmanager
+@restoring
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode while the block runs; each module's own mode is restored."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@restoring
 def activated(model: PeftModel, adapter_name: str) -> Iterator[None]:
     """Activate an adapter while the block runs: alone, unless it is active already."""
     if adapter_name in model.active_adapters:
@@ -87,7 +100,7 @@ def activated(model: PeftModel, adapter_name: str) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
+@restoring
 def preserved_rng(model: nn.Module) -> Iterator[None]:
     """Restore the generators of torch (on the CPU and the model's devices), numpy and Python afterwards."""
     python_state, numpy_state = random.getstate(), np.random.get_state()

@@ -1,4 +1,11 @@
 """The command line."""
 
-from lorakit.cli.app import app as app
-from lorakit.cli.app import main as main
+
+def main() -> None:
+    """Run the command. Ctrl-C ends it quietly, also while it is still importing."""
+    try:
+        from lorakit.cli.app import main as run
+
+        run()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

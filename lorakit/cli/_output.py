@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
+from lorakit._format import visible
 from lorakit.naming.roles import group_of
 
 if TYPE_CHECKING:
     from lorakit._report import Report
 
 EXIT_CODES = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}
+STDOUT: ContextVar[TextIO] = ContextVar("STDOUT")
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the adapter itself, or one that lorakit did not write.")
 ]
@@ -22,7 +25,8 @@ Column = tuple[str, Callable[[Sequence[Any]], str]]
 
 
 def print_json(report: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(report, allow_nan=False) + "\n")
+    """Print data as JSON on the real stdout, also while everything else that is printed goes to stderr."""
+    STDOUT.get(sys.stdout).write(json.dumps(report, allow_nan=False) + "\n")
 
 
 def show(report: Report, as_json: bool) -> None:
@@ -35,6 +39,11 @@ def show(report: Report, as_json: bool) -> None:
         from lorakit.lens.render.table import print_report
 
         print_report(report, Console())
+    fail_if_errors(report)
+
+
+def fail_if_errors(report: Report) -> None:
+    """Exit code 1 if one of the report's findings is an error."""
     if report.has_errors:
         raise typer.Exit(1)
 
@@ -60,12 +69,12 @@ def print_folded(title: str, modules: Iterable[Any], columns: Sequence[Column]) 
     for heading, _ in columns:
         table.add_column(heading, justify="right", no_wrap=True)
     for name, rows in groups.items():
-        table.add_row(Text(name), *(Text(render(rows)) for _, render in columns))
+        table.add_row(Text(visible(name)), *(Text(render(rows)) for _, render in columns))
     table.add_section()
     every = [row for rows in groups.values() for row in rows]
     table.add_row("all", *(Text(render(every)) for _, render in columns))
     console = Console(soft_wrap=False)
-    console.print(Text(title, style="bold"))
+    console.print(Text(visible(title), style="bold"))
     console.print(table)
 
 
@@ -74,4 +83,4 @@ def print_lines(*lines: str) -> None:
     from rich.text import Text
 
     for line in lines:
-        Console().print(Text(line), soft_wrap=True)  # a command that is printed can be pasted
+        Console().print(Text(visible(line)), soft_wrap=True)  # a command that is printed can be pasted

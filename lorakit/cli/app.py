@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated
 
 import typer
 
+from lorakit._format import visible
 from lorakit._version import __version__
 from lorakit.cli._output import print_json
+from lorakit.cli._shell import in_a_shell
 from lorakit.cli.agree import agree
 from lorakit.cli.bench import bench
 from lorakit.cli.certify import certify, evaluate
@@ -18,9 +21,6 @@ from lorakit.cli.probe import probe
 from lorakit.cli.rewrite import compress, export, merge
 from lorakit.cli.servable import servable
 from lorakit.cli.surgery import surgery
-from lorakit.errors import LorakitError
-
-_UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # click's, which some versions of typer bring along
 
 app = typer.Typer(name="lorakit", no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -57,11 +57,7 @@ for _command in (
     bench,
     demo,
 ):
-    app.command()(_command)
-
-
-def _print_error(kind: str, message: str) -> None:
-    print_json({"error": {"type": kind, "message": message}})
+    app.command()(in_a_shell(_command))
 
 
 def main() -> None:
@@ -69,20 +65,15 @@ def main() -> None:
 
     With --json an error is an object on stdout too: ``{"error": {"type": …, "message": …}}``.
     """
-    as_json = "--json" in sys.argv[1:]
     try:
-        if not as_json:
-            app()
         code = app(standalone_mode=False)
-        raise SystemExit(code if isinstance(code, int) else 0)
-    except _UsageError as error:
-        _print_error("UsageError", str(getattr(error, "format_message", error.__str__)()))
-        raise SystemExit(2) from None
-    except (LorakitError, ValueError, OSError) as error:
-        if as_json:
-            _print_error(type(error).__name__, str(error))
-            raise SystemExit(2) from None
-        from rich.console import Console
-
-        Console(stderr=True, soft_wrap=True).print(f"lorakit: {error}", style="red", markup=False, highlight=False)
-        raise SystemExit(2) from None
+    except Exception as error:
+        if not (hasattr(error, "format_message") and hasattr(error, "show")):
+            raise
+        said = io.StringIO()  # of wrong usage: what was typed is printed again
+        error.show(file=said)
+        sys.stderr.write("\n".join(map(visible, said.getvalue().split("\n"))))
+        if "--json" in sys.argv[1:]:
+            print_json({"error": {"type": "UsageError", "message": error.format_message()}})
+        raise SystemExit(getattr(error, "exit_code", 2)) from None
+    raise SystemExit(code)

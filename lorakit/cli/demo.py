@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Annotated
 
 import typer
+
+from lorakit.cli._output import print_json
 
 
 def demo(
@@ -42,4 +42,4 @@ def demo(
     print_results(results, console if as_json else Console())
     console.print(f"Results, figure and adapters: {out}")
     if as_json:
-        sys.stdout.write(json.dumps(results) + "\n")
+        print_json(results)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from enum import StrEnum
+from typing import Annotated, Literal
 
 import typer
 
@@ -10,23 +11,42 @@ from lorakit import lens
 from lorakit.cli._output import check_share, show
 
 
+class By(StrEnum):
+    """What has a row of its own."""
+
+    group = "group"
+    expert = "expert"
+
+
+_Base = Annotated[
+    str | None,
+    typer.Option(help="Directory or file of the base model's weights: DoRA and SPECLORA by their whole updates."),
+]
+_By = Annotated[By, typer.Option("--by", help="One row for a group of experts, or for each expert.")]
+
+
+def _literal(by: By) -> Literal["group", "expert"]:
+    return "expert" if by is By.expert else "group"
+
+
 def audit(
     adapter: Annotated[str, typer.Argument(help="A directory, a .safetensors or .bin file, or a Hub id.")],
     base: Annotated[
-        str | None, typer.Option(help="The base model's directory: norms are also relative to its weights.")
+        str | None, typer.Option(help="The base model's directory: whole updates of DoRA and SPECLORA, relative norms.")
     ] = None,
     suggest_ranks: Annotated[bool, typer.Option("--suggest-ranks", help="Suggest ranks, by several policies.")] = False,
     energy: Annotated[float, typer.Option(help="Share of each update's energy that suggested ranks keep.")] = 0.9,
     budget: Annotated[
         str | None, typer.Option(help="Suggest ranks under a budget: 2000000, 2M (parameters), 4MB (bytes).")
     ] = None,
+    by: _By = By.group,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
     html: Annotated[str | None, typer.Option(help="Also write the report as one HTML file.")] = None,
     plots: Annotated[str | None, typer.Option(help="Also write figures into this directory.")] = None,
 ) -> None:
     """Spectra, ranks and findings of an adapter at rest; exit code 1 if one of the findings is an error."""
     check_share("--energy", energy)
-    report = lens.audit(adapter, base=base, energy=energy, suggest_ranks=suggest_ranks, budget=budget)
+    report = lens.audit(adapter, base=base, energy=energy, suggest_ranks=suggest_ranks, budget=budget, by=_literal(by))
     if html is not None:
         lens.write_html(report, html)
     if plots is not None:
@@ -38,12 +58,14 @@ def compare(
     a: Annotated[str, typer.Argument(help="A directory, a .safetensors or .bin file, or a Hub id.")],
     b: Annotated[str, typer.Argument(help="The other one.")],
     energy: Annotated[float, typer.Option(help="Share of each update's energy in the directions compared.")] = 1.0,
+    by: _By = By.group,
+    base: _Base = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
     plots: Annotated[str | None, typer.Option(help="Also write figures into this directory.")] = None,
 ) -> None:
     """Shared directions, agreement and balance of two adapters; exit code 1 if one of the findings is an error."""
     check_share("--energy", energy)
-    report = lens.compare(a, b, energy=energy)
+    report = lens.compare(a, b, energy=energy, by=_literal(by), base=base)
     if plots is not None:
         lens.write_plots(report, plots)
     show(report, as_json)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from dataclasses import dataclass
 from enum import StrEnum
@@ -26,7 +25,7 @@ from lorakit.cli._data import (
     read_examples,
 )
 from lorakit.cli._models import Device, Dtype, FourBit, Revision, Trust, load_options
-from lorakit.cli._output import print_json
+from lorakit.cli._output import print_json, print_lines
 from lorakit.data import tokenizer_for
 
 if TYPE_CHECKING:
@@ -66,12 +65,44 @@ class RuleName(StrEnum):
     uniform = "uniform"
 
 
+Model = Annotated[str, typer.Argument(help="A causal language model: a path or Hub id.")]
+DataSource = Annotated[str, typer.Argument(help=DATA_HELP)]
+TargetModules = Annotated[
+    str | None, typer.Option(help="Names with commas between, or all-linear; default: query and value.")
+]
+Method = Annotated[MethodName, typer.Option(help="Decide ranks (fisherlora), or the ks of masks (speclora).")]
+Mode = Annotated[ModeName, typer.Option(help="What SpecLoRA's masks rescale.")]
+Rule = Annotated[
+    RuleName | None,
+    typer.Option(
+        help="How ranks follow from the measurements; default fisherlora where query and value projections are "
+        "probed, else fisher.",
+        show_default=False,
+    ),
+]
+Budget = Annotated[
+    float | None,
+    typer.Option(
+        help="Fraction of a uniform rank's parameters (default 0.625), or of a uniform k's (default 1).",
+        show_default=False,
+    ),
+]
+Params = Annotated[int | None, typer.Option(min=1, help="The budget as a number of parameters instead.")]
+Rank = Annotated[int, typer.Option(min=1, help="The uniform rank that the budget is a fraction of.")]
+MaskSize = Annotated[int, typer.Option(min=1, help="The uniform k that the budget of masks is a fraction of.")]
+MinRank = Annotated[int, typer.Option(min=1, help="The smallest rank of a module.")]
+MaxRank = Annotated[int | None, typer.Option(min=1, help="The largest rank of a module.", show_default=False)]
+PerRole = Annotated[bool, typer.Option("--per-role", help="One rank for all modules of a role.")]
+ConfigType = Annotated[TypeName, typer.Option("--type", help="The type of the written config of ranks.")]
+Seed = Annotated[int, typer.Option(help="Seed of the temporary adapter.")]
+Out = Annotated[Path | None, typer.Option(help="Write adapter_config.json into this directory.")]
+Json = Annotated[bool, typer.Option("--json", help="Print report and ranks as JSON on stdout.")]
+
+
 def probe(
-    model: Annotated[str, typer.Argument(help="A causal language model: a path or Hub id.")],
-    data: Annotated[str, typer.Argument(help=DATA_HELP)],
-    target_modules: Annotated[
-        str | None, typer.Option(help="Names with commas between, or all-linear; default: query and value.")
-    ] = None,
+    model: Model,
+    data: DataSource,
+    target_modules: TargetModules = None,
     num_examples: NumExamples = 16,
     start: Start = 0,
     shuffle_seed: ShuffleSeed = None,
@@ -79,78 +110,40 @@ def probe(
     batch_size: BatchSize = 8,
     columns: Columns = None,
     split: Split = None,
-    method: Annotated[
-        MethodName, typer.Option(help="Decide ranks (fisherlora), or the ks of masks (speclora).")
-    ] = MethodName.fisherlora,
-    mode: Annotated[ModeName, typer.Option(help="What SpecLoRA's masks rescale.")] = ModeName.hadamard,
-    rule: Annotated[
-        RuleName | None,
-        typer.Option(
-            help="How ranks follow from the measurements; default fisherlora where query and value projections are "
-            "probed, else fisher.",
-            show_default=False,
-        ),
-    ] = None,
-    budget: Annotated[
-        float | None,
-        typer.Option(
-            help="Fraction of a uniform rank's parameters (default 0.625), or of a uniform k's (default 1).",
-            show_default=False,
-        ),
-    ] = None,
-    params: Annotated[int | None, typer.Option(min=1, help="The budget as a number of parameters instead.")] = None,
-    rank: Annotated[int, typer.Option(min=1, help="The uniform rank that the budget is a fraction of.")] = 16,
-    k: Annotated[int, typer.Option(min=1, help="The uniform k that the budget of masks is a fraction of.")] = 200,
-    min_rank: Annotated[int, typer.Option(min=1, help="The smallest rank of a module.")] = 1,
-    max_rank: Annotated[
-        int | None, typer.Option(min=1, help="The largest rank of a module.", show_default=False)
-    ] = None,
-    per_role: Annotated[bool, typer.Option("--per-role", help="One rank for all modules of a role.")] = False,
-    config_type: Annotated[
-        TypeName, typer.Option("--type", help="The type of the written config of ranks.")
-    ] = TypeName.fisherlora,
-    seed: Annotated[int, typer.Option(help="Seed of the temporary adapter.")] = 0,
+    method: Method = MethodName.fisherlora,
+    mode: Mode = ModeName.hadamard,
+    rule: Rule = None,
+    budget: Budget = None,
+    params: Params = None,
+    rank: Rank = 16,
+    k: MaskSize = 200,
+    min_rank: MinRank = 1,
+    max_rank: MaxRank = None,
+    per_role: PerRole = False,
+    config_type: ConfigType = TypeName.fisherlora,
+    seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = "auto",
     load_in_4bit: FourBit = False,
     revision: Revision = None,
     trust_remote_code: Trust = False,
-    out: Annotated[Path | None, typer.Option(help="Write adapter_config.json into this directory.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print report and ranks as JSON on stdout.")] = False,
+    out: Out = None,
+    as_json: Json = False,
 ) -> None:
     """Measure the Fisher information of a model's modules, and give them ranks or ks under a budget."""
     masks = method is MethodName.speclora
-    ranks: dict[str, Any] = {
-        "rule": rule and rule.value,
-        "min_rank": min_rank,
-        "max_rank": max_rank,
-        "per": "role" if per_role else "module",
-    }
-    plan = _Plan(
-        model=model,
-        masks=masks,
-        settings=_budget(budget, params) | ({"k": k} if masks else {"r": rank, **ranks}),
-        rank=rank,
-        plain=config_type is TypeName.lora,
-        out=out,
-    )
-    if masks and (rule or max_rank or min_rank > 1 or per_role or plan.plain):
+    if masks and (rule or max_rank or min_rank > 1 or per_role or config_type is TypeName.lora):
         raise typer.BadParameter(
             "do not apply to --method speclora, which decides ks.",
             param_hint="--rule, --min-rank, --max-rank, --per-role, --type",
         )
+    ranks = {"r": rank, "min_rank": min_rank, "max_rank": max_rank, "per": "role" if per_role else "module"}
+    settings = {"k": k} if masks else {"rule": rule and rule.value, **ranks}
+    plan = _Plan(model, masks, _budget(budget, params) | settings, rank, config_type is TypeName.lora, out)
     options = load_options(device, dtype, load_in_4bit, revision, trust_remote_code)
-    batches = read_examples(
-        data,
-        tokenizer_for(model, revision=revision, trust_remote_code=trust_remote_code),
-        columns,
-        length=length,
-        batch_size=batch_size,
-        num_examples=num_examples,
-        shuffle_seed=shuffle_seed,
-        start=start,
-        split=split,
-    )
+    tokenizer = tokenizer_for(model, revision=revision, trust_remote_code=trust_remote_code)
+    chosen = {"num_examples": num_examples, "shuffle_seed": shuffle_seed, "start": start, "split": split}
+    batches = read_examples(data, tokenizer, columns, length=length, batch_size=batch_size, **chosen)
     report = fisher.probe(
         evaluation.load_base(model, options),
         batches,
@@ -162,12 +155,11 @@ def probe(
     )
     allocation, warned = plan.carried_out(report)
     if as_json:
-        found = {"report": report, "allocation": allocation, "data": batches.report}
-        print_json({name: value.to_dict() for name, value in found.items()})
+        print_json({"report": report.to_dict(), "allocation": allocation.to_dict(), "data": batches.report.to_dict()})
     else:
-        sys.stdout.write("\n".join(_lines(report, allocation, batches.report, out)) + "\n")
+        print_lines(*_lines(report, allocation, batches.report, out))
     for text in warned:
-        sys.stderr.write(f"lorakit: warning: {text}\n")
+        warnings.warn(text, stacklevel=1)
 
 
 @dataclass(frozen=True)
@@ -227,7 +219,7 @@ def _lines(report: Any, allocation: Any, data: DataReport, out: Path | None) -> 
     scored = "mean squared gradient of lora_B's entries"
     if report.mode is not None:
         scored = f"S(k), the summed squared gradient of d ({report.mode})"
-    lines = [allocation.explain(), f"score: {scored}, {report.num_examples} examples"]
+    lines = [*allocation.explain().splitlines(), f"score: {scored}, {report.num_examples} examples"]
     ratio, interval = report.vq_ratio, report.vq_interval
     if ratio is not None:
         bounds = "" if interval is None else f" (90 % interval {interval[0]:.3g} to {interval[1]:.3g})"

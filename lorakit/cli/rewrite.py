@@ -23,7 +23,17 @@ from lorakit.cli._certified import (
     with_certificate,
 )
 from lorakit.cli._models import Device, Dtype, FourBit, Revision, Trust, load_options
-from lorakit.cli._output import EXIT_CODES, Column, Overwrite, check_share, print_folded, print_json, print_lines, show
+from lorakit.cli._output import (
+    EXIT_CODES,
+    Column,
+    Overwrite,
+    check_share,
+    fail_if_errors,
+    print_folded,
+    print_json,
+    print_lines,
+    show,
+)
 
 if TYPE_CHECKING:
     from lorakit._report import Report
@@ -37,7 +47,10 @@ Verify = Annotated[bool, typer.Option(help="Read back what was written before it
 Compact = Annotated[
     bool, typer.Option("--compact", help="Each module at its own rank, for PEFT >= 0.15 and vLLM >= 0.33 only.")
 ]
-TaskBase = Annotated[str | None, typer.Option(help="The base model, for --task: a path or Hub id.")]
+TaskBase = Annotated[
+    str | None,
+    typer.Option(help="The base model: a path or, for --task alone, a Hub id. DoRA and SPECLORA by whole updates."),
+]
 For = Annotated[
     str | None, typer.Option("--for", help="Servers that the file is for, with commas between: lorax,tgi,ollama.")
 ]
@@ -112,7 +125,7 @@ def compress(
     certification = Certification(task, margin, alpha, guard, limit, cache)
     loaded = (device, dtype, load_in_4bit, revision, trust_remote_code)
     option = "--smallest" if smallest else None
-    asked = certification.asked(base, only={"--base": base, **loading(*loaded)}, smallest=option)
+    asked = certification.asked(base, only=loading(*loaded), smallest=option)
     settings = certification.settings(load_options(*loaded), base=base, overwrite=overwrite)
     from lorakit.compress import smallest as write_smallest
     from lorakit.compress import truncate
@@ -123,7 +136,7 @@ def compress(
         _show_smallest(write_smallest(adapter, out, verify=verify, **settings), as_json)
     criterion: dict[str, Any] = given if ranks is None else {"ranks": _ranks(ranks)}
     criterion |= {"energy_of": energy_of.value, "per_module": per_module, "pad": not compact}
-    criterion |= {"for_server": for_server, "verify": verify}
+    criterion |= {"for_server": for_server, "base": base, "verify": verify}
     _write(
         lambda directory, **safety: truncate(adapter, directory, **criterion, **safety),
         out,
@@ -201,9 +214,9 @@ def merge(
     options = _merge_options(weights, method, rank, energy, density)
     certification = Certification(task, margin, alpha, guard, limit, cache)
     loaded = (device, dtype, load_in_4bit, revision, trust_remote_code)
-    asked = certification.asked(base, only={"--base": base, **loading(*loaded)})
+    asked = certification.asked(base, only=loading(*loaded))
     settings = certification.settings(load_options(*loaded), base=base, overwrite=overwrite)
-    options |= {"seed": seed, "pad": not compact, "for_server": for_server, "verify": verify}
+    options |= {"seed": seed, "base": base, "pad": not compact, "for_server": for_server, "verify": verify}
     from lorakit.merging import merge as merge_adapters
 
     _write(
@@ -374,6 +387,7 @@ def _show(report: Report, as_json: bool, columns: list[Column] | None, certifica
     """Print a report: as JSON with its certificate, or with a table of its modules where there are columns."""
     if as_json:
         print_json(with_certificate(report, certificate))
+        fail_if_errors(report)
         return
     if columns is None:
         print_lines(report.headline)
@@ -381,3 +395,4 @@ def _show(report: Report, as_json: bool, columns: list[Column] | None, certifica
         print_folded(report.headline, getattr(report, "modules", ()), columns)
     steps = ("What to do next:", *(f"  {step}" for step in report.next_steps)) if report.next_steps else ()
     print_lines(*report.details, *steps)
+    fail_if_errors(report)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from lorakit import serving
+from lorakit._format import visible
 from lorakit.cli._output import print_json
 
 _WORDS = {"right": "right", "wrong": "WRONG", "refused": "refused", "own format": "needs its own format"}
@@ -44,11 +45,11 @@ def _print(adapter: str, checks: tuple[serving.ServerCheck, ...]) -> None:
         why = [" ".join(check.flags)] if check.flags else []
         why += [] if check.verdict == "right" else [check.headline]
         cells = (check.server, check.version, _WORDS[check.verdict], " ".join(why))
-        table.add_row(*(Text(cell, style=style if i == 2 else "") for i, cell in enumerate(cells)))
-    console.print(Text(adapter, style="bold"))
+        table.add_row(*(Text(visible(cell), style=style if i == 2 else "") for i, cell in enumerate(cells)))
+    console.print(Text(visible(adapter), style="bold"))
     console.print(table)
     steps = dict.fromkeys(step for check in checks for step in check.next_steps)
     if steps:
         console.print("What to do next:")
         for step in steps:
-            console.print(Text(f"  {step}"), soft_wrap=True)
+            console.print(Text(f"  {visible(step)}"), soft_wrap=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lorakit._checks import check_integer, check_number
 from lorakit.adapters import AdapterModule
+from lorakit.adapters.experts import group_spectrum
 from lorakit.allocation import Unit, allocate, read_budget
 from lorakit.errors import AllocationError, Finding
 from lorakit.naming.matching import PatternMatcher
@@ -86,7 +87,9 @@ class RankChoice:
         if self.per_module and self.budget is not None:
             amount, unit = read_budget(self.budget)
             costs = {module.name: _cost(module, unit) for module in modules}
-            return allocate({name: sigma.tolist() for name, sigma in spectra.items()}, costs, amount).ranks
+            return allocate(
+                {name: group_spectrum(sigma).tolist() for name, sigma in spectra.items()}, costs, amount
+            ).ranks
         rank = self._one_rank(modules, spectra)
         return {module.name: min(rank, module.rank) for module in modules}
 
@@ -120,21 +123,20 @@ class RankChoice:
 
 
 def least_rank(singular_values: Tensor, energy: float) -> int:
-    """The smallest rank, at least 1, that keeps a share of one module's energy."""
-    return max(1, int(energy_rank(singular_values, energy)))
+    """The smallest rank, at least 1, that keeps a share of one module's energy, or of each of its experts'."""
+    return max(1, int(energy_rank(singular_values, energy).max()))
 
 
 def least_total_rank(spectra: Spectra, energy: float) -> int:
     """The smallest rank, the same for all modules, that keeps a share of the sum of their energies."""
-    together = _energies(spectra)
-    return least_rank(together.sqrt(), energy)
+    return least_rank(_energies(spectra).sqrt(), energy)
 
 
 def _energies(spectra: Spectra) -> Tensor:
     """Σ over modules of σ_k², for k = 1, 2, …, relative to the largest σ."""
     peak = max(float(sigma.max()) for sigma in spectra.values()) or 1.0
-    total = torch.zeros(max(len(sigma) for sigma in spectra.values()), dtype=torch.float64)
-    for sigma in spectra.values():
+    total = torch.zeros(max(sigma.shape[-1] for sigma in spectra.values()), dtype=torch.float64)
+    for sigma in map(group_spectrum, spectra.values()):
         total[: len(sigma)] += (sigma.double() / peak).square()
     return total
 
@@ -168,11 +170,13 @@ def little_saved(
 
 def _cost(module: AdapterModule, unit: Unit) -> int:
     """What one unit of rank costs, in parameters or in bytes as stored."""
+    experts = module.experts or 1
     if unit == "parameters":
-        return module.d_out + module.d_in
-    assert module.A.dtype is not None
-    assert module.B.dtype is not None
-    return module.d_out * module.B.dtype.itemsize + module.d_in * module.A.dtype.itemsize
+        return experts * (module.d_out + module.d_in)
+    A_dtype, B_dtype = module.stored.A.dtype, module.stored.B.dtype
+    assert A_dtype is not None
+    assert B_dtype is not None
+    return experts * (module.d_out * B_dtype.itemsize + module.d_in * A_dtype.itemsize)
 
 
 def _given_ranks(modules: Sequence[AdapterModule], ranks: Ranks) -> dict[str, int]:

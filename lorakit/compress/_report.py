@@ -22,6 +22,9 @@ class CompressedModule:
     `kept_rank` is the rank without padding; `parameters` are as written, with it. `energy_kept` is ‖ΔŴ‖_F² / ‖ΔW‖_F²,
     and `weighted_energy_kept` the same of ΔW C^½ where inputs were given; 1 where ΔW = 0. `error` is
     ‖written − ΔŴ‖_F / ‖ΔŴ‖_F, from the rounding of what is stored; None where nothing was verified.
+
+    With `whole_update`, ΔW includes what DoRA or a mask changes, so `kept_rank` may exceed `rank`. A stack of
+    `experts` is one module: each expert is cut to `kept_rank`, and energies and errors are of all of them together.
     """
 
     module_name: str
@@ -34,6 +37,8 @@ class CompressedModule:
     weighted_energy_kept: float | None
     low_rank_part_only: bool
     error: float | None
+    experts: int | None = None
+    whole_update: bool = False
 
 
 @dataclass(frozen=True, repr=False)

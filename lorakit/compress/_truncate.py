@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lorakit._checks import preview
 from lorakit.adapters import Adapter, AdapterModule, TensorInfo, open_saved_adapter
 from lorakit.adapters.companions import check_overwrite, companions_of, local_directory
 from lorakit.adapters.edit_log import read_edits
@@ -24,10 +25,20 @@ from lorakit.adapters.rewritable import (
     finite_tensor,
     planned_tensor,
 )
-from lorakit.adapters.write_lora import Piece, PlainLora, StoredUpdate, plain_lora, stored_update, write_lora
-from lorakit.compress._ranks import EnergyOf, RankChoice, Ranks, Spectra, little_saved
-from lorakit.compress._report import CompressedModule, CompressReport
-from lorakit.errors import AdapterFileError, Finding
+from lorakit.adapters.whole import with_whole_updates
+from lorakit.adapters.write_lora import (
+    Piece,
+    PlainLora,
+    StoredUpdate,
+    plain_lora,
+    planned_update,
+    stored_update,
+    write_lora,
+)
+from lorakit.compress._ranks import EnergyOf, RankChoice, Ranks, little_saved
+from lorakit.compress._report import CompressReport
+from lorakit.compress._rows import Rows
+from lorakit.errors import AdapterFileError, Finding, UnsupportedModelError
 from lorakit.serving._needs import needs_of
 from lorakit.serving._written import Before, compact_finding, summary
 from lorakit.spectral import LowRank
@@ -51,6 +62,7 @@ def truncate(
     for_server: str | Iterable[str] | None = None,
     activations: Mapping[str, Tensor] | None = None,
     second_moments: Mapping[str, Tensor] | None = None,
+    base: str | os.PathLike[str] | nn.Module | None = None,
     adapter_name: str | None = None,
     overwrite: bool = False,
     verify: bool = True,
@@ -62,10 +74,12 @@ def truncate(
     every server; modules that keep their rank and scaling keep their tensors bit for bit. `energy`, `budget` and
     `max_rank` choose one rank for all modules, because padding makes a file of mixed ranks as large.
 
+    Experts stacked in one parameter are one module: every expert is cut by itself, and all keep one rank, the largest
+    that one of them needs.
+
     modules_to_save, biases, embeddings, `lora_bias` and the record of surgery are carried over, and so are tokenizer,
-    chat template and model card where they lie beside the adapter. FISHERLORA and ADALORA become LORA. DoRA keeps its
-    magnitudes, so the energies are those of the low-rank part, as the report says; the best cut of the whole needs the
-    base weight.
+    chat template and model card where they lie beside the adapter. FISHERLORA and ADALORA become LORA. Without `base`,
+    DoRA keeps its magnitudes, and the energies are those of the low-rank part, as the report says.
 
     Args:
         adapter: a directory, a file with its config beside it, a Hub id, or a PeftModel, which is not changed.
@@ -85,12 +99,15 @@ def truncate(
         activations: inputs (n, d_in) of every module, by its name: what is minimised is then ‖(ΔW − ΔŴ) C^½‖_F with C
             the mean of x xᵀ, of any rank; `energy` and `budget` are of ΔW C^½.
         second_moments: C (d_in, d_in) itself, instead.
+        base: the base model's weights (a directory or file of safetensors, or the model): DoRA and SPECLORA are then
+            cut by their whole update, which is written as a plain LoRA. A DoRA's has full rank; its spectrum takes an
+            SVD of the weight's size.
         overwrite: allow `out` to be the adapter's own directory, or to hold an adapter that lorakit did not write.
         verify: read back what was written, and compare it with what was meant, before it takes its place.
     Raises: TypeError unless one criterion is given; ValueError for one that cannot be met; AdapterFileError for
-        adapters that are broken or not finite; UnsupportedModelError for SPECLORA, grouped convolutions,
-        `target_parameters`, inits that changed the base, and what a server refuses; OverwriteError (a
-        FileExistsError); OSError. `out` is then as it was.
+        adapters that are broken or not finite; UnsupportedModelError for SPECLORA without `base`, grouped
+        convolutions, inits that changed the base, inputs of stacked experts, and what a server refuses; OverwriteError
+        (a FileExistsError); OSError. `out` is then as it was.
     References: Eckart & Young, Psychometrika 1936.
 
     Example:
@@ -115,7 +132,7 @@ def truncate(
         needs=needs_of(for_server, pad=pad and not per_module),
     )
     check_overwrite(out, [adapter], overwrite=overwrite)
-    view = open_saved_adapter(adapter, adapter_name=adapter_name)
+    view = with_whole_updates(open_saved_adapter(adapter, adapter_name=adapter_name), base)
     source = Source(adapter, view, recorded_edits(adapter))
     return rewrite(source, out, choice, _Inputs(view, activations, second_moments), verify=verify)
 
@@ -149,7 +166,7 @@ def rewrite(
     lora = _plan(cut, choice)
     config, findings = minimal_config(view.settings.raw, **lora.fields, **_targets(view))
     companions = companions_of([source.given])
-    rows = _Rows(plain, weighted)
+    rows = Rows(plain, weighted)
     planned = {key: planned_tensor(view, info) for key, info in beside.items()}
     fields = summary(os.fspath(out), config, lora, Before.of([view]), planned)
 
@@ -173,7 +190,7 @@ def rewrite(
         verify=verify,
         edits=source.edits,
     )
-    findings += [finding for finding in view.findings if finding.severity != "info"]
+    findings += [f for f in view.findings if f.severity != "info" or f.code == "whole_update"]
     findings += [*companions.findings, *_about_dora(view), *compact_finding(lora)]
     if command == "compress":
         findings += little_saved(
@@ -231,9 +248,8 @@ class _Cut:
         rank = module.rank
         if self._changes(module):
             rank = min(self.kept[module.name], rank, module.d_out, module.d_in)
-        B, A = torch.empty(module.d_out, rank, device="meta"), torch.empty(rank, module.d_in, device="meta")
         bias = None if module.bias is None else planned_tensor(self.view, module.bias)
-        return stored_update(module, LowRank(B, A, module.scaling), bias=bias)
+        return planned_update(module, rank, module.scaling, bias=bias)
 
     def updates(self, description: str) -> Iterator[tuple[AdapterModule, LowRank]]:
         """Every module with its update, in an order that suits reading; a batch of modules is in memory at a time."""
@@ -259,7 +275,7 @@ class _Cut:
 def _beside(view: Adapter) -> dict[str, TensorInfo]:
     """The tensors that are written as they are, by key: beside the updates, and DoRA's magnitudes."""
     magnitudes = {
-        tensor_name(module.name, "magnitude"): module.magnitude
+        tensor_name(module.path, "magnitude"): module.magnitude
         for module in view.modules
         if module.magnitude is not None
     }
@@ -268,6 +284,8 @@ def _beside(view: Adapter) -> dict[str, TensorInfo]:
 
 def _stored(view: Adapter, module: AdapterModule, update: LowRank) -> StoredUpdate:
     bias = None if module.bias is None else finite_tensor(view, module.bias)
+    if bias is not None and module.whole_of is not None:  # a whole update has the scaling 1
+        bias = bias * module.whole_of.scaling
     return stored_update(module, update, bias=bias)
 
 
@@ -275,56 +293,9 @@ def _about_dora(view: Adapter) -> list[Finding]:
     count = sum(module.magnitude is not None for module in view.modules)
     message = (
         f"{count} modules have DoRA magnitudes, which were kept as they were: the cut, and its energy, are of the "
-        f"low-rank part alone."
+        f"low-rank part alone. Give the base weights (`base`, --base) to cut the whole update."
     )
     return [Finding("info", "low_rank_part_only", None, message)] if count else []
-
-
-class _Rows:
-    """What is reported of each module, and of all together, from what is written."""
-
-    def __init__(self, spectra: Spectra, weighted: Spectra) -> None:
-        self._spectra, self._weighted = spectra, weighted
-        self._total, self._seen_total = _Shares(spectra), _Shares(weighted)
-        self._rows: dict[str, tuple[int, float, float | None]] = {}
-
-    def add(self, module: AdapterModule, update: LowRank) -> None:
-        """Count a module that is written as `update`."""
-        name, rank = module.name, update.rank
-        sigma = self._spectra[name]
-        kept = sigma[:rank]
-        if self._weighted and rank < len(sigma):  # not the leading components
-            kept = update.singular_values().double().cpu()
-        seen = self._seen_total.add(name, self._weighted[name][:rank]) if self._weighted else None
-        self._rows[name] = rank, self._total.add(name, kept), seen
-
-    @property
-    def energy_kept(self) -> float:
-        return self._total.overall
-
-    @property
-    def weighted_energy_kept(self) -> float | None:
-        return self._seen_total.overall if self._weighted else None
-
-    def of(self, view: Adapter, padded_to: int | None, errors: Mapping[str, float]) -> tuple[CompressedModule, ...]:
-        rows = []
-        for module in view.modules:
-            rank, energy, weighted_energy = self._rows[module.name]
-            rows.append(
-                CompressedModule(
-                    module_name=module.name,
-                    role=module.role,
-                    layer=module.layer,
-                    rank=module.rank,
-                    kept_rank=rank,
-                    parameters=(padded_to or rank) * (module.d_out + module.d_in),
-                    energy_kept=energy,
-                    weighted_energy_kept=weighted_energy,
-                    low_rank_part_only=module.magnitude is not None,
-                    error=errors.get(module.name),
-                )
-            )
-        return tuple(rows)
 
 
 class _Inputs:
@@ -337,6 +308,13 @@ class _Inputs:
         self._given = activations if activations is not None else second_moments
         if self._given is None:
             return
+        stacks = [module.name for module in view.modules if module.experts is not None]
+        if stacks:
+            option = "activations" if activations is not None else "second_moments"
+            raise UnsupportedModelError(
+                f"`{option}` must be those of one matrix each, but these modules are stacks of experts, which see "
+                f"different tokens: {preview(stacks)}. Leave `{option}` out."
+            )
         differing = sorted(self._given.keys() ^ {module.name for module in view.modules})
         if differing:
             raise ValueError(f"The inputs of every module must be given, and of no other; {differing[0]!r} differs.")
@@ -372,25 +350,6 @@ def _spectra(view: Adapter, inputs: _Inputs | None) -> tuple[dict[str, Tensor], 
                 plain[module.name] = sigma
             progress.update(len(modules))
     return plain, weighted
-
-
-class _Shares:
-    """Shares of energy kept, module by module and over all; 1 where there is none to keep."""
-
-    def __init__(self, spectra: Mapping[str, Tensor]) -> None:
-        self._spectra = spectra
-        self._peak = max((float(sigma.max()) for sigma in spectra.values() if len(sigma)), default=0.0) or 1.0
-        self._kept = self._total = 0.0
-
-    def add(self, name: str, kept: Tensor) -> float:
-        of_all = float((self._spectra[name] / self._peak).square().sum())
-        of_kept = min(of_all, float((kept / self._peak).square().sum()))
-        self._kept, self._total = self._kept + of_kept, self._total + of_all
-        return of_kept / of_all if of_all > 0 else 1.0
-
-    @property
-    def overall(self) -> float:
-        return self._kept / self._total if self._total > 0 else 1.0
 
 
 def _progress(what: str, modules: int) -> Any:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from lorakit._checks import check_integer
+from lorakit._format import visible
 from lorakit._report import Report
 from lorakit.calibration.losses import IGNORED_LABEL
 from lorakit.data._formats import Encoded, Encoder, resolve_columns
@@ -136,7 +137,7 @@ def loader(
     order = _order(len(rows), start, num_examples, shuffle_seed)
     encoder = Encoder(tokenizer, assistant_only)
     used = rows.select_columns(list(dict.fromkeys(fields.values()))).select(order)
-    bar = tqdm(used, desc=f"tokenizing {name}", unit="row", disable=not progress, delay=1.0)
+    bar = tqdm(used, desc=f"tokenizing {visible(name)}", unit="row", disable=not progress, delay=1.0)
     encoded = [
         encoder({field: row[column] for field, column in fields.items()}, f"Row {number + 1} of {name}")
         for number, row in zip(order, bar, strict=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import os
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorakit._signals import restoring
 from lorakit.errors import DataError
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def _loaded(path: Path, kind: str) -> Dataset:
     return rows
 
 
-@contextlib.contextmanager
+@restoring
 def _quiet() -> Iterator[None]:
     """Neither progress bars nor messages of `datasets`, which says the same again in its exceptions."""
     import datasets

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lorakit.errors import DataError
+from lorakit.errors import DataError, raised_as
 
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")  # what any tokenizer saved by transformers has
 _TEMPLATE_FILE = "chat_template.jinja"
@@ -24,13 +24,13 @@ def tokenizer_for(
     The chat template beside the adapter wins as well, also over that of the base's tokenizer; where there is none
     beside the adapter it is the base's. `path` and `base` are directories or Hub ids (`path` an adapter's file, too);
     `revision` is that of `base`, or of `path` where there is no `base`.
-    Raises: DataError where neither has a tokenizer; OSError and ValueError, transformers' own, for one that cannot be
-    loaded.
+    Raises: DataError where neither has a tokenizer, and for one that cannot be loaded.
     """
     from transformers import AutoTokenizer
 
     def load(where: str, revision: str | None) -> Any:
-        return AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
+        with raised_as(DataError, f"The tokenizer of {where!r} cannot be loaded"):
+            return AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
 
     where = os.fspath(Path(path).parent if os.path.isfile(path) else path)
     if any(_beside(where, name) for name in _TOKENIZER_FILES):

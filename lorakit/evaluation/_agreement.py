@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from lorakit._checks import check_number
 from lorakit._figures import new_figure
 from lorakit._report import Report
+from lorakit._signals import restoring
 from lorakit.calibration.losses import IGNORED_LABEL
 from lorakit.data import loader
 from lorakit.errors import EvaluationError
@@ -186,7 +187,7 @@ def agreement(
         with one.applied() as with_adapter:
             check_applied(with_adapter, one.name)
 
-    @contextmanager
+    @restoring
     def plain() -> Iterator[Any]:
         with without_adapters(model):
             yield model

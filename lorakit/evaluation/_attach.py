@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from lorakit._signals import restoring
 from lorakit.adapters import open_adapter
+from lorakit.calibration.state import in_eval_mode
 from lorakit.errors import EvaluationError, LorakitError
 from lorakit.evaluation._models import AdapterSource, LoadOptions, label_of, load_base
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 _Places = list[tuple[nn.Module, str, nn.Module]]  # a module, the name of its child, and the child
 
@@ -43,8 +44,6 @@ class AttachedAdapter:
     """
 
     def __init__(self, base: nn.Module, adapter: AdapterSource | PeftModel) -> None:
-        from peft import PeftModel
-
         self.name = label_of(adapter)
         self._base = base
         self._own = isinstance(adapter, PeftModel)
@@ -54,17 +53,19 @@ class AttachedAdapter:
             _check_not_merged(adapter)
             self.model = adapter
             return
-        with without_adapters(base):
-            self._load(base, adapter)
+        with without_adapters(base), self._taken_out(base):
+            self.model = _applied_by_peft(base, adapter)
 
-    def _load(self, base: nn.Module, adapter: AdapterSource) -> None:
+    @restoring
+    def _taken_out(self, base: nn.Module) -> Iterator[None]:
+        """Take out again what the block puts into the base model, and keep it."""
         before = [(module, dict(module.named_children())) for module in base.modules()]
         trainable = {parameter: parameter.requires_grad for parameter in base.parameters()}
         marks = ("peft_config", "_hf_peft_config_loaded")  # of adapters that are in the base now
         kept = {mark: vars(base).pop(mark) for mark in marks if mark in vars(base)}
         biases = {p: p.detach().clone() for name, p in base.named_parameters() if name.endswith("bias")}
         try:
-            self.model = _applied_by_peft(base, adapter)
+            yield
         finally:
             for module, children in before:
                 for name, child in children.items():
@@ -87,7 +88,7 @@ class AttachedAdapter:
         """Whether the adapter has values for biases of the base model."""
         return bool(self._biases)
 
-    @contextlib.contextmanager
+    @restoring
     def applied(self) -> Iterator[Any]:
         """The model with this adapter alone, until the block ends."""
         if self._own:
@@ -104,7 +105,7 @@ class AttachedAdapter:
                     bias.data.copy_(value)
 
 
-@contextlib.contextmanager
+@restoring
 def adapted(base: Any, adapter: AdapterSource | PeftModel) -> Iterator[Any]:
     """The base model with the adapter, until the block ends; a PeftModel is taken as it is.
 
@@ -117,12 +118,9 @@ def adapted(base: Any, adapter: AdapterSource | PeftModel) -> Iterator[Any]:
         yield model
 
 
-@contextlib.contextmanager
+@restoring
 def without_adapters(base: nn.Module) -> Iterator[None]:
     """Every adapter's layer replaced by the layer it is on, until the block ends."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
     places: _Places = []
     for module in list(base.modules()):
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
@@ -136,7 +134,7 @@ def without_adapters(base: nn.Module) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
+@restoring
 def _exchanged(places: _Places) -> Iterator[None]:
     before = [(module, name, getattr(module, name)) for module, name, _ in places]
     try:
@@ -149,8 +147,6 @@ def _exchanged(places: _Places) -> Iterator[None]:
 
 
 def _applied_by_peft(base: Any, adapter: AdapterSource) -> PeftModel:
-    from peft import PeftModel
-
     view = open_adapter(adapter)
     view.check()
     named = view.settings.base_model
@@ -168,7 +164,7 @@ def _applied_by_peft(base: Any, adapter: AdapterSource) -> PeftModel:
             loaded = model.load_adapter(os.fspath(adapter), "default", key_mapping=renamed)
     except LorakitError:
         raise
-    except (RuntimeError, ValueError, KeyError, OSError, TypeError) as error:
+    except Exception as error:  # PEFT and torch raise nearly every type for files that do not fit
         raise _misfit(base, adapter, _reason(error)) from error
     if loaded.unexpected_keys:
         module = _module_of(loaded.unexpected_keys[0])
@@ -220,14 +216,10 @@ def check_applied(model: PeftModel, name: str) -> None:
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     device = model.get_input_embeddings().weight.device
     ids = (torch.arange(24, device=device) * 7919 + 11).remainder(vocabulary).unsqueeze(0)
-    was_training = model.training
-    model.eval()
-    try:
+    with in_eval_mode(model):
         changed = model(input_ids=ids).logits
         with without_adapters(model.get_base_model()):
             plain = model(input_ids=ids).logits
-    finally:
-        model.train(was_training)
     if torch.equal(changed, plain):
         raise EvaluationError(
             f"The adapter {name!r} has updates, but the model's logits are the base model's: it is not applied. Is it "

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit._figures import escape_mathtext, new_figure
+from lorakit._files import write_file
 from lorakit._report import Report
 from lorakit.adapters.companions import CERTIFICATE_END, CERTIFICATE_NAME, certificate_start
 from lorakit.errors import EvaluationError
@@ -91,7 +92,7 @@ class Certificate(Report):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the certificate as JSON, whole or not at all."""
-        _write(path, self.to_json())
+        write_file(path, self.to_json())
 
     def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
         """The certificate as one HTML page; written to `path` where one is given."""
@@ -103,7 +104,7 @@ class Certificate(Report):
             f"<p>Certificate {html.escape(self.sha256)}, {html.escape(self.created)}.</p></body></html>"
         )
         if path is not None:
-            _write(path, page)
+            write_file(path, page)
         return page
 
     def to_model_card(self) -> str:
@@ -213,14 +214,3 @@ def _as_written(name: str, value: Any) -> Any:
     if name in ("reference_scores", "candidate_scores"):
         return tuple(map(tuple, value))
     return tuple(value) if name in ("documents", "groups", "labels") and value is not None else value
-
-
-def _write(path: str | os.PathLike[str], text: str) -> None:
-    target = Path(os.path.realpath(path))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(text.encode("utf-8"))
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -14,6 +14,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from lorakit._checks import check_integer
+from lorakit._files import write_file
+from lorakit.calibration.state import in_eval_mode
 from lorakit.errors import EvaluationError
 from lorakit.evaluation._digests import digest, tokenizer_digest, weights_digest
 from lorakit.evaluation._models import label_of, load_tokenizer
@@ -83,12 +85,8 @@ def scored(
         key = digest([depends, task.name, task.fingerprint()]) if depends is not None and task.cacheable else None
         kept = None if key is None or cache is None else _read(Path(cache), key)
         if kept is None:
-            training = model.training
-            model.eval()
-            try:
+            with in_eval_mode(model):
                 result = task.score(model, tokenizer, limit=limit, progress=progress)
-            finally:
-                model.train(training)
             settings = {**result.settings, "dtype": dtype_of(model)}
             kept = scores_of(
                 task.name,
@@ -143,13 +141,7 @@ def _read(cache: Path, key: str) -> Scores | None:
 
 
 def _write(cache: Path, key: str, scores: Scores) -> None:
-    cache.mkdir(parents=True, exist_ok=True)
-    partial = cache / f".{key}.{os.getpid()}"
-    try:
-        partial.write_text(json.dumps(scores.to_dict()))
-        partial.replace(cache / f"{key}.json")
-    finally:
-        partial.unlink(missing_ok=True)
+    write_file(cache / f"{key}.json", json.dumps(scores.to_dict()))
 
 
 def seeds_of(models: Any) -> list[Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lorakit.data import tokenizer_for
-from lorakit.errors import EvaluationError, LorakitError, UnsupportedModelError
+from lorakit.errors import EvaluationError, UnsupportedModelError, raised_as
 
 AdapterSource = str | os.PathLike[str]
 
@@ -71,17 +71,12 @@ def load_base(
     settings: dict[str, Any] = {"revision": options.revision or "main", "trust_remote_code": options.trust_remote_code}
     device = default_device() if options.device is None else torch.device(options.device)
     _check_device(device, options)
-    try:
+    with raised_as(EvaluationError, f"The base model {os.fspath(base)!r} cannot be loaded"):
         cls = _class_of(base, task_type, settings)
         if options.load_in_4bit:
             settings |= {"quantization_config": BitsAndBytesConfig(load_in_4bit=True), "device_map": {"": device}}
         model = cls.from_pretrained(os.fspath(base), dtype=options.dtype, **settings)
         model = model if options.load_in_4bit else model.to(device)
-    except LorakitError:
-        raise
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, AssertionError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise EvaluationError(f"The base model {os.fspath(base)!r} cannot be loaded: {reason}") from error
     return model.eval()
 
 

@@ -24,8 +24,8 @@ from lorakit.experiments._bench_settings import (
     check_seeds,
     check_train,
     check_training,
-    hypothesis_of,
     one_or_more,
+    question_of,
 )
 from lorakit.experiments._bench_trials import loaded_base
 from lorakit.experiments._plan import Shard
@@ -107,7 +107,7 @@ def bench(
         ...     directory="bench/", steps=500, learning_rate=2e-4,
         ... )
     """
-    hypothesis = hypothesis_of(tasks, margin, alpha)
+    question = question_of(tasks, margin, alpha)
     one_or_more(retrain, truncate)
     fields = check_probe(probe)
     settings = BenchSettings(
@@ -115,21 +115,14 @@ def bench(
         options=options or LoadOptions(),
         data=check_train(train),
         probe=fields,
-        training=check_training(
-            steps=steps,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            warmup_steps=warmup_steps,
-            schedule=schedule,
-        ),
+        training=check_training(steps, batch_size, learning_rate, weight_decay, warmup_steps, schedule),
         seeds=check_seeds(seeds),
         policies=check_policies(policies, fields["r"]),
         retrain=bool(retrain),
         cut=bool(truncate),
         energy=check_number("energy", energy, above=0, most=1),
-        hypothesis=hypothesis,
-        gate=check_gate(gate, hypothesis.margins),
+        question=question,
+        gate=check_gate(gate, question.margins),
         tolerance=None if tolerance is None else check_number("tolerance", tolerance, above=0),
         directory=Path(directory),
     )

@@ -11,6 +11,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lorakit.data import loader
 from lorakit.errors import EvaluationError
 from lorakit.evaluation import LoadOptions, choices, exact_match, lm_eval, loss
@@ -66,8 +68,6 @@ def read_bench_file(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _parsed(text: str, file: str) -> dict[str, Any]:
-    import yaml
-
     try:
         for node in _mappings(yaml.compose(text, Loader=yaml.SafeLoader)):
             names = [key.value for key, _ in node.value]

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorakit._figures import escape_mathtext, message_figure, new_figure
+from lorakit._files import write_file
 from lorakit._format import count, extent, size
 from lorakit._report import Report, Table
 from lorakit.errors import EvaluationError, Finding
 from lorakit.evaluation._digests import digest
 from lorakit.experiments._bench_verdicts import BenchGate, BenchScores, BenchTask, gates, judge, overall
-from lorakit.lens.render.files import write_whole
 from lorakit.lens.render.html import write_html
 from lorakit.statistics import Verdict
 
@@ -224,7 +224,7 @@ class BenchReport(Report):
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write `bench.json` and `report.html`, each whole or not at all."""
         content = json.dumps({"format": FORMAT, **self.to_dict()}, indent=1, allow_nan=False)
-        write_whole(Path(directory, JSON_NAME), content.encode())
+        write_file(Path(directory, JSON_NAME), content)
         write_html(self, Path(directory, HTML_NAME))
 
     def signed(self) -> str:

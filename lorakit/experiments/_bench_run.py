@@ -98,7 +98,7 @@ class BenchRun:
             probe=self._by_task(probe_scores, base),
             variants={},
         )
-        gate = gates(scores, settings.gate, settings.hypothesis.alpha)
+        gate = gates(scores, settings.gate, settings.question.alpha)
         if not all(row.passed for row in gate):
             return self._report(scores, gate, probes, [])
         audits = [audit(probe.path, energy=settings.energy, suggest_ranks=True) for probe in probes]
@@ -188,7 +188,7 @@ class BenchRun:
         made: Sequence[_Made],
     ) -> BenchReport:
         settings = self._settings
-        judged = judge(scores, settings.hypothesis.margins, settings.hypothesis.alpha, settings.tolerance)
+        judged = judge(scores, settings.question.margins, settings.question.alpha, settings.tolerance)
         variants = [_variant(one, judged[one.name]) for one in made]
         everything = [*probes, *(adapter for one in made for adapter in one.adapters)]
         first = self._scored[0]
@@ -196,7 +196,7 @@ class BenchRun:
             verdict=overall(gate, [variant.verdict for variant in variants]),
             base=settings.base,
             seeds=settings.seeds,
-            alpha=settings.hypothesis.alpha,
+            alpha=settings.question.alpha,
             tolerance=settings.tolerance,
             gate=tuple(gate),
             probe={**_sizes(probes), "rank_range": _rank_range(settings.probe), "adapters": [p.path for p in probes]},

@@ -15,7 +15,7 @@ from lorakit._checks import check_integer, check_number
 from lorakit.data import loader
 from lorakit.errors import EvaluationError
 from lorakit.evaluation import LoadOptions, Task
-from lorakit.evaluation._comparison import Hypothesis
+from lorakit.evaluation.comparison import Question
 from lorakit.experiments._settings import MAX_GRAD_NORM, TrainSettings, distinct_integers
 from lorakit.statistics._seeds import MIN_SEEDS
 
@@ -45,7 +45,7 @@ class BenchSettings:
     retrain: bool
     cut: bool
     energy: float
-    hypothesis: Hypothesis
+    question: Question
     gate: Mapping[str, float]
     tolerance: float | None
     directory: Path
@@ -53,7 +53,7 @@ class BenchSettings:
     @property
     def tasks(self) -> tuple[Task, ...]:
         """The tasks, in the order given."""
-        return self.hypothesis.tasks
+        return self.question.wanted
 
     def record(self) -> dict[str, Any]:
         """The settings as JSON data, for the report."""
@@ -71,8 +71,8 @@ class BenchSettings:
             "energy": self.energy,
             "gate": dict(self.gate),
             "tolerance": self.tolerance,
-            "margins": dict(self.hypothesis.margins),
-            "alpha": self.hypothesis.alpha,
+            "margins": dict(self.question.margins),
+            "alpha": self.question.alpha,
         }
 
 
@@ -151,8 +151,13 @@ def check_seeds(seeds: Any) -> tuple[int, ...]:
     return found
 
 
-def check_training(**given: Any) -> dict[str, Any]:
-    """The arguments of a training, with the warm-up steps that are the default. Raises: ValueError."""
+def check_training(*values: Any) -> dict[str, Any]:
+    """The arguments of a training by name, with the warm-up steps that are the default. Raises: ValueError.
+
+    `values` are steps, batch_size, learning_rate, weight_decay, warmup_steps and schedule.
+    """
+    names = ("steps", "batch_size", "learning_rate", "weight_decay", "warmup_steps", "schedule")
+    given = dict(zip(names, values, strict=True))
     check_integer("batch_size", given["batch_size"])
     for name in ("learning_rate", "weight_decay"):
         given[name] = check_number(name, given[name])
@@ -167,9 +172,9 @@ def check_gate(gate: float | None, margins: Mapping[str, float]) -> dict[str, fl
     return {task: margin if gate is None else float(gate) for task, margin in margins.items()}
 
 
-def hypothesis_of(tasks: Any, margin: float, alpha: float) -> Hypothesis:
+def question_of(tasks: Any, margin: float, alpha: float) -> Question:
     """Tasks and margins, fixed before anything is scored. Raises: as `lorakit.evaluation.certify`."""
-    return Hypothesis.of(tasks, (), margin=margin, alpha=alpha)
+    return Question(tasks=tasks, margin=margin, alpha=alpha)
 
 
 def one_or_more(retrain: bool, cut: bool) -> None:

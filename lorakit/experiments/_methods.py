@@ -50,8 +50,8 @@ def _schedule_ranks(name: str, config: Any, steps: int) -> None:
         )
     config.total_step = steps
     if config.tinit == config.tfinal == 0:
-        config.tinit, config.tfinal = steps // 10, steps // 2
-    if config.tinit + config.tfinal >= steps:
+        config.tinit, config.tfinal = steps // 10, steps // 2 if steps > 2 else 0
+    if max(config.tinit, 1) + config.tfinal >= steps:  # PEFT has no importances yet at the first step
         raise UnsupportedModelError(
             f"{name!r}: `tinit` + `tfinal` of AdaLoRA must be below `steps`; got {config.tinit} + {config.tfinal} and "
             f"{steps} steps. Leave both at 0 for a tenth and a half of the steps."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,13 +10,14 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from lorakit._signals import restoring
 from lorakit.errors import UnsupportedModelError
 from lorakit.experiments._private import own_parameters, restore_parameters
 from lorakit.tuners._base import changes_base
 from lorakit.tuners.module_tree import module_tree, restore
 
 
-@contextlib.contextmanager
+@restoring
 def preserved_base(model: nn.Module, config: PeftConfig | None) -> Iterator[None]:
     """Undo whatever PEFT and a training do to a base model: the adapters, and changes to the model's own tensors.
 

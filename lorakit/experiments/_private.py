@@ -5,12 +5,13 @@ tests/experiments/test_private.py checks them and names the version that breaks 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+
+from lorakit._signals import restoring
 
 
 def adapter_names(layer: BaseTunerLayer) -> list[str]:
@@ -23,7 +24,7 @@ def trained_copies(wrapper: Any) -> set[str]:
     return set(wrapper._get_available_adapters())
 
 
-@contextlib.contextmanager
+@restoring
 def preserved_switches(layers: Iterable[BaseTunerLayer]) -> Iterator[None]:
     """Restore which layers have their adapters switched on."""
     states = [(layer, layer._disable_adapters) for layer in layers]

@@ -6,12 +6,12 @@ import hashlib
 import json
 import os
 import re
-import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lorakit._files import write_file
 from lorakit.errors import PlanError
 
 _NOTHING = object()
@@ -83,13 +83,7 @@ class Records:
         kept = self.read(key)
         if kept is not None:
             return kept
-        path = self.path(key)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_file(self.path(key), text)
         written: dict[str, Any] = json.loads(text)["result"]
         return written
 

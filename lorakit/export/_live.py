@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, PeftType
-from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
@@ -49,13 +48,8 @@ def check(config: LoraConfig, modules: Sequence[LiveModule], rank: object) -> No
         )
     for module in modules:
         check_mask(module)
-        if isinstance(module.layer, ParamWrapper):
-            raise ExportError(
-                f"{module.name!r} adapts parameters (`target_parameters`), which to_lora does not write yet; a LORA "
-                f"adapter can be written with save_pretrained."
-            )
         special = module.layer.use_dora.get(module.adapter_name) or module.adapter_name in module.layer.lora_variant
-        if rank is not None and (special or not module.is_linear()):
+        if rank is not None and (special or not _can_be_cut(module)):
             kind = "a LoRA variant" if special else f"a {type(module.layer).__name__} layer"
             raise ExportError(f"{module.name!r} is {kind}, which `rank` cannot truncate; leave `rank` out.")
 
@@ -75,6 +69,8 @@ def saved_tensors(model: PeftModel, adapter_name: str, modules: Sequence[LiveMod
 def contents_of(config: LoraConfig, tensors: Collection[str]) -> set[str]:
     """What the adapter has beside low-rank updates that servers refuse."""
     found = set()
+    if config.target_parameters:
+        found.add("stacked experts")
     if config.modules_to_save:
         found.add("modules_to_save")
     for key in map(parse_key, tensors):
@@ -100,12 +96,13 @@ def whole_updates(modules: Sequence[LiveModule], tensors: Mapping[str, Tensor], 
     """The updates of all modules, uncut; with `cut`, with their spectra."""
     updates = []
     for module in modules:
-        if not module.is_linear():
+        if not _can_be_cut(module):
             updates.append(LiveUpdate(module, _as_it_is(module, tensors)))
             continue
         update = module.factors()
         if has_mask(module):
             A, B = mask_update(module, update.dtype)
+            B = B.expand(*A.shape[:-2], -1, -1)
             scaling = module.scaling or 1.0  # the mask is not scaled; the low-rank part vanishes where its scaling is 0
             own = update if module.scaling else LowRank(torch.zeros_like(update.B), update.A, scaling)
             update = LowRank.sum([own, LowRank(B / scaling, A, scaling)])
@@ -126,7 +123,7 @@ def cut_updates(updates: Sequence[LiveUpdate], rank: int) -> list[LiveUpdate]:
         if rank < stored.rank:
             best = LowRank(stored.B, stored.A, stored.scaling).truncate(rank)
             stored = replace(stored, A=best.A, B=best.B)
-        found.append(replace(update, stored=stored, discarded=float(sigma[rank:].square().sum())))
+        found.append(replace(update, stored=stored, discarded=float(sigma[..., rank:].square().sum())))
     return found
 
 
@@ -149,7 +146,7 @@ def about_masks(modules: Sequence[LiveModule], updates: Sequence[LiveUpdate], lo
     """A finding where the rank r + k of a mask's export exceeds a module's smaller side."""
     beyond = []
     for module, update in zip(modules, updates, strict=True):
-        side = min(update.stored.B.shape[0], update.stored.A[0].numel())
+        side = _smaller_side(update.stored)
         layer: Any = module.layer
         together = own_rank(module) + layer.lora_spec[module.adapter_name].k if has_mask(module) else 0
         if together > side:
@@ -157,7 +154,7 @@ def about_masks(modules: Sequence[LiveModule], updates: Sequence[LiveUpdate], lo
     if not beyond:
         return []
     name, together, side = beyond[0]
-    needed = max(min(u.stored.rank, u.stored.B.shape[0], u.stored.A[0].numel()) for u in updates)
+    needed = max(min(update.stored.rank, _smaller_side(update.stored)) for update in updates)
     served = vllm_max_lora_rank(lora.r)
     way_out = f"`rank={needed}` loses nothing." if needed < lora.r else "A lower `rank`, or 'auto', makes it smaller."
     message = (
@@ -169,6 +166,17 @@ def about_masks(modules: Sequence[LiveModule], updates: Sequence[LiveUpdate], lo
     return [Finding("warning", "rank_exceeds_side", None, message)]
 
 
+def _smaller_side(stored: StoredUpdate) -> int:
+    if stored.experts is not None:
+        return min(stored.B.shape[1], stored.A.shape[2])
+    return min(stored.B.shape[0], stored.A[0].numel())
+
+
+def _can_be_cut(module: LiveModule) -> bool:
+    """Whether the update is one matrix for each expert, or one."""
+    return module.is_linear() or module.experts is not None
+
+
 def own_rank(module: LiveModule) -> int:
     """The rank of the adapter's own factors in this module, without a mask."""
     layer: Any = module.layer
@@ -178,7 +186,7 @@ def own_rank(module: LiveModule) -> int:
 def _as_it_is(module: LiveModule, tensors: Mapping[str, Tensor]) -> StoredUpdate:
     """An embedding's, a convolution's or an attention's factors, with a mask as k more ranks."""
     embedding = module.adapter_name in module.layer.lora_embedding_A
-    A, B = (tensors[tensor_name(module.name, half, embedding)] for half in ("A", "B"))
+    A, B = (tensors[tensor_name(module.path, half, embedding)] for half in ("A", "B"))
     if not has_mask(module):
         return _stored(module, tensors, A, B, module.scaling)
     scaling = module.scaling or 1.0
@@ -192,7 +200,7 @@ def _as_it_is(module: LiveModule, tensors: Mapping[str, Tensor]) -> StoredUpdate
 
 def _stored(module: LiveModule, tensors: Mapping[str, Tensor], A: Tensor, B: Tensor, scaling: float) -> StoredUpdate:
     embedding = module.adapter_name in module.layer.lora_embedding_A
-    A_key, B_key = (tensor_name(module.name, half, embedding) for half in ("A", "B"))
+    A_key, B_key = (tensor_name(module.path, half, embedding) for half in ("A", "B"))
     return StoredUpdate(
         name=module.name,
         A=A,
@@ -202,6 +210,7 @@ def _stored(module: LiveModule, tensors: Mapping[str, Tensor], A: Tensor, B: Ten
         B_dtype=tensors[B_key].dtype,
         A_key=A_key,
         B_key=B_key,
-        groups=1 if embedding else A.shape[0] // B.shape[1],
-        bias=tensors.get(tensor_name(module.name, "bias")),
+        groups=1 if embedding or module.experts is not None else A.shape[0] // B.shape[1],
+        bias=tensors.get(tensor_name(module.path, "bias")),
+        experts=module.experts,
     )

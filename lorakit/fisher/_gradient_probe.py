@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator
 from typing import Any, cast
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit._distributed.fsdp import full_tensor
+from lorakit._signals import restoring
 from lorakit.adapters.in_model import LiveModule, read_weight
 from lorakit.errors import CalibrationError, UnsupportedModelError
 from lorakit.fisher._mask_ladder import MaskLadder
@@ -141,7 +141,7 @@ class LoraBGradientProbe(nn.Module):
         return 1, int("A" in self.factors), rows, columns, 0 if self.ladder is None else len(self.ladder.ks)
 
 
-@contextlib.contextmanager
+@restoring
 def probed(module: LiveModule, factors: set[str], ladder: MaskLadder | None = None) -> Iterator[LoraBGradientProbe]:
     """Replace a module's lora_B by a probe while the block runs."""
     layer, name = module.layer, module.adapter_name

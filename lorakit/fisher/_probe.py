@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from lorakit._checks import check_integer, check_seed
 from lorakit._distributed.fsdp import unwrapped
-from lorakit.adapters.in_model import LiveModule, live_modules, resolve_adapter_name
+from lorakit._signals import all_of, restoring
+from lorakit.adapters.in_model import LiveModule, check_no_stacks, live_modules, resolve_adapter_name
 from lorakit.calibration.losses import LossFn
 from lorakit.calibration.run import collect
 from lorakit.calibration.state import activated, base_model_of, check_can_differentiate, no_inference_mode
@@ -117,17 +118,7 @@ def probe(
         >>> [(row.module_name, row.fisher > 0) for row in report.modules]
         [('q_proj', True), ('v_proj', True)]
     """
-    wanted = set(factors) | {"B"}
-    if not wanted <= set(FACTORS):
-        raise ValueError(f"`factors` must be among {', '.join(FACTORS)}; got {list(factors)!r}.")
-    if method not in get_args(Method):
-        raise ValueError(f"`method` must be one of {', '.join(get_args(Method))}; got {method!r}.")
-    if mode not in MODES:
-        raise ValueError(f"`mode` must be one of {', '.join(MODES)}; got {mode!r}.")
-    if not ladder:
-        raise ValueError("`ladder` must have at least one k; got none.")
-    for k in ladder:
-        check_integer("ladder", k)
+    wanted = _check_choices(factors, method, mode, ladder)
     masks = method == "speclora"
     check_integer("num_examples", num_examples)
     check_integer("train_steps", train_steps)
@@ -136,32 +127,27 @@ def probe(
     check_can_differentiate(model)
     _check_kind(model, train_loader, adapter_name)
     loader, train_loader = _batches(model, loader, train_loader, tokenizer, num_examples, progress)
-    with contextlib.ExitStack() as stack:
-        if isinstance(model, PeftModel):
-            modules, unprobed = stack.enter_context(_adapter(model, adapter_name, target_modules, wanted, masks))
-        else:
-            modules, unprobed = stack.enter_context(temporary_lora(model, target_modules, seed)), []
-            if train_loader is not None:
-                train_temporary_lora(model, modules, train_loader, loss_fn, train_steps, learning_rate, progress)
+    needed = {*wanted, "weight"} if masks else wanted
+    attached, unprobed = _attached(model, adapter_name, target_modules, needed, seed)
+    with attached as modules:
+        if train_loader is not None:
+            train_temporary_lora(model, modules, train_loader, loss_fn, train_steps, learning_rate, progress)
         targets = _target_names(model, [module.name for module in modules])
-        probes = [
-            stack.enter_context(probed(module, wanted, _mask_ladder(module, mode, ladder) if masks else None))
-            for module in modules
-        ]
-        collected = collect(
-            model,
-            loader,
-            probes,
-            num_examples=num_examples,
-            loss_fn=loss_fn,
-            progress=progress,
-            description="Fisher information",
-            max_tokens=CPU_TOKENS if next(model.parameters()).device.type == "cpu" else math.inf,
-        )
+        ladders = [_mask_ladder(module, mode, ladder) if masks else None for module in modules]
+        with all_of(probed(module, wanted, steps) for module, steps in zip(modules, ladders, strict=True)) as probes:
+            collected = collect(
+                model,
+                loader,
+                probes,
+                num_examples=num_examples,
+                loss_fn=loss_fn,
+                progress=progress,
+                description="Fisher information",
+                max_tokens=CPU_TOKENS if next(model.parameters()).device.type == "cpu" else math.inf,
+            )
         rows = list(map(_row, modules, probes, collected.statistics))
-    base = base_model_of(model)
     return FisherReport(
-        model_name=getattr(base, "name_or_path", "") or type(base).__name__,
+        model_name=_name_of(base_model_of(model)),
         modules=tuple(row for row, _ in rows),
         target_modules=targets,
         num_examples=collected.num_examples,
@@ -173,6 +159,22 @@ def probe(
         unprobed=tuple(unprobed),
         moments={row.module_name: moments for row, moments in rows},
     )
+
+
+def _check_choices(factors: Sequence[str], method: str, mode: str, ladder: Sequence[int]) -> set[str]:
+    """The factors to measure. Raises: ValueError for an argument that is not one of its choices."""
+    wanted = set(factors) | {"B"}
+    if not wanted <= set(FACTORS):
+        raise ValueError(f"`factors` must be among {', '.join(FACTORS)}; got {list(factors)!r}.")
+    if method not in get_args(Method):
+        raise ValueError(f"`method` must be one of {', '.join(get_args(Method))}; got {method!r}.")
+    if mode not in MODES:
+        raise ValueError(f"`mode` must be one of {', '.join(MODES)}; got {mode!r}.")
+    if not ladder:
+        raise ValueError("`ladder` must have at least one k; got none.")
+    for k in ladder:
+        check_integer("ladder", k)
+    return wanted
 
 
 def _batches(
@@ -195,22 +197,32 @@ def _check_kind(model: nn.Module, train_loader: Any, adapter_name: str | None) -
         raise ValueError(f"`adapter_name` is for a PeftModel; the model is a {type(model).__name__}.")
 
 
-@contextlib.contextmanager
-def _adapter(
-    model: PeftModel,
+def _attached(
+    model: nn.Module,
     adapter_name: str | None,
     target_modules: str | Sequence[str] | None,
     factors: set[str],
-    masks: bool,
-) -> Iterator[tuple[list[LiveModule], list[str]]]:
-    """Activate an adapter; its selected linear modules, and the names of selected modules that are not linear."""
-    adapter_name = resolve_adapter_name(model, adapter_name)
+    seed: int,
+) -> tuple[contextlib.AbstractContextManager[list[LiveModule]], list[str]]:
+    """What attaches a LoRA, or activates an adapter, for as long as it is probed; names of what cannot be probed."""
+    if not isinstance(model, PeftModel):
+        return temporary_lora(model, target_modules, seed), []
+    name = resolve_adapter_name(model, adapter_name)
+    chosen = _chosen(model, name, target_modules, factors)
+    return _active(model, name, chosen), [module.name for module in chosen if not module.is_linear()]
+
+
+def _chosen(
+    model: PeftModel, adapter_name: str, target_modules: str | Sequence[str] | None, factors: set[str]
+) -> list[LiveModule]:
+    """An adapter's selected modules, of which at least one is linear. Raises: UnsupportedModelError."""
     available = live_modules(model, adapter_name)
     chosen = available
     if target_modules is not None and target_modules != "all-linear":
         targets = target_modules if isinstance(target_modules, str) else list(target_modules)
         config = LoraConfig(target_modules=targets)
         chosen = [module for module in available if check_target_module_exists(config, module.name)]
+        check_no_stacks(chosen, "The probe")
     modules = [module for module in chosen if module.is_linear()]
     if not modules:
         leaves = sorted({module.name.rpartition(".")[2] for module in available})
@@ -219,9 +231,19 @@ def _adapter(
             f"{len(available)} modules named {leaves}; pass some of these names as `target_modules`."
         )
     for module in modules:
-        _check_layer(module, {*factors, "weight"} if masks else factors)
+        _check_layer(module, factors)
+    return chosen
+
+
+@restoring
+def _active(model: PeftModel, adapter_name: str, chosen: Sequence[LiveModule]) -> Iterator[list[LiveModule]]:
+    """Activate an adapter; its linear modules among those chosen."""
     with activated(model, adapter_name):
-        yield modules, [module.name for module in chosen if not module.is_linear()]
+        yield [module for module in chosen if module.is_linear()]
+
+
+def _name_of(base: nn.Module) -> str:
+    return str(getattr(base, "name_or_path", "") or type(base).__name__)
 
 
 def _check_layer(module: LiveModule, factors: set[str]) -> None:

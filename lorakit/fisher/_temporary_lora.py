@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
@@ -14,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from tqdm.auto import tqdm
 
+from lorakit._signals import restoring
 from lorakit.adapters.in_model import LiveModule
 from lorakit.calibration.batches import differentiable
 from lorakit.calibration.losses import LossFn
@@ -26,7 +26,7 @@ TEMPORARY_RANK = 16
 TEMPORARY_ALPHA = 32  # a scaling of 2
 
 
-@contextlib.contextmanager
+@restoring
 def temporary_lora(
     model: nn.Module, target_modules: str | Sequence[str] | None, seed: int
 ) -> Iterator[list[LiveModule]]:
@@ -51,7 +51,9 @@ def temporary_lora(
                 torch.manual_seed(seed)
                 inject_adapter_in_model(config, model, name)
             modules = [
-                LiveModule(path, layer, name) for path, layer in model.named_modules() if isinstance(layer, LoraLayer)
+                LiveModule(path, layer, name, path)
+                for path, layer in model.named_modules()
+                if isinstance(layer, LoraLayer)
             ]
             unfit = [module for module in modules if not module.is_linear()]
             if unfit:

@@ -49,6 +49,17 @@ def about_low_rank_part(view: Adapter) -> Iterator[Finding]:
         yield Finding("info", "low_rank_part_only", None, message)
 
 
+def matrices_of(view: Adapter) -> Adapter:
+    """The adapter without stacks of experts, for measures of single matrices; information names what is left out."""
+    left_out = [module.name for module in view.modules if module.experts is not None]
+    if not left_out:
+        return view
+    message = f"{len(left_out)} stacks of experts are not measured here: {preview(left_out)}"
+    finding = Finding("info", "experts_left_out", None, message)
+    modules = tuple(module for module in view.modules if module.experts is None)
+    return replace(view, modules=modules, findings=(*view.findings, finding))
+
+
 def of_adapter(view: Adapter, findings: Iterable[Finding]) -> list[Finding]:
     """Findings whose messages begin with the adapter's path."""
     return [replace(finding, message=f"{view.path}: {finding.message}") for finding in findings]

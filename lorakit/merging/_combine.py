@@ -60,21 +60,25 @@ def merged(items: Items, combine: Combine | None, rank: int | None) -> tuple[Low
     """
     if combine is not None:
         assert rank is not None
+        if items[0][0].B.ndim > 2:
+            return _of_experts(items, combine, rank)
         dense = _dense(items, combine)
         sigma, vectors, left = leading(dense)
         return _result(factored(dense, vectors, left, rank), len(sigma), sigma)
     total = _sum(items)
     if rank is None:
-        energy = max(0.0, float(total.inner(total)))
+        energy = max(0.0, float(total.inner(total).sum()))
         return total, Merged(total.rank, total.rank, energy, energy)
     sigma = total.singular_values().double()
     return _result(total.truncate(rank) if rank < total.rank else total, total.rank, sigma)
 
 
 def least_rank(items: Items, combine: Combine | None, energy: float) -> int:
-    """The smallest rank, at least 1, that keeps a share of the energy of one module's merge."""
+    """The smallest rank, at least 1, that keeps a share of the energy of one module's merge, or of every expert's."""
+    if combine is not None and items[0][0].B.ndim > 2:
+        return max(least_rank(each, combine, energy) for each in _by_expert(items))
     sigma = _sum(items).singular_values() if combine is None else leading(_dense(items, combine))[0]
-    return max(1, int(energy_rank(sigma, energy)))
+    return max(1, int(energy_rank(sigma, energy).max()))
 
 
 def _dense(items: Items, combine: Combine) -> Tensor:
@@ -94,4 +98,17 @@ def _wide(update: LowRank) -> torch.dtype:
 
 def _result(update: LowRank, rank: int, sigma: Tensor) -> tuple[LowRank, Merged]:
     squares = sigma.double().square()
-    return update, Merged(rank, update.rank, float(squares[: update.rank].sum()), float(squares.sum()))
+    return update, Merged(rank, update.rank, float(squares[..., : update.rank].sum()), float(squares.sum()))
+
+
+def _of_experts(items: Items, combine: Combine, rank: int) -> tuple[LowRank, Merged]:
+    """The merges of a stack of experts, each formed by itself, at one rank."""
+    updates, merges = zip(*(merged(each, combine, rank) for each in _by_expert(items)), strict=True)
+    update = LowRank(torch.stack([one.B for one in updates]), torch.stack([one.A for one in updates]))
+    kept, total = sum(one.kept for one in merges), sum(one.total for one in merges)
+    return update, Merged(merges[0].rank, update.rank, kept, total)
+
+
+def _by_expert(items: Items) -> list[Items]:
+    experts = items[0][0].B.shape[0]
+    return [[(LowRank(u.B[e], u.A[e], u.scaling), weight) for u, weight in items] for e in range(experts)]

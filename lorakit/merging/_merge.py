@@ -18,14 +18,16 @@ import torch
 from tqdm import tqdm
 
 from lorakit._checks import check_integer, check_number
+from lorakit._signals import restoring
 from lorakit.adapters import Adapter, AdapterModule, open_saved_adapter
 from lorakit.adapters.companions import check_overwrite, companions_of, label_of
 from lorakit.adapters.lora_config import minimal_config
 from lorakit.adapters.rewritable import check_finite, check_rewritable, contents_of, finite_tensor, planned_tensor
-from lorakit.adapters.write_lora import Piece, PlainLora, StoredUpdate, plain_lora, stored_update, write_lora
+from lorakit.adapters.whole import with_whole_updates
+from lorakit.adapters.write_lora import Piece, PlainLora, plain_lora, planned_update, stored_update, write_lora
 from lorakit.merging._combine import DENSE, METHODS, Items, Merged, Method, combiner, least_rank, merged
 from lorakit.merging._report import MergedModule, MergeReport
-from lorakit.merging._together import Beside, Present, config_of, findings_about, layout_of, modules_of, tensors_beside
+from lorakit.merging._together import Beside, Present, config_of, findings_about, layouts_of, modules_of, tensors_beside
 from lorakit.serving._needs import Needs, needs_of
 from lorakit.serving._written import Before, compact_finding, summary
 from lorakit.spectral import LowRank
@@ -46,6 +48,7 @@ def merge(
     seed: int = 0,
     pad: bool = True,
     for_server: str | Iterable[str] | None = None,
+    base: str | os.PathLike[str] | nn.Module | None = None,
     overwrite: bool = False,
     verify: bool = True,
 ) -> MergeReport:
@@ -74,12 +77,14 @@ def merge(
         pad: False writes each module at its own rank, and chooses it module by module: for PEFT ≥ 0.15 and
             vLLM ≥ 0.33 only.
         for_server: servers that the file is for, as in `lorakit.compress.truncate`.
+        base: the base model's weights (a directory or file of safetensors, or the model): DoRA and SPECLORA are then
+            merged by their whole updates.
         overwrite: allow `out` to be one of the adapters, or to hold an adapter that lorakit did not write.
         verify: read back what was written, and compare it with what was meant, before it takes its place.
     Raises: ValueError for weights, ranks and densities that make no sense, shapes that differ and tensors beside the
-        updates that disagree; TypeError for options that the method has no use for; UnsupportedModelError for DoRA,
-        `lora_bias`, SPECLORA and what else a sum of updates is not one adapter of; AdapterFileError; OverwriteError (a
-        FileExistsError); OSError. `out` is then as it was.
+        updates that disagree; TypeError for options that the method has no use for; UnsupportedModelError for
+        `lora_bias`, for DoRA and SPECLORA without `base`, and what else a sum of updates is not one adapter of;
+        AdapterFileError; OverwriteError (a FileExistsError); OSError. `out` is then as it was.
     References: Yadav et al., "TIES-Merging", NeurIPS 2023; Yu et al., "Language Models are Super Mario" (DARE),
         ICML 2024.
 
@@ -95,12 +100,12 @@ def merge(
     _check_options(method, rank, energy, density)
     check_overwrite(out, adapters, overwrite=overwrite)
     needs = needs_of(for_server, pad=pad)
-    views = _opened(adapters, needs)
+    views = _opened(adapters, base, needs)
     recipe = _Recipe(method, rank, energy, density, seed, pad, needs)
     present = modules_of(views)
     beside, findings = tensors_beside(views)
     findings += findings_about(views, present)
-    layouts = {name: layout_of(list(modules.values())) for name, modules in present.items()}
+    layouts = layouts_of(present)
     merging = _Merging(views, present, chosen, recipe)
     lora = _plan(layouts, merging.ranks, recipe)
     config, about_config = minimal_config(config_of(views, present), **lora.fields)
@@ -133,8 +138,12 @@ def merge(
     )
 
 
-def _opened(adapters: Iterable[str | os.PathLike[str] | nn.Module | Adapter], needs: Needs) -> list[Adapter]:
-    views = [open_saved_adapter(adapter) for adapter in adapters]
+def _opened(
+    adapters: Iterable[str | os.PathLike[str] | nn.Module | Adapter],
+    base: str | os.PathLike[str] | nn.Module | None,
+    needs: Needs,
+) -> list[Adapter]:
+    views = [with_whole_updates(open_saved_adapter(adapter), base) for adapter in adapters]
     for view in views:
         check_rewritable(view)
         needs.check(contents_of(view))
@@ -145,7 +154,7 @@ def _plan(layouts: Mapping[str, AdapterModule], ranks: Mapping[str, int], recipe
     """What will be written, before it is computed."""
     needs = recipe.needs
     lora = plain_lora(
-        [_planned(layouts[name], rank) for name, rank in ranks.items()],
+        [planned_update(layouts[name], rank, 1.0) for name, rank in ranks.items()],
         pad=recipe.pad,
         fitting_rank=needs.rank_at_least,
         integer_alpha=needs.integer_alpha,
@@ -166,12 +175,6 @@ def _pieces(
         yield Piece(lora.written(stored_update(layouts[name], update)), name, update)
     for key, (view, info) in beside.items():
         yield Piece({key: finite_tensor(view, info)})
-
-
-def _planned(layout: AdapterModule, rank: int) -> StoredUpdate:
-    """A merge before it is computed, on the device "meta"."""
-    B, A = torch.empty(layout.d_out, rank, device="meta"), torch.empty(rank, layout.d_in, device="meta")
-    return stored_update(layout, LowRank(B, A, 1.0))
 
 
 def _energy_kept(merges: Mapping[str, Merged]) -> float:
@@ -254,7 +257,7 @@ class _Merging:
                 yield name, items
 
 
-@contextlib.contextmanager
+@restoring
 def _seeded(recipe: _Recipe) -> Iterator[None]:
     """The same random numbers for `dare` each time, and torch's global state as it was afterwards."""
     with torch.random.fork_rng(enabled=recipe.method == "dare"):
@@ -278,7 +281,10 @@ def _rows(
             sources=len(present[name]),
             rank=one.rank,
             kept_rank=one.kept_rank,
-            parameters=(padded_to or one.kept_rank) * (layouts[name].d_out + layouts[name].d_in),
+            experts=layouts[name].experts,
+            parameters=(padded_to or one.kept_rank)
+            * (layouts[name].experts or 1)
+            * (layouts[name].d_out + layouts[name].d_in),
             energy_kept=one.kept / one.total if one.total > 0 else 1.0,
             error=errors.get(name),
         )

@@ -19,7 +19,8 @@ class MergedModule:
 
     `rank` is that of the merge before it is cut to `kept_rank`, which is without padding; `parameters` are as written,
     with it. `energy_kept` is the share of the merge's ‖ΔW‖_F² that the cut keeps (1 where ΔW = 0). `error` is
-    ‖written − meant‖_F / ‖meant‖_F; None where nothing was verified.
+    ‖written − meant‖_F / ‖meant‖_F; None where nothing was verified. A stack of `experts` is one module: each expert
+    is merged by itself, and ranks are those of each.
     """
 
     module_name: str
@@ -31,6 +32,7 @@ class MergedModule:
     parameters: int
     energy_kept: float
     error: float | None
+    experts: int | None = None
 
 
 @dataclass(frozen=True, repr=False)

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 
 from lorakit.adapters import Adapter, AdapterModule, TensorInfo
+from lorakit.adapters.experts import nested_paths, target_of
+from lorakit.adapters.keys import tensor_name
 from lorakit.adapters.lora_config import spelled_out
 from lorakit.adapters.rewritable import carried_infos, finite_tensor
 from lorakit.errors import Finding, UnsupportedModelError
 
 Present = Mapping[str, Mapping[int, AdapterModule]]  # modules by name, and by the place of their adapter
+Beside = Mapping[str, tuple[Adapter, TensorInfo]]  # tensors by key, and whose they are
 
 # Fields of the configs on which adapters must agree, for one config to say what all of them mean.
 _AGREE = ("bias", "trainable_token_indices", "layer_replication", "alora_invocation_tokens")
@@ -29,20 +32,27 @@ def modules_of(views: Sequence[Adapter]) -> dict[str, dict[int, AdapterModule]]:
         for module in view.modules:
             if module.magnitude is not None or module.bias is not None:
                 what = "a DoRA magnitude" if module.magnitude is not None else "a `lora_bias`"
-                raise UnsupportedModelError(f"{view.path}: {module.name} has {what}, which no sum of updates keeps.")
+                hint = " Give the base weights as `base` to merge whole updates." if module.magnitude else ""
+                raise UnsupportedModelError(
+                    f"{view.path}: {module.name} has {what}, which no sum of updates keeps.{hint}"
+                )
             found.setdefault(module.name, {})[i] = module
     for name, modules in found.items():
-        shapes = {(m.kind, m.d_out, m.A.shape[1:], len(m.B.shape)): views[i].path for i, m in modules.items()}
+        shapes = {
+            (m.kind, m.d_out, m.A.shape[1:], len(m.B.shape), m.experts): views[i].path for i, m in modules.items()
+        }
         if len(shapes) > 1:
             (one, first), (other, second) = list(shapes.items())[:2]
             raise ValueError(
-                f"{name}: the adapters are not of one model: it is {one[0]} {one[1]} × {tuple(one[2])} in {first}, "
-                f"{other[0]} {other[1]} × {tuple(other[2])} in {second}."
+                f"{name}: the adapters are not of one model: it is {_shown(one)} in {first}, "
+                f"{_shown(other)} in {second}."
             )
     return found
 
 
-Beside = Mapping[str, tuple[Adapter, TensorInfo]]  # tensors by key, and whose they are
+def _shown(shape: tuple[Any, ...]) -> str:
+    kind, d_out, d_in, _, experts = shape
+    return f"{kind} {d_out} × {tuple(d_in)}" + (f" for {experts} experts" if experts else "")
 
 
 def tensors_beside(views: Sequence[Adapter]) -> tuple[Beside, list[Finding]]:
@@ -84,12 +94,31 @@ def findings_about(views: Sequence[Adapter], present: Present) -> list[Finding]:
     return findings
 
 
-def layout_of(modules: list[AdapterModule]) -> AdapterModule:
-    """A module with the layout of these, and with the widest of their dtypes."""
-    first = modules[0]
+def layouts_of(present: Present) -> dict[str, AdapterModule]:
+    """For each module one with the layout of all adapters' and with the widest of their dtypes.
+
+    Raises: UnsupportedModelError where adapters adapt different parameters of one module, and PEFT's order is unknown.
+    """
+    layouts = {name: _layout_of(list(modules.values())) for name, modules in present.items()}
+    try:
+        paths = nested_paths({name: module.path for name, module in layouts.items() if module.experts is not None})
+    except KeyError as error:
+        raise UnsupportedModelError(
+            f"{error.args[0]!r} is adapted beside other parameters of its module, and the order in which PEFT nests "
+            f"them is not known for this name. Merge adapters of the same parameters."
+        ) from None
+    for name, path in paths.items():
+        first = layouts[name]
+        A, B = replace(first.A, key=tensor_name(path, "A")), replace(first.B, key=tensor_name(path, "B"))
+        layouts[name] = replace(first, A=A, B=B)
+    return layouts
+
+
+def _layout_of(modules: list[AdapterModule]) -> AdapterModule:
+    first = modules[0].stored
     dtype = first.dtype
     for module in modules[1:]:
-        dtype = torch.promote_types(dtype, module.dtype)
+        dtype = torch.promote_types(dtype, module.stored.dtype)
     return replace(first, A=replace(first.A, dtype=dtype), B=replace(first.B, dtype=dtype))
 
 
@@ -109,12 +138,18 @@ def config_of(views: Sequence[Adapter], present: Present) -> dict[str, Any]:
     same = all(len(modules) == len(views) for modules in present.values())
     same = same and all(_targets(raw) == _targets(first) for raw in others)
     pruned = any(finding.code == "pruned" for view in views for finding in view.findings)
-    return first if same and not pruned else first | spelled_out(present)
+    if same and not pruned:
+        return first
+    stacks = {name: m.path for name, modules in present.items() for m in modules.values() if m.experts is not None}
+    spelled = spelled_out(present.keys() - stacks.keys(), (target_of(*item) for item in stacks.items()))
+    if len({frozenset(raw.get("target_parameters") or ()) for raw in (first, *others)}) == 1:
+        spelled["target_parameters"] = first.get("target_parameters")
+    return first | spelled
 
 
 def _targets(raw: Mapping[str, Any]) -> tuple[object, ...]:
     found = []
-    for field in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
+    for field in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"):
         value = raw.get(field)
         found.append(frozenset(value) if isinstance(value, list | tuple | set) else value)
     return tuple(found)

@@ -1,14 +1,34 @@
-"""The private names of PEFT that decide which modules a config targets, one function each.
+"""The private names of PEFT and Python that decide which modules a config targets, one function each.
 
-tests/naming/test_private.py says which version of PEFT changed one of them.
+tests/naming/test_private.py says which version changed one of them.
 """
 
 from __future__ import annotations
 
+from re import _parser  # type: ignore[attr-defined]
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+def expanded_size(pattern: str) -> int:
+    """How many items a regular expression has with its repetitions written out, each as often as it must occur.
+
+    Raises: re.error for one that is none.
+    """
+
+    def size(value: Any) -> int:
+        if isinstance(value, _parser.SubPattern):
+            return sum(size(item) for item in value) or 1
+        if not isinstance(value, list | tuple):
+            return 0
+        if len(value) == 2 and getattr(value[0], "name", "").endswith("REPEAT"):
+            least, _, repeated = value[1]
+            return max(1, int(least)) * size(repeated)
+        return sum(map(size, value)) or 1
+
+    return size(_parser.parse(pattern))
 
 
 def expand_all_linear(config: Any, model: nn.Module) -> None:

@@ -1,20 +1,97 @@
-"""Which key of a pattern (`rank_pattern` and the like) a module name matches, for thousands of both."""
+"""Which key of a pattern (`rank_pattern` and the like) a module name matches, for thousands of both.
+
+Keys come from strangers' configs, and some regular expressions take longer than anyone waits. They are matched by the
+package `regex`, which can stop, with the meaning that they have in `re`, which PEFT uses.
+"""
 
 from __future__ import annotations
 
 import functools
 import re
+import time
+import warnings
 from collections.abc import Collection, Iterable, Iterator
+
+import regex
+
+from lorakit.errors import PatternError
+from lorakit.naming import _private
 
 # A key without special characters but the dot: letters, digits, escaped characters.
 _LITERAL = re.compile(r"(?P<anchor>\^?)(?P<body>(?:[\w.-]|\\[.+*?()|$^{}\[\]\\ -])+)", re.ASCII)
 _CHARACTER = re.compile(r"\\?.")
+_TOKEN = re.compile(r"\\N\{[^}]*\}|\\.|\[\^?\]?|\{(?:\d+(?:,\d*)?|,\d*)\}|.", re.DOTALL)
+
+_MAX_LENGTH = 20_000  # characters
+_MAX_SIZE = 100_000  # of an expression, with what it repeats written out
+_SECONDS = 5.0  # for all matches of a matcher together, without the first millisecond of each
+_FREE = 1e-3
 
 
 @functools.lru_cache(maxsize=4096)
-def compiled(key: str) -> re.Pattern[str]:
-    """A key as the expression by which PEFT's `get_pattern_key` compares it with a module's name, from its start."""
-    return re.compile(rf"(.*\.)?({key})$")
+def compiled(key: str) -> Expression:
+    """A key as the expression by which PEFT's `get_pattern_key` compares it with a module's name, from its start.
+
+    Raises: re.error for a key that is no regular expression; PatternError for one that is too large.
+    """
+    return Expression(key)
+
+
+class Expression:
+    """A regular expression that stops when it takes too long. It matches what it matches in `re`."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        pattern = rf"(.*\.)?({key})$"
+        with warnings.catch_warnings():  # of what may mean something else in a later Python
+            warnings.simplefilter("ignore")
+            if len(key) > _MAX_LENGTH or _private.expanded_size(pattern) > _MAX_SIZE:
+                raise PatternError(
+                    f"The regular expression {_shown(key)} is too large. Write several, or a shorter one."
+                )
+            re.compile(pattern)  # `regex` knows more than `re`, which decides what is an error
+            self._pattern = regex.compile(rf"(.*\.)?({_as_in_re(key)})$", regex.VERSION0)
+
+    def match(self, name: str, budget: Budget) -> bool:
+        """Whether it matches the name. Raises: PatternError where the time is used up."""
+        started = time.perf_counter()
+        try:
+            if budget.left <= 0:
+                raise TimeoutError
+            found = self._pattern.match(name, timeout=budget.left) is not None
+        except TimeoutError:
+            budget.left = 0.0
+            raise PatternError(
+                f"The regular expression {_shown(self.key)} takes too long for the module name {_shown(name)}. Write "
+                f"it without repetitions inside repetitions."
+            ) from None
+        budget.left -= max(0.0, time.perf_counter() - started - _FREE)
+        return found
+
+
+class Budget:
+    """The seconds that are left for matching."""
+
+    def __init__(self) -> None:
+        self.left = _SECONDS
+
+
+def _as_in_re(key: str) -> str:
+    """A key without what `regex` alone reads as syntax: fuzzy matches in braces, and classes such as [[:alpha:]]."""
+    parts, in_set = [], False
+    for token in _TOKEN.findall(key):
+        if in_set:
+            parts.append("\\[" * token.count("[") + token.lstrip("[") if token[0] == "[" else token)
+            in_set = not token.endswith("]") or token[0] == "\\"
+        else:
+            parts.append("\\{" if token == "{" else token)
+            in_set = token[0] == "["
+    return "".join(parts)
+
+
+def _shown(text: str) -> str:
+    shown = repr(text)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."
 
 
 class PatternMatcher:
@@ -22,13 +99,14 @@ class PatternMatcher:
 
     Keys that are plain names, with dots as they are or escaped, are found in tables, so that ten thousand of them for
     ten thousand modules take no longer than is linear. All others are tried one after the other.
-    Raises: re.error for a key that is no regular expression.
+    Raises: re.error for a key that is no regular expression; PatternError for one that is too large or takes too long.
     """
 
     def __init__(self, keys: Iterable[str]) -> None:
         self._keys = list(keys)
+        self._budget = Budget()
         self._tables: dict[int, list[_Table]] = {}  # by the length of the names
-        self._others: list[tuple[int, re.Pattern[str]]] = []
+        self._others: list[tuple[int, Expression]] = []
         tables: dict[tuple[int, tuple[int, ...]], _Table] = {}
         for index, key in enumerate(self._keys):
             literal = _LITERAL.fullmatch(key)
@@ -50,21 +128,24 @@ class PatternMatcher:
         for index, expression in self._others:
             if index > best:
                 break
-            if expression.match(name):
+            if expression.match(name, self._budget):
                 best = index
         return self._keys[best] if best < len(self._keys) else None
 
     def unmatched(self, names: Collection[str]) -> list[str]:
         """The keys that match none of the names."""
         matched = {index for name in names for index in self._literals(name)}
-        matched |= {index for index, expression in self._others if any(map(expression.match, names))}
+        matched |= {index for index, expression in self._others if self._any(expression, names)}
         known = set(names)
         return [key for index, key in enumerate(self._keys) if index not in matched and key not in known]
+
+    def _any(self, expression: Expression, names: Iterable[str]) -> bool:
+        return any(expression.match(name, self._budget) for name in names)
 
     def _literals(self, name: str) -> Iterator[int]:
         """The indices of the literal keys that match, in no order."""
         if "\n" in name:  # neither a dot nor the end of an expression is then what it seems
-            yield from (i for i, key in enumerate(self._keys) if compiled(key).match(name))
+            yield from (i for i, key in enumerate(self._keys) if compiled(key).match(name, self._budget))
             return
         start = 0
         while True:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from lorakit.errors import UnsupportedModelError
 from lorakit.naming import _private
-from lorakit.naming.matching import PatternMatcher, compiled
+from lorakit.naming.matching import Budget, PatternMatcher, compiled
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -68,7 +68,7 @@ def lookup(pattern: Mapping[str, V], module_name: str, default: V) -> V:
     """The value of the first entry of `pattern` whose key matches the module's name; `default` if none does.
 
     The rule is that of PEFT's `get_pattern_key`: a key is a regular expression for the end of the name.
-    Raises: re.error for a key that is not a regular expression.
+    Raises: re.error for a key that is not a regular expression; PatternError for one that takes too long.
 
     Example:
         >>> lookup({"q_proj": 4, r"layers\\.0\\..*": 8}, "model.layers.0.self_attn.v_proj", 16)
@@ -76,7 +76,8 @@ def lookup(pattern: Mapping[str, V], module_name: str, default: V) -> V:
         >>> lookup({"q_proj": 4}, "model.layers.0.self_attn.v_proj", 16)
         16
     """
-    first = next((key for key in pattern if compiled(key).match(module_name)), module_name)
+    budget = Budget()
+    first = next((key for key in pattern if compiled(key).match(module_name, budget)), module_name)
     return pattern.get(first, default)
 
 

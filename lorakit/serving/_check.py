@@ -117,7 +117,7 @@ class ServerCheck(Report):
     @property
     def _mended_by_export(self) -> bool:
         words = ("rank", "SPECLORA", "lora_alpha", "pattern", "fields")
-        return any(word in reason for reason in self.refused for word in words)
+        return all(any(word in reason for word in words) for reason in self.refused)
 
     def plot(self) -> Figure:
         """The factor by which each module's update is off, by module."""
@@ -221,6 +221,8 @@ def _contents(view: Adapter) -> dict[Content, str]:
         found["DoRA"] = "DoRA magnitudes"
     if any(module.bias is not None for module in view.modules):
         found["lora_bias"] = "`lora_bias`"
+    if any(module.experts is not None for module in view.modules):
+        found["stacked experts"] = "experts stacked in parameters (`target_parameters`)"
     if settings.modules_to_save or kinds & {"modules_to_save", "trainable_tokens", "bias"}:
         found["modules_to_save"] = "`modules_to_save`, trained tokens or biases"
     return found
@@ -255,6 +257,8 @@ def _flags(profile: ServerProfile, rank: int) -> tuple[str, ...]:
 def _notes(view: Adapter, profile: ServerProfile) -> Iterable[str]:
     if profile.note is not None:
         yield profile.note
+    if profile.experts_note is not None and any(module.experts is not None for module in view.modules):
+        yield profile.experts_note
     peft_type = view.settings.peft_type
     if peft_type in ("FISHERLORA", "SPECLORA"):
         yield (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorakit._figures import escape_mathtext, new_figure
+from lorakit._files import make_file
 from lorakit._format import count
 from lorakit._report import Report
 from lorakit.adapters import Adapter, AdapterModule, ExtraTensor
@@ -29,7 +29,6 @@ _EXTRAS = {
     "bias": "trained biases (`bias`)",
     "embedding": "embeddings saved whole (`save_embedding_layers`)",
     "trainable_tokens": "trained tokens (`trainable_token_indices`)",
-    "expert_parameters": "adapted parameters (`target_parameters`)",
     "orphan": "tensors that belong to no module",
 }
 
@@ -176,17 +175,15 @@ def replace_file(out: str | os.PathLike[str], write: Callable[[Path], None], che
 
     Raises: ExportError where `out` is a directory; whatever `write` and `check` raise, with `out` as it was.
     """
-    target = Path(os.path.realpath(out))
-    if target.is_dir():
+    if os.path.isdir(out):
         raise ExportError(f"`out` must be a file; {os.fspath(out)!r} is a directory. Add a file's name.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as directory:
-        staging = Path(directory, target.name)
+
+    def make(staging: Path) -> int:
         write(staging)
         check(staging)
-        size = staging.stat().st_size
-        staging.replace(target)
-    return size
+        return staging.stat().st_size
+
+    return make_file(out, make)
 
 
 def _norm(update: LowRank) -> float:

@@ -9,12 +9,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-Content = Literal["DoRA", "lora_bias", "modules_to_save", "SPECLORA"]
+Content = Literal["DoRA", "lora_bias", "modules_to_save", "SPECLORA", "stacked experts"]
 Scaling = Literal["patterns", "config", "own rank", "padded rank", "one"]
 
 # The values that vLLM takes for --max-lora-rank.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-_FULL: tuple[Content, ...] = ("DoRA", "lora_bias", "modules_to_save", "SPECLORA")
+_FULL: tuple[Content, ...] = ("DoRA", "lora_bias", "modules_to_save", "SPECLORA", "stacked experts")
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class ServerProfile:
         anchored_patterns: whether keys of patterns may begin with ``^``.
         own_format: the file that it reads instead of a PEFT directory, and the command that writes one.
         note: what else a user must know.
+        experts_note: what a user must know where experts are stacked in parameters (`target_parameters`).
         superseded: whether the table also has a newer version of the same server.
     """
 
@@ -61,6 +62,7 @@ class ServerProfile:
     anchored_patterns: bool = True
     own_format: str | None = None
     note: str | None = None
+    experts_note: str | None = None
     superseded: bool = False
 
     @property
@@ -89,6 +91,12 @@ _PEFT_0_13 = frozenset(
     )
 )
 _LORAX = "LoraWeights.load: alpha over the config's r, which the padded rank overwrites after each layer type"
+_VLLM_EXPERTS = (
+    "Stacked experts are read (LoRAModelManager._stack_moe_lora_weights) for models whose class in vLLM has "
+    "`is_3d_moe_weight`, such as gpt-oss, and only with gate_up_proj and down_proj both adapted; for others the rows "
+    "of gate and up are taken as alternating. Compare logits before you serve."
+)
+_SGLANG_EXPERTS = "Stacked experts are left out without a word, unless it runs with --lora-strict-loading."
 
 PROFILES: dict[str, ServerProfile] = {
     profile.name: profile
@@ -110,7 +118,7 @@ PROFILES: dict[str, ServerProfile] = {
             "patterns",
             reads_rslora=True,
             anchored_patterns=False,
-            refuses=("SPECLORA",),
+            refuses=("SPECLORA", "stacked experts"),
             superseded=True,
         ),
         ServerProfile(
@@ -122,7 +130,7 @@ PROFILES: dict[str, ServerProfile] = {
             reads_rslora=True,
             anchored_patterns=False,
             config_fields=_PEFT_0_13,
-            refuses=("lora_bias", "SPECLORA"),
+            refuses=("lora_bias", "SPECLORA", "stacked experts"),
             superseded=True,
         ),
         ServerProfile(
@@ -135,6 +143,7 @@ PROFILES: dict[str, ServerProfile] = {
             max_rank=VLLM_RANKS[-1],
             default_max_rank=16,
             flag="--max-lora-rank",
+            experts_note=_VLLM_EXPERTS,
         ),
         ServerProfile(
             "vllm-0.28",
@@ -156,6 +165,7 @@ PROFILES: dict[str, ServerProfile] = {
             "config",
             mixed_ranks=False,
             flag="--max-lora-rank",
+            experts_note=_SGLANG_EXPERTS,
         ),
         ServerProfile(
             "llama.cpp",
@@ -183,7 +193,7 @@ PROFILES: dict[str, ServerProfile] = {
             reads_rslora=True,
             default_max_rank=64,
             flag="max_lora_rank",
-            refuses=("lora_bias", "modules_to_save", "SPECLORA"),
+            refuses=("lora_bias", "modules_to_save", "SPECLORA", "stacked experts"),
         ),
         ServerProfile("lorax", "0.12", "ran", _LORAX, "padded rank", mixed_ranks=False, kernel_multiple=16),
         ServerProfile("tgi", "3", "read", f"the same code as LoRAX: {_LORAX}", "padded rank", mixed_ranks=False,

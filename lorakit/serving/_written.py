@@ -41,7 +41,7 @@ class Before:
         return cls(
             parameters=sum(module.parameters for module in modules),
             size_bytes=sum(stored_bytes(adapter) for adapter in adapters),
-            rank=max(module.rank for module in modules),
+            rank=max(module.stored.rank for module in modules),
         )
 
 

@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from lorakit._distributed.fsdp import is_sharded
+from lorakit._signals import uninterrupted
 from lorakit.adapters.atomic import replaced_directory
 from lorakit.adapters.companions import CERTIFICATE_NAME, check_overwrite, companions_of
 from lorakit.adapters.edit_log import write_edits
@@ -158,6 +159,7 @@ def factors_of(module: LiveModule) -> tuple[Tensor, Tensor]:
     return read_weight(module.up).clone(), read_weight(module.down).clone()
 
 
+@uninterrupted
 def exchange(backups: Sequence[Backup], *, undo: bool = False) -> None:
     """Write every module's factors of after the edit, or with `undo` of before it; if that fails, write none."""
     try:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 
 from peft import PeftModel
 
+from lorakit._checks import preview
 from lorakit._distributed.fsdp import is_sharded
-from lorakit.adapters.in_model import LiveModule, live_modules
+from lorakit.adapters.in_model import LiveModule, check_no_stacks, live_modules
 from lorakit.errors import SurgeryError, UnsupportedModelError
 from lorakit.naming.roles import RESIDUAL_WRITING
 
@@ -18,8 +20,9 @@ def select_modules(
 ) -> list[LiveModule]:
     """The adapted modules that `target_modules` selects, at least one; see `lorakit.surgery.sensitivity`.
 
-    Raises: UnsupportedModelError if a selected module is not linear; SurgeryError if none is selected, or if
-    `target_modules` is not a valid regular expression.
+    The defaults leave out experts stacked in parameters, with a warning.
+    Raises: UnsupportedModelError if a selected module is not linear, or a stack of experts; SurgeryError if none is
+    selected, or if `target_modules` is not a valid regular expression.
     """
     available = live_modules(adapter, adapter_name)
     if target_modules is None:
@@ -38,6 +41,13 @@ def select_modules(
         wanted = list(target_modules)
         ends = tuple(f".{name}" for name in wanted)
         chosen = [module for module in available if module.name in wanted or module.name.endswith(ends)]
+    stacks = [module.name for module in available if module.experts is not None]
+    if target_modules in (None, "all-linear") and stacks:
+        warnings.warn(
+            f"Surgery leaves out {len(stacks)} stacks of experts, in which examples cannot be told apart: "
+            f"{preview(stacks)}.",
+            stacklevel=5,
+        )
     if not chosen:
         leaves = sorted({module.name.rpartition(".")[2] for module in available})
         asked = (
@@ -49,6 +59,7 @@ def select_modules(
             f"Adapter {adapter_name!r} has {asked}. It adapts {len(available)} modules named {leaves}; pass some of "
             f"these names as `target_modules`."
         )
+    check_no_stacks(chosen, "Surgery")
     unfit = [module for module in chosen if not module.is_linear()]
     if unfit:
         raise UnsupportedModelError(

@@ -7,7 +7,6 @@ for all examples of a batch: one copy of σ per example is all that takes a grad
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from lorakit._checks import check_integer
 from lorakit._distributed.fsdp import unwrapped
+from lorakit._signals import all_of
 from lorakit.adapters.in_model import resolve_adapter_name
 from lorakit.calibration.losses import LossFn
 from lorakit.calibration.run import collect
@@ -70,9 +70,7 @@ def measure(
             f"there are no singular components to weigh.",
             stacklevel=4,
         )
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(activated(adapter, adapter_name))
-        probes = [stack.enter_context(probed(item)) for item in decomposed]
+    with activated(adapter, adapter_name), all_of(map(probed, decomposed)) as probes:
         collected = collect(
             adapter,
             loader,

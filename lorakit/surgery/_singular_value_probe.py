@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit._distributed.fsdp import full_tensor
+from lorakit._signals import restoring
 from lorakit.adapters.in_model import LiveModule
 from lorakit.errors import CalibrationError, SurgeryError, UnsupportedModelError
 
@@ -70,7 +70,7 @@ class SingularValueProbe(nn.Module):
             # The first dimension must be the examples. With two dimensions it may be the tokens of all examples, and
             # if the first two are equal, time may come first.
             self.separable &= n == 1 or (x.ndim >= 3 and x.shape[1] != n)
-        return projected * copy.view(n, *[1] * (projected.ndim - 2), -1).to(projected.dtype)
+        return projected * copy.view(n, *[1] * (projected.ndim - 2), copy.shape[1]).to(projected.dtype)
 
     def collect(self, num_examples: int) -> Tensor | None:
         """∂ℓ/∂σ (num_examples, m) after backward; None if examples could not be told apart."""
@@ -100,7 +100,7 @@ class _ScaledU(nn.Module):
         return F.linear(a, self.weight, self.bias)
 
 
-@contextlib.contextmanager
+@restoring
 def probed(item: Decomposed) -> Iterator[SingularValueProbe]:
     """Replace a module's factors by its decomposition while the block runs.
 

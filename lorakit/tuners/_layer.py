@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from peft.utils.other import transpose
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lorakit._signals import restoring
 from lorakit.tuners import _private
 from lorakit.tuners._mask import Mode, ProjectInput, SpectralMask, is_eager_training, rescaled_block
 from lorakit.tuners._variants import MaskInDora, MaskInForward, masked_variant
@@ -151,7 +151,7 @@ class SpecLoRALayer:
             self.add_mask_delta(delta, adapter)
         return delta
 
-    @contextmanager
+    @restoring
     def mask_off(self) -> Iterator[None]:
         """Make `get_delta_weight` return the low-rank factors' update alone."""
         self._mask_off = True
@@ -291,7 +291,7 @@ def dequantized_columns(base: Any, d_in: int, column: int, width: int) -> Tensor
     raise AssertionError("unreachable: the last dtype either worked or raised")
 
 
-@contextmanager
+@restoring
 def _without_bias(base: Any) -> Iterator[None]:
     """Take a layer's bias away for a while, and have bitsandbytes forget the dtype of the inputs it sees meanwhile."""
     bias = getattr(base, "bias", None)

@@ -164,23 +164,6 @@ def test_tensors_beside_the_updates_are_sorted_by_what_they_are(tiny_llama, save
     assert any("embed_tokens" in key for key in kinds["embedding"])
 
 
-def test_expert_parameters_are_said_not_to_be_covered(saved):
-    class Experts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(3, 4, 5))
-
-    base = nn.ModuleDict({"experts": Experts(), "q_proj": nn.Linear(4, 4)})
-    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.weight"])
-    model, directory = saved(config, base)
-    adapter = open_adapter(directory)
-    assert [m.name for m in adapter.modules] == ["q_proj"]
-    assert [extra.kind for extra in adapter.extras] == ["expert_parameters"] * 2
-    assert ("warning", "not_covered", None) in codes(adapter)
-    with pytest.raises(UnsupportedModelError, match="target_parameters"):
-        open_adapter(model)
-
-
 def test_batches_are_the_modules_stacked_in_bounded_memory(saved):
     model, directory = saved(CONFIGS["patterns"])
     adapter = open_adapter(directory)

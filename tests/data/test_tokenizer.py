@@ -55,5 +55,5 @@ def test_a_tokenizer_without_a_template_gets_the_base_s(make_tokenizer, base, ad
 def test_no_tokenizer_at_all(adapter):
     with pytest.raises(DataError, match=r"There is no tokenizer beside '.*adapter'\. Name the base model, or save"):
         tokenizer_for(adapter)
-    with pytest.raises(OSError, match="huggingface"):
+    with pytest.raises(DataError, match="The tokenizer of .nowhere/at-all. cannot be loaded: .*huggingface"):
         tokenizer_for("nowhere/at-all")

@@ -268,8 +268,8 @@ def test_a_damaged_variant_fails(finished, arguments, tmp_path, monkeypatch):
         tensors = load_file(file)
         generator = torch.Generator().manual_seed(0)
         for key, value in tensors.items():
-            if "down_proj.lora_B" in key:
-                tensors[key] = value + 3 * torch.randn(value.shape, generator=generator)
+            if "v_proj.lora_B" in key:
+                tensors[key] = value + 10 * torch.randn(value.shape, generator=generator)
         save_file(tensors, file)
         return report
 
@@ -277,22 +277,31 @@ def test_a_damaged_variant_fails(finished, arguments, tmp_path, monkeypatch):
     for path in (tmp_path / "copy" / "records").glob("*truncated*"):
         path.unlink()
     monkeypatch.setattr(_bench_trials, "truncate", damaging)
-    report = experiments.bench(**arguments, directory=tmp_path / "copy")
+    report = experiments.bench(**{**arguments, "policies": (4,)}, directory=tmp_path / "copy")
     verdicts = {variant.name: variant.verdict for variant in report.variants}
     assert verdicts["rank 4, truncated"] == "FAIL"
     assert verdicts["rank 4, retrained"] == "PASS"
     assert not by_name(report)["rank 4, truncated"].within_tolerance
 
 
-def test_too_few_documents_are_inconclusive(finished, arguments, home, tmp_path):
+def test_a_difference_of_just_the_margin_on_few_documents_is_inconclusive(finished, arguments, home, tmp_path):
+    before = finished[0].scores
+    few = np.subtract(before.variants["rank 1, truncated"]["test"], before.probe["test"])[:, :2]
     (tmp_path / "few.jsonl").write_text("".join((home / "test.jsonl").read_text().splitlines(keepends=True)[:2]))
-    task = lorakit.evaluation.loss(tmp_path / "few.jsonl", length=16, margin=1e-4)
+    task = lorakit.evaluation.loss(tmp_path / "few.jsonl", length=16, margin=-float(few.mean()))
     shutil.copytree(finished[1], tmp_path / "copy")
     report = experiments.bench(
         **{**arguments, "tasks": task, "gate": -10.0, "policies": (1,), "retrain": False}, directory=tmp_path / "copy"
     )
     (variant,) = report.variants
     assert (variant.verdict, report.verdict) == ("INCONCLUSIVE", "INCONCLUSIVE")
+    assert report.headline == "INCONCLUSIVE: none of 1 variants is shown to be as good as the probe."
+    needed = variant.tasks[0].documents_needed
+    assert report.next_steps == (
+        ("# take more seeds, or a larger margin",)
+        if needed is None
+        else (f"# evaluate on {needed} documents for a verdict at this margin",)
+    )
 
 
 def test_documents_that_are_trained_on_are_refused(arguments, home, tmp_path):
@@ -319,7 +328,7 @@ def test_a_bench_that_was_killed_goes_on_and_finds_the_same(finished, arguments,
     plain["train"] = {**plain["train"], "source": str(plain["train"]["source"])}
     worker = subprocess.Popen([sys.executable, "-W", "ignore", "-c", KILLED, json.dumps(plain)], env=dict(os.environ))
     records, started = tmp_path / "bench" / "records", time.monotonic()
-    while len(list(records.glob("probe*.json"))) < 2 and time.monotonic() - started < 240:
+    while len(list(records.glob("probe*.json"))) < 2 and time.monotonic() - started < 1200:
         assert worker.poll() is None
         time.sleep(0.02)
     worker.send_signal(signal.SIGKILL)

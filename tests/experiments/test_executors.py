@@ -37,7 +37,14 @@ def ray():
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("PYTHONPATH", os.path.dirname(trials.__file__), prepend=os.pathsep)
         module = pytest.importorskip("ray", reason="needs Ray: pip install 'lorakit[ray]'")
-        module.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        for attempt in range(3):
+            try:
+                module.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+                break
+            except Exception:  # Ray gives a busy machine 30 s to start it
+                module.shutdown()
+                if attempt == 2:
+                    raise
         yield module
         module.shutdown()
 

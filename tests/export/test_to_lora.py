@@ -275,23 +275,6 @@ def test_any_alpha(tiny_llama, randomize, token_ids, tmp_path, config, alpha):
     assert relative(plain(input_ids=token_ids).logits, expected) <= 1e-5
 
 
-def test_adapted_parameters_are_refused(tmp_path):
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    small = MixtralConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        vocab_size=64,
-        num_local_experts=2,
-    )
-    config = FisherLoRAConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
-    with pytest.raises(ValueError, match="adapts parameters"):
-        to_lora(get_peft_model(MixtralForCausalLM(small), config), tmp_path / "x")
-
-
 def test_an_existing_directory_keeps_other_files_and_a_failure_keeps_the_old_ones(
     tiny_llama, randomize, tmp_path, monkeypatch
 ):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import peft
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -55,3 +57,12 @@ def test_a_module_that_lora_forbids_is_refused():
     _private.check_allowed(tuner, config, model, "first")
     with pytest.raises(ValueError, match="out_proj"):
         _private.check_allowed(tuner, config, model, "out_proj")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "size"),
+    [("", 1), ("abc", 3), ("a{3}", 3), ("(a{10}b){5}", 55), ("(?:a{2,}){3,9}?", 6), ("a{0,500}", 1), ("(a|b{7})c", 8)],
+)
+def test_the_size_of_a_regular_expression(pattern, size):
+    found = _private.expanded_size(pattern)
+    assert size <= found <= size + 4, f"Python {sys.version} changed re._parser: adapt lorakit/naming/_private.py."

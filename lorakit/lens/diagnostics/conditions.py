@@ -20,7 +20,7 @@ from lorakit._report import ordered
 from lorakit.adapters import Adapter, AdapterModule, open_adapter
 from lorakit.errors import Finding
 from lorakit.lens._rows import grouped, mean
-from lorakit.lens._sources import Source, about_bases, about_low_rank_part, of_adapter, open_all
+from lorakit.lens._sources import Source, about_bases, about_low_rank_part, matrices_of, of_adapter, open_all
 from lorakit.lens.diagnostics.conditions_report import (
     CONDITIONS,
     AdapterConditions,
@@ -64,7 +64,7 @@ def conditions(adapters: Source | Sequence[Source], *, seed: int = 0, draws: int
         (0.0, True, 0.0)
     """
     check_integer("draws", draws)
-    views = open_all(adapters)
+    views = [matrices_of(view) for view in open_all(adapters)]
     findings = list(about_bases(views))
     found = []
     steps = len(views) * (2 + draws)

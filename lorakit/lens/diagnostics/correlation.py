@@ -22,7 +22,7 @@ from lorakit.adapters import AdapterModule, open_adapter
 from lorakit.adapters.base_weights import ModuleWeights, open_module_weights
 from lorakit.errors import Finding
 from lorakit.lens._rows import grouped, mean
-from lorakit.lens._sources import Source, about_low_rank_part
+from lorakit.lens._sources import Source, about_low_rank_part, matrices_of
 from lorakit.lens.diagnostics._next_steps import on_disk, short_name
 from lorakit.lens.diagnostics.random_adapter import random_adapter
 from lorakit.lens.static.spectra import measure
@@ -188,7 +188,7 @@ def rank_correlation(
         >>> report.total.modules, -1 <= report.total.pearson <= 1
         (3, True)
     """
-    view = open_adapter(adapter, adapter_name=adapter_name)
+    view = matrices_of(open_adapter(adapter, adapter_name=adapter_name))
     if base is None and isinstance(adapter, nn.Module):
         base = adapter
     if base is None:

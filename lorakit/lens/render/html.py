@@ -8,10 +8,10 @@ import os
 from collections.abc import Sequence
 
 from lorakit._figures import png_bytes
+from lorakit._files import write_file
 from lorakit._report import Report, Table, html_table
 from lorakit._version import __version__
 from lorakit.errors import Finding
-from lorakit.lens.render.files import write_whole
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; background: #fff; max-width: 68rem; margin: 2rem auto;
@@ -36,7 +36,7 @@ def write_html(report: Report, path: str | os.PathLike[str]) -> None:
 
     Raises: OSError; the file is then as it was before.
     """
-    write_whole(path, to_html(report).encode(errors="replace"))
+    write_file(path, to_html(report))
 
 
 def to_html(report: Report) -> str:

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from lorakit._figures import png_bytes
+from lorakit._files import write_file
 from lorakit._report import Report
-from lorakit.lens.render.files import write_whole
 
 
 def write_plots(report: Report, directory: str | os.PathLike[str]) -> list[Path]:
@@ -18,4 +18,4 @@ def write_plots(report: Report, directory: str | os.PathLike[str]) -> list[Path]
     Raises: OSError; NotImplementedError for a report without a figure.
     """
     pictures = {name: png_bytes(figure) for name, figure in report.figures().items()}
-    return [write_whole(Path(directory) / f"{name}.png", picture) for name, picture in pictures.items()]
+    return [write_file(Path(directory) / f"{name}.png", picture) for name, picture in pictures.items()]

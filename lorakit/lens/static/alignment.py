@@ -17,7 +17,7 @@ from lorakit._checks import check_integer
 from lorakit._report import ordered
 from lorakit.adapters import Adapter, AdapterModule, open_adapter
 from lorakit.errors import Finding
-from lorakit.lens._sources import about_low_rank_part
+from lorakit.lens._sources import about_low_rank_part, matrices_of
 from lorakit.lens.static.alignment_report import AlignedGroup, AlignedPair, AlignmentReport
 from lorakit.lens.static.chance import random_similarity
 from lorakit.naming.roles import group_of, layer_prefix
@@ -57,7 +57,7 @@ def alignment(
         [('0', 2), ('1', 2)]
     """
     check_integer("k", k)
-    view = open_adapter(adapter, adapter_name=adapter_name)
+    view = matrices_of(open_adapter(adapter, adapter_name=adapter_name))
     findings = list(view.findings)
     groups: dict[tuple[str, int], list[AdapterModule]] = {}
     for module in view.modules:

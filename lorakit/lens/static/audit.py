@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lorakit._checks import check_number
 from lorakit._report import ordered
 from lorakit.adapters import Adapter, open_adapter
 from lorakit.adapters.base_norms import base_norms
+from lorakit.adapters.whole import with_whole_updates
 from lorakit.allocation.budget import read_budget
 from lorakit.lens._rows import grouped
+from lorakit.lens.static import experts
 from lorakit.lens.static.findings import find, find_served_wrong
 from lorakit.lens.static.groups import summarize
 from lorakit.lens.static.recommendation import recommend
@@ -35,27 +37,32 @@ def audit(
     energy: float = 0.9,
     suggest_ranks: bool = False,
     budget: int | str | None = None,
+    by: Literal["group", "expert"] = "group",
     adapter_name: str | None = None,
 ) -> AuditReport:
     """Measure an adapter's updates ΔW from its factors, and say what stands out and which ranks would do.
 
     For each module, role and layer: norms, stable and effective rank, capacity utilization CU = effective rank / r,
     utilization = stable rank / r, energy ranks k@q (the smallest rank that keeps the share q of ‖ΔW‖_F²) and the knee
-    of the spectrum. ΔW includes the scaling. For DoRA and SPECLORA the numbers are those of the low-rank part, and the
-    report says so. Problems with the adapter are findings; only what cannot be read at all raises an error.
+    of the spectrum. ΔW includes the scaling. For DoRA and SPECLORA without `base` the numbers are those of the low-rank
+    part, and the report says so. Problems with the adapter are findings; only what cannot be read at all raises an
+    error.
 
     Args:
         adapter: a directory, a .safetensors or .bin file, a Hub id, a PeftModel, or an open `lorakit.adapters.Adapter`.
-        base: the base model, as a directory, a .safetensors file or a module: norms are then also relative to those
-            of its weights. The norms of a base on disk are computed once and kept in a cache file.
+        base: the base model, as a directory, a .safetensors file or a module: DoRA and SPECLORA are then measured by
+            their whole updates, and norms are also relative to those of its weights, which for a base on disk are
+            computed once and kept in a cache file.
         energy: the share of each ‖ΔW‖_F² that suggested ranks keep, in addition to k@0.9, k@0.95 and k@0.99.
         suggest_ranks: also suggest ranks: global median and p90, per module, by knee, by entropy and by the optimal
             hard threshold; and recommend one of them.
         budget: also suggest ranks under a budget, by greedy energy per parameter: a number of parameters, or a string
             such as "2M" (parameters) or "4MB" (bytes, in the dtype the factors are stored in). Implies `suggest_ranks`.
+        by: "expert" gives every expert a row; otherwise the experts of one parameter, or of one name and layer, are
+            one row, with quantiles over them.
         adapter_name: which adapter of a PeftModel; by default the active one.
     Raises: AdapterFileError, UnsupportedModelError for an adapter that cannot be read; ValueError for an `energy`
-        outside (0, 1], or a budget that does not cover rank 1 in every module.
+        outside (0, 1], a budget that does not cover rank 1 in every module, or an unknown `by`.
 
     Example:
         >>> import lorakit, torch
@@ -69,24 +76,30 @@ def audit(
     check_number("energy", energy, above=0, most=1)
     if budget is not None:
         read_budget(budget)
+    if by not in ("group", "expert"):
+        raise ValueError(f"`by` must be 'group' or 'expert'; got {by!r}.")
     thresholds = {str(q): q for q in sorted({*THRESHOLDS, float(energy)})}
 
     view = open_adapter(adapter, adapter_name=adapter_name)
-    findings = list(view.findings)
-    rows = measure(view, thresholds, findings)
+    whole = with_whole_updates(view, base)
+    findings = list(whole.findings)
+    measured = measure(whole, thresholds, findings)
     if base is not None:
         norms = base_norms(base, view.modules)
-        rows = tuple(_relative(row, norms.get(row.module_name)) for row in rows)
+        measured = tuple(_relative(row, norms.get(row.module_name)) for row in measured)
     check_extras(view, findings)
-    findings += [*find(rows), *find_served_wrong(view)]
-    finite = [row for row in rows if row.energy_rank is not None]
+    modules = experts.stacks(measured)
+    findings += [*find(modules), *find_served_wrong(view)]
+    finite = [row for row in modules if row.energy_rank is not None]
     wanted = suggest_ranks or budget is not None
     suggestions = suggest(finite, str(float(energy)), budget) if wanted else []
+    rows = measured if by == "expert" else experts.groups(measured)
     groups, layers = grouped(rows)
     return AuditReport(
         path=view.path,
         peft_type=view.settings.peft_type,
         base_model=view.settings.base_model,
+        base=os.fspath(base) if isinstance(base, str | os.PathLike) else None,
         energy=energy,
         modules=rows,
         total=summarize("all", rows, rows),

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,9 +19,13 @@ from tqdm import tqdm
 from lorakit._checks import check_number, preview
 from lorakit._report import ordered
 from lorakit.adapters import Adapter, AdapterModule, open_adapter
+from lorakit.adapters.experts import expert_name
+from lorakit.adapters.whole import with_whole_updates
 from lorakit.errors import Finding
 from lorakit.lens._rows import grouped
+from lorakit.lens.static.compared_experts import groups as groups_of
 from lorakit.lens.static.comparison_report import ComparedModule, ComparisonReport, summarize
+from lorakit.lens.static.stacks import merged_findings
 from lorakit.lens.static.verdicts import Thresholds, judge
 from lorakit.spectral import (
     LowRank,
@@ -50,14 +55,16 @@ def compare(
     redundant_above: float = 0.5,
     contested_above: float = 0.5,
     imbalanced_above: float = 5.0,
+    by: Literal["group", "expert"] = "group",
+    base: str | os.PathLike[str] | nn.Module | None = None,
     adapter_name_a: str | None = None,
     adapter_name_b: str | None = None,
 ) -> ComparisonReport:
     """Compare two adapters module by module, with a verdict on each pair of updates and what chance would give.
 
     Ranks may differ. Modules that only one adapter has are listed, and mismatches are findings. One pair of modules is
-    in memory at a time. For DoRA and SPECLORA the low-rank parts are compared, and the report says so. A verdict is the
-    first of these that applies:
+    in memory at a time. For DoRA and SPECLORA without `base` the low-rank parts are compared, and the report says so. A
+    verdict is the first of these that applies:
 
     * conflicting (opposed): the cosine of the updates is below `conflicting_below`;
     * conflicting (contested): the updates share inputs and outputs, both overlaps above chance exceeding
@@ -70,9 +77,13 @@ def compare(
         a, b: directories, .safetensors or .bin files, Hub ids, PeftModels, or open adapters.
         energy: compare the fewest directions that keep this share of ‖ΔW‖_F²; at 1, all that are not numerically zero.
         conflicting_below, redundant_above, contested_above, imbalanced_above: thresholds of the verdicts.
+        by: "expert" gives every expert a row; otherwise the experts of one parameter, or of one name and layer, are
+            one row, with the verdict of most of them.
+        base: the base model's weights (a directory or file of safetensors, or the model): DoRA and SPECLORA are then
+            compared by their whole updates.
         adapter_name_a, adapter_name_b: which adapter of a PeftModel; `a` and `b` may be the same model.
     Raises: AdapterFileError, UnsupportedModelError for an adapter that cannot be read; ValueError for an `energy`
-        outside (0, 1] or a threshold outside its range.
+        outside (0, 1], a threshold outside its range or an unknown `by`.
 
     Example:
         >>> import lorakit, torch
@@ -84,31 +95,41 @@ def compare(
         ('redundant', 1.0)
     """
     check_number("energy", energy, above=0, most=1)
+    if by not in ("group", "expert"):
+        raise ValueError(f"`by` must be 'group' or 'expert'; got {by!r}.")
     thresholds = Thresholds(conflicting_below, redundant_above, contested_above, imbalanced_above)
-    one, other = open_adapter(a, adapter_name=adapter_name_a), open_adapter(b, adapter_name=adapter_name_b)
+    stored = open_adapter(a, adapter_name=adapter_name_a), open_adapter(b, adapter_name=adapter_name_b)
+    one, other = (with_whole_updates(view, base) for view in stored)
     findings = [
         replace(finding, message=f"{label}: {finding.message}")
         for label, view in (("A", one), ("B", other))
         for finding in view.findings
     ]
     pairs = _pairs(one, other, findings)
-    rows = []
+    compared: list[ComparedModule] = []
+    found: list[Finding] = []
     progress = tqdm(pairs, desc="compare", delay=1.0, unit="module", leave=False, disable=None)
     with one.source.reader() as read_one, other.source.reader() as read_other:
         for mine, yours in progress:
             updates = mine.update(read_one), yours.update(read_other)
-            rows.append(_row(mine, yours, updates, energy, thresholds, findings))
+            compared += _rows(mine, yours, updates, energy, thresholds, found)
+    findings += merged_findings(found, [mine for mine, _ in pairs])
+    rows = compared if by == "expert" else groups_of(compared)
     partial = sum(row.low_rank_part_only for row in rows)
     if partial:
-        message = f"In {partial} modules only the low-rank part is compared; the whole update needs the base weight."
+        message = (
+            f"In {partial} modules only the low-rank part is compared; for the whole update, give the base weights "
+            f"(`base`, --base)."
+        )
         findings.append(Finding("info", "low_rank_part_only", None, message))
     groups, layers = grouped(rows)
     names_a, names_b = ({module.name for module in view.modules} for view in (one, other))
     return ComparisonReport(
         path_a=one.path,
         path_b=other.path,
-        peft_type_a=one.settings.peft_type,
-        peft_type_b=other.settings.peft_type,
+        peft_type_a=stored[0].settings.peft_type,
+        peft_type_b=stored[1].settings.peft_type,
+        base=os.fspath(base) if isinstance(base, str | os.PathLike) else None,
         energy=energy,
         thresholds=thresholds,
         modules=tuple(rows),
@@ -142,7 +163,7 @@ def _pairs(a: Adapter, b: Adapter, findings: list[Finding]) -> list[tuple[Adapte
         findings.append(Finding("error", "nothing_in_common", None, message))
     pairs = []
     for mine, yours in common:
-        if (mine.kind, mine.d_out, mine.A.shape[1:]) == (yours.kind, yours.d_out, yours.A.shape[1:]):
+        if _shape(mine) == _shape(yours):
             pairs.append((mine, yours))
             continue
         shapes = " and ".join(f"{m.d_out} × {m.d_in} ({m.kind}, A {m.A.shape})" for m in (mine, yours))
@@ -151,15 +172,19 @@ def _pairs(a: Adapter, b: Adapter, findings: list[Finding]) -> list[tuple[Adapte
     return pairs
 
 
-def _row(
+def _shape(module: AdapterModule) -> tuple[object, ...]:
+    return module.kind, module.d_out, module.A.shape[1:], module.experts
+
+
+def _rows(
     mine: AdapterModule,
     yours: AdapterModule,
     updates: tuple[LowRank, LowRank],
     energy: float,
     thresholds: Thresholds,
     findings: list[Finding],
-) -> ComparedModule:
-    """The row of one pair; without numbers, and with a finding, if an update is not finite."""
+) -> Iterator[ComparedModule]:
+    """The row of one pair, or of each expert; without numbers, and with a finding, if an update is not finite."""
     row = ComparedModule(
         module_name=mine.name,
         role=mine.role,
@@ -169,15 +194,16 @@ def _row(
         d_in=mine.d_in,
         rank_a=mine.rank,
         rank_b=yours.rank,
+        whole_update=any(m.whole_of is not None for m in (mine, yours)),
         low_rank_part_only=any(m.magnitude is not None or m.mask is not None for m in (mine, yours)),
     )
     one, other = updates
-    for label, update in (("A", one), ("B", other)):
-        if not all(bool(half.isfinite().all()) for half in (update.B, update.A)):
-            message = f"{mine.name}: {label}'s factors have NaN or infinite entries."
-            findings.append(Finding("error", "non_finite", mine.name, message))
-            return row
-    return _measured(row, one, other.to(device=one.device), energy, thresholds, findings)
+    if mine.experts is None:
+        yield _measured(row, one, other.to(device=one.device), energy, thresholds, findings)
+    for expert in range(mine.experts or 0):
+        pair = [LowRank(update.B[expert], update.A[expert], update.scaling) for update in updates]
+        own = replace(row, module_name=expert_name(mine.name, expert), stack=mine.name)
+        yield _measured(own, pair[0], pair[1].to(device=one.device), energy, thresholds, findings)
 
 
 def _measured(
@@ -188,6 +214,11 @@ def _measured(
     thresholds: Thresholds,
     findings: list[Finding],
 ) -> ComparedModule:
+    for label, update in (("A", one), ("B", other)):
+        if not all(bool(half.isfinite().all()) for half in (update.B, update.A)):
+            message = f"{row.module_name}: {label}'s factors have NaN or infinite entries."
+            findings.append(Finding("error", "non_finite", row.module_name, message))
+            return row
     a, b = one.svd(), other.svd()
     norms = [float(torch.linalg.vector_norm(S.double())) for S in (a.S, b.S)]
     for label, norm in zip("AB", norms, strict=True):

@@ -23,6 +23,15 @@ _WORST = 5
 
 
 @dataclass(frozen=True)
+class ComparedExperts:
+    """How the experts of a group compare: their verdicts, and the quantiles of each number over them."""
+
+    count: int
+    verdicts: dict[Verdict, int]
+    quantiles: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
 class ComparedModule(ModuleRow):
     """A module that both adapters have. If one of its updates is not finite, the numbers and the verdict are None.
 
@@ -31,7 +40,11 @@ class ComparedModule(ModuleRow):
     cos²) are between the column spaces (`output_`) and between the row spaces (`input_`) of the `directions_a` and
     `directions_b` leading directions. `random_…_overlap`: the mean overlap by chance, max(directions) / d. `share_a`:
     ‖ΔW_a‖_F / (‖ΔW_a‖_F + ‖ΔW_b‖_F). `sigma_ratio`: the larger over the smaller spectral norm, None if infinite.
-    `low_rank_part_only`: one of the two has a DoRA magnitude or a SpecLoRA mask, which is not compared.
+    `low_rank_part_only`: one of the two has a DoRA magnitude or a SpecLoRA mask, which is not compared;
+    `whole_update`: it is, from the base weight.
+
+    A row with `experts` is a group of them, with the verdict of most; cosine and norms are of all their updates
+    together, overlaps are means. A row of one expert has the `stack`, the parameter that it is stored in.
     """
 
     module_name: str
@@ -61,6 +74,9 @@ class ComparedModule(ModuleRow):
     sigma_ratio: float | None = None
     output_angles: tuple[float, ...] = ()
     input_angles: tuple[float, ...] = ()
+    stack: str | None = None
+    experts: ComparedExperts | None = None
+    whole_update: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,12 +103,17 @@ class ComparedGroup:
 
 @dataclass(frozen=True, repr=False)
 class ComparisonReport(Report):
-    """What `lorakit.lens.compare` found. `only_a` and `only_b`: the modules that the other adapter does not have."""
+    """What `lorakit.lens.compare` found.
+
+    `only_a` and `only_b`: the modules that the other adapter does not have. `base`: the path of the base weights, where
+    it was given.
+    """
 
     path_a: str
     path_b: str
     peft_type_a: str
     peft_type_b: str
+    base: str | None
     energy: float
     thresholds: Thresholds
     modules: tuple[ComparedModule, ...]
@@ -132,7 +153,8 @@ class ComparisonReport(Report):
         partial = any(module.low_rank_part_only for module in self.modules)
         if None in paths or self.path_a == self.path_b or self.has_errors or different or partial:
             return ()
-        command = f"lorakit merge {' '.join(map(str, paths))}"
+        given = "" if self.base is None else f" --base {shell_argument(self.base)}"
+        command = f"lorakit merge {' '.join(map(str, paths))}{given}"
         counts = self.total.verdicts
         if counts["conflicting"]:
             return (f"{command} --method ties --density 0.5",)
@@ -147,6 +169,7 @@ class ComparisonReport(Report):
             "path_b": self.path_b,
             "peft_type_a": self.peft_type_a,
             "peft_type_b": self.peft_type_b,
+            "base": self.base,
             "energy": self.energy,
             "thresholds": asdict(self.thresholds),
             **{key: value for key, value in asdict(self.total).items() if key != "name"},

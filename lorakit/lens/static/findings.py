@@ -43,8 +43,8 @@ def _low_rank_part(rows: Sequence[AuditedModule]) -> Iterator[Finding]:
         kinds = sorted({label for row in partial for label in row.beside if label != "lora_bias"})
         beside = f" and statistics of {' and '.join(kinds)}" if kinds else ""
         message = (
-            f"In {len(partial)} modules only the low-rank part{beside} is measured; the whole update needs the base "
-            "weight."
+            f"In {len(partial)} modules only the low-rank part{beside} is measured; for the whole update, give the "
+            "base weights (`base`, --base)."
         )
         yield Finding("info", "low_rank_part_only", None, message)
 

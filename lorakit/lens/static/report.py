@@ -12,6 +12,7 @@ from lorakit.errors import Finding
 from lorakit.lens.render.figures import heatmaps_figure
 from lorakit.lens.static import audit_figures
 from lorakit.lens.static.audit_tables import least_used_table, module_table, role_table, suggestion_table
+from lorakit.lens.static.experts import expert_table
 from lorakit.lens.static.findings import SERVED_WRONG
 from lorakit.lens.static.groups import GroupSummary
 from lorakit.lens.static.recommendation import Recommendation
@@ -24,11 +25,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class AuditReport(Report):
-    """What `lorakit.lens.audit` found. `energy` is the share of ‖ΔW‖_F² that suggested ranks keep."""
+    """What `lorakit.lens.audit` found.
+
+    `energy` is the share of ‖ΔW‖_F² that suggested ranks keep, `base` the path of the base weights, if one was given.
+    """
 
     path: str
     peft_type: str
     base_model: str | None
+    base: str | None
     energy: float
     modules: tuple[AuditedModule, ...]
     total: GroupSummary
@@ -78,17 +83,21 @@ class AuditReport(Report):
         source = shell_argument(self.path)
         if source is None or self.has_errors or not self.total.frobenius_norm:
             return ()
-        if self.peft_type == "SPECLORA":
+        if self.peft_type == "SPECLORA" and self.base is None:
             base = "" if self.base_model is None else shell_argument(self.base_model)
             return (f"lorakit export {source} {self._beside('-lora')} --base {base}",) if base else ()
         steps = []
+        given = "" if self.base is None else f" --base {shell_argument(self.base)}"
         _, high = self.total.ranks or (0, 0)
         if self._needed_rank < high:
             globally = next((s for s in self.suggestions if s.policy == "global_p90"), None)
             criterion = f"--energy {self.energy:g}" if globally is None else f"--max-rank {globally.rank}"
             smaller = self._beside("-compressed")
-            steps += [f"lorakit compress {source} {smaller} {criterion}", f"lorakit compare {source} {smaller}"]
-        if self.peft_type != "LORA" or any(finding.code == SERVED_WRONG for finding in self.findings):
+            steps += [
+                f"lorakit compress {source} {smaller} {criterion}{given}",
+                f"lorakit compare {source} {smaller}{given}",
+            ]
+        if self.peft_type not in ("LORA", "SPECLORA") or any(finding.code == SERVED_WRONG for finding in self.findings):
             steps.append(f"lorakit export {source} {self._beside('-lora')}")
         return tuple(steps)
 
@@ -98,6 +107,7 @@ class AuditReport(Report):
             "path": self.path,
             "peft_type": self.peft_type,
             "base_model": self.base_model,
+            "base": self.base,
             "energy": self.energy,
             "parameters_beside": self.parameters_beside,
             **{key: value for key, value in asdict(self.total).items() if key not in ("name", "energy_share")},
@@ -114,6 +124,7 @@ class AuditReport(Report):
         tables = [
             role_table(self.roles, self.total, self.energy),
             least_used_table(self.modules),
+            expert_table(self.modules),
             suggestion_table(self.suggestions, self.energy, self.recommendation),
             module_table(self.modules),
         ]

@@ -14,12 +14,25 @@ from tqdm import tqdm
 
 from lorakit.adapters import Adapter, AdapterModule, TensorInfo
 from lorakit.adapters.adapter import Kind, Read
+from lorakit.adapters.experts import expert_name
 from lorakit.errors import Finding
 from lorakit.lens._rows import ModuleRow
+from lorakit.lens.static.stacks import merged_findings, one_by_one
 from lorakit.naming.roles import Role
 from lorakit.spectral import LowRank, effective_rank, energy_rank, hard_threshold_rank, knee, stable_rank
 
 _ROWS = 1 << 20  # entries of a tensor that are checked together
+
+
+@dataclass(frozen=True)
+class ExpertSpread:
+    """How the experts of a group differ. `zero`: how many have no update. `quantiles`: of each number, over the experts
+    whose update is finite: "min", "p10", "median", "p90" and "max".
+    """
+
+    count: int
+    zero: int
+    quantiles: dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -28,11 +41,16 @@ class AuditedModule(ModuleRow):
 
     If the update is not finite, the numbers are None and the singular values empty. `energy_rank`: for each share of
     ‖ΔW‖_F² (the key), the smallest rank that keeps it. `low_rank_part_only`: the module also has a DoRA magnitude or a
-    SpecLoRA mask, so B A is not the whole update; `beside` has the size, minimum, maximum, mean and standard deviation
-    of the magnitudes ("magnitude"), of d ("d", not d − 1), and of B's bias ("lora_bias"). `top1_share`: σ₁² / Σ σ².
+    SpecLoRA mask, so B A is not the whole update; `whole_update`: it is measured, from the base weight, and `rank` is
+    the largest that it can have. `beside` has the size, minimum, maximum, mean and standard deviation of the magnitudes
+    ("magnitude"), of d ("d", not d − 1), and of B's bias ("lora_bias"). `top1_share`: σ₁² / Σ σ².
     `hard_threshold_rank`: see `lorakit.spectral.hard_threshold_rank`, with β = 1 because a rank-r update has r
     singular values, those of an r × r core. `base_norm` and `relative_norm`: ‖W‖_F of the base weight and
     ‖ΔW‖_F / ‖W‖_F, where the base was given.
+
+    A row with `experts` is a group of them: norms and singular values are of all their updates together, σ_k being
+    √Σ_e σ_ek²; stable and effective rank, utilization and knee are medians, and an energy rank is one that suffices for
+    every expert. A row of one expert has the `stack`, the parameter that it is stored in.
     """
 
     module_name: str
@@ -60,6 +78,14 @@ class AuditedModule(ModuleRow):
     hard_threshold_rank: int | None = None
     base_norm: float | None = None
     relative_norm: float | None = None
+    stack: str | None = None
+    experts: ExpertSpread | None = None
+    whole_update: bool = False
+
+    @property
+    def parameters_of_a_rank(self) -> int:
+        """What one unit of rank costs, for all experts of a group."""
+        return (self.experts.count if self.experts else 1) * (self.d_out + self.d_in)
 
     @property
     def bytes_per_entry(self) -> int:
@@ -70,7 +96,8 @@ class AuditedModule(ModuleRow):
 def measure(
     view: Adapter, thresholds: dict[str, float], findings: list[Finding], *, description: str = "audit"
 ) -> tuple[AuditedModule, ...]:
-    """One row for each module, in the adapter's order; problems with their values are added to `findings`.
+    """One row for each module, and for each expert of a stack, in the adapter's order; problems with their values are
+    added to `findings`.
 
     Args:
         thresholds: shares of ‖ΔW‖_F² for `AuditedModule.energy_rank`, by the key they get there.
@@ -78,15 +105,24 @@ def measure(
     Raises: AdapterFileError if a tensor cannot be read.
     """
     spectra: dict[str, Tensor] = {}
+    found: list[Finding] = []
     with tqdm(
         total=len(view.modules), desc=description, delay=1.0, unit="module", leave=False, disable=None
     ) as progress:
         for modules, update in view.batches():
-            spectra |= _singular_values(modules, update, findings)
+            spectra |= _singular_values(*one_by_one(modules, update), found)
             progress.update(len(modules))
+    findings += merged_findings(found, view.modules)
     numbers = _numbers(spectra, thresholds)
+    rows = []
     with view.source.reader() as read:
-        return tuple(_row(read, module, spectra, numbers, findings) for module in view.modules)
+        for module in view.modules:
+            beside = _beside_statistics(read, module.stored, findings)
+            if module.experts is None:
+                rows.append(_row(module, module.name, spectra, numbers, beside))
+            for expert in range(module.experts or 0):
+                rows.append(_row(module, expert_name(module.name, expert), spectra, numbers, beside))
+    return tuple(rows)
 
 
 def _numbers(spectra: dict[str, Tensor], thresholds: dict[str, float]) -> dict[str, dict[str, Any]]:
@@ -115,19 +151,19 @@ def _numbers(spectra: dict[str, Tensor], thresholds: dict[str, float]) -> dict[s
 
 
 def _row(
-    read: Read,
     module: AdapterModule,
+    name: str,
     spectra: dict[str, Tensor],
     numbers: dict[str, dict[str, Any]],
-    findings: list[Finding],
+    beside: dict[str, dict[str, float]],
 ) -> AuditedModule:
-    measured = numbers.get(module.name, {})
+    measured = numbers.get(name, {})
     if measured:
-        measured["singular_values"] = tuple(spectra[module.name].tolist())
+        measured["singular_values"] = tuple(spectra[name].tolist())
         measured["capacity_utilization"] = measured["effective_rank"] / module.rank
         measured["utilization"] = measured["stable_rank"] / module.rank
     return AuditedModule(
-        module_name=module.name,
+        module_name=name,
         role=module.role,
         layer=module.layer,
         kind=module.kind,
@@ -135,10 +171,12 @@ def _row(
         d_in=module.d_in,
         rank=module.rank,
         scaling=module.scaling,
-        parameters=module.parameters,
-        dtype=str(module.dtype).removeprefix("torch."),
+        parameters=module.parameters // (module.experts or 1),
+        dtype=str(module.stored.dtype).removeprefix("torch."),
         low_rank_part_only=module.magnitude is not None or module.mask is not None,
-        beside=_beside_statistics(read, module, findings),
+        beside=beside,
+        stack=module.name if module.experts is not None else None,
+        whole_update=module.whole_of is not None,
         **measured,
     )
 

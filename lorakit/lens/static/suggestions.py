@@ -127,7 +127,7 @@ def within(modules: Sequence[AuditedModule], budget: int | str) -> dict[str, int
     """Ranks under a budget of parameters or bytes, by greedy energy per parameter."""
     amount, unit = read_budget(budget)
     size = {m.module_name: m.bytes_per_entry if unit == "bytes" else 1 for m in modules}
-    costs = {m.module_name: size[m.module_name] * (m.d_out + m.d_in) for m in modules}
+    costs = {m.module_name: size[m.module_name] * m.parameters_of_a_rank for m in modules}
     return allocate({m.module_name: m.singular_values for m in modules}, costs, amount).ranks
 
 
@@ -150,10 +150,10 @@ def _suggestion(
         policy=policy,
         rank=rank,
         ranks=ranks,
-        parameters=sum(ranks[m.module_name] * (m.d_out + m.d_in) for m in modules),
+        parameters=sum(ranks[m.module_name] * m.parameters_of_a_rank for m in modules),
         energy_kept=kept / total,
         modules_covered=sum(ranks[name] >= k for name, k in needed.items()),
         served_rank=served(largest),
-        served_parameters=sum(rounded[m.module_name] * (m.d_out + m.d_in) for m in modules),
+        served_parameters=sum(rounded[m.module_name] * m.parameters_of_a_rank for m in modules),
         scalings={m.module_name: m.scaling for m in modules},
     )

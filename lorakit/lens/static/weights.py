@@ -23,6 +23,7 @@ from lorakit.adapters import Adapter, AdapterModule, open_adapter
 from lorakit.adapters.base_weights import BaseWeights, open_base_weights, readable
 from lorakit.errors import Finding
 from lorakit.lens._rows import grouped
+from lorakit.lens._sources import matrices_of
 from lorakit.lens.static.weight_vectors import update_numbers, vector_numbers
 from lorakit.lens.static.weights_report import ComparedWeight, WeightsReport, summarize
 from lorakit.naming.roles import layer_of, role_of
@@ -98,7 +99,7 @@ def compare_weights(
     check_number("energy", energy, above=0, most=1)
     options = _Options(rank, top_k, intruder_below, energy)
     before, after = open_base_weights(base), open_base_weights(fine_tuned)
-    view = None if adapter is None else open_adapter(adapter, adapter_name=adapter_name)
+    view = None if adapter is None else matrices_of(open_adapter(adapter, adapter_name=adapter_name))
     findings = [] if view is None else list(view.findings)
     names, only_base, only_tuned = _common(before, after, modules, findings)
     adapted = {} if view is None else {module.name: module for module in view.modules}

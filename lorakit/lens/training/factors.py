@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor
 
-from lorakit._distributed.fsdp import gram, is_sharded
+from lorakit._distributed.fsdp import full_tensor, gram, is_sharded
+from lorakit.adapters.experts import expert_name, unstacked
 from lorakit.adapters.in_model import LiveModule, read_weight
 from lorakit.errors import UnsupportedModelError
 from lorakit.naming.roles import Role, layer_of
@@ -21,15 +21,19 @@ _BATCH_ELSEWHERE = 1 << 26
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """One module's ΔW = scaling · B A: B (d_out, r) and A (r, d_in), detached. Either may be sharded."""
+    """ΔW = scaling · B A of one module, or of one expert: B (d_out, r) and A (r, d_in), detached.
+
+    Either may be sharded, unless it is an expert's.
+    """
 
     module: LiveModule
     B: Tensor
     A: Tensor
+    expert: int | None = None
 
     @property
     def name(self) -> str:
-        return self.module.name
+        return self.module.name if self.expert is None else expert_name(self.module.name, self.expert)
 
     @property
     def role(self) -> Role | None:
@@ -48,21 +52,23 @@ class Factors:
         return is_sharded(self.B) or is_sharded(self.A)
 
 
-def factors_of(module: LiveModule) -> Factors | None:
-    """A module's factors, or None for modules with more than one pair: expert weights and grouped convolutions.
+def factors_of(module: LiveModule) -> list[Factors]:
+    """A module's factors, or those of each expert of a stack; none for grouped convolutions.
 
     Raises: UnsupportedModelError for weights that DeepSpeed ZeRO-3 has partitioned.
     """
     layer, name = module.layer, module.adapter_name
-    if isinstance(layer, ParamWrapper):
-        return None
+    if module.experts is not None:
+        B, A = (full_tensor(_weight(half, module.name)) for half in (module.up, module.down))
+        pairs = zip(*unstacked(B, A, module.experts), strict=True)
+        return [Factors(module, B, A, expert) for expert, (B, A) in enumerate(pairs)]
     if name in layer.lora_embedding_A:
         B, A = layer.lora_embedding_B[name].detach(), layer.lora_embedding_A[name].detach()
     else:
         B, A = _weight(module.up, module.name), _weight(module.down, module.name)
     if A.ndim > 2 and not (is_sharded(B) or is_sharded(A)):
         B, A = B.flatten(1), A.flatten(1)
-    return Factors(module, B, A) if B.ndim == 2 and B.shape[1] == A.shape[0] else None
+    return [Factors(module, B, A)] if B.ndim == 2 and B.shape[1] == A.shape[0] else []
 
 
 def _weight(module: Any, name: str) -> Tensor:

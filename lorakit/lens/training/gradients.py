@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lorakit._checks import check_integer
 from lorakit._distributed.fsdp import is_distributed, unwrapped
+from lorakit._signals import restoring
 from lorakit.lens._private import is_compiled
 from lorakit.spectral.gram import svd_from_grams
 
@@ -52,7 +53,7 @@ class GradientWatch:
     overlaps: dict[str, Overlap] = field(default_factory=dict)
 
 
-@contextlib.contextmanager
+@restoring
 def watch_gradients(
     model: nn.Module, *, projections: int = 8, seed: int = 0, adapter_name: str | None = None
 ) -> Iterator[GradientWatch]:
@@ -115,7 +116,7 @@ class GradientProbes:
         from lorakit.lens.training.factors import batches, factors_of, grams
 
         probes = {probe.module.name: probe for probe in self._probes}
-        factors = [pair for probe in self._probes if (pair := factors_of(probe.module)) is not None]
+        factors = [pair for probe in self._probes for pair in factors_of(probe.module)]
         if factors and is_distributed():
             _sum_over_processes(self._probes, factors, self._projections)
         by_rank: dict[int, list[_Seen]] = {}

@@ -6,6 +6,7 @@ Reference: "LoRA-Lens: Training Induces Spectral Compression in Low-Rank Adapter
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -83,7 +84,7 @@ class Snapshot(Report):
     """An adapter at one training step.
 
     `qv_gap` is the mean capacity utilization of the query projections minus that of the value projections; None if
-    the adapter lacks either. `unmeasured` names modules without a single pair of factors, such as expert weights.
+    the adapter lacks either. `unmeasured` names modules without a single pair of factors: grouped convolutions.
     """
 
     step: int | None
@@ -203,7 +204,8 @@ def snapshot(
 ) -> Snapshot:
     """Measure effective rank, stable rank and capacity utilization of every module of an adapter in a model.
 
-    The model is not changed. For DoRA and SPECLORA the low-rank part is measured.
+    The model is not changed. For DoRA and SPECLORA the low-rank part is measured. Experts stacked in one parameter are
+    one row: medians of their ranks, the norm of all of them together and the largest of their spectral norms.
 
     Args:
         model: a PeftModel with a LORA, FISHERLORA or SPECLORA adapter, or a model with transformers' `add_adapter`. It
@@ -228,18 +230,16 @@ def snapshot(
     from lorakit.lens.training.factors import batches, factors_of
 
     _, found = find_adapter(unwrapped(model), adapter_name)
-    factors, unmeasured = [], []
-    for module in found:
-        pair = factors_of(module)
-        if pair is None:
-            unmeasured.append(module.name)
-        else:
-            factors.append(pair)
+    pairs = {module.name: factors_of(module) for module in found}
+    factors = [one for each in pairs.values() for one in each]
+    unmeasured = [name for name, each in pairs.items() if not each]
     numbers: dict[str, list[float]] = {}
     parts = [_columns(batch) for batch in batches(factors)]  # start all work on the device before waiting for any
     for names, columns in parts:
         numbers |= dict(zip(names, columns.tolist(), strict=True))
-    rows = tuple(_row(one, numbers[one.name], gradients) for one in factors)
+    rows = tuple(
+        _row(each[0], _together([numbers[one.name] for one in each]), gradients) for each in pairs.values() if each
+    )
     groups, _ = grouped(rows)
     roles = tuple(_group(name, members, gradients) for name, members in groups.items())
     utilization = {group.name: group.capacity_utilization for group in roles}
@@ -265,19 +265,29 @@ def _columns(batch: Sequence[Factors]) -> tuple[list[str], Tensor]:
     return [one.name for one in batch], columns
 
 
-def _row(one: Factors, numbers: list[float], gradients: GradientWatch | None) -> SnapshotModule:
+def _together(numbers: Sequence[Sequence[float]]) -> tuple[float, float, float, float]:
+    """Norm, largest singular value, stable and effective rank of one update, or of a stack of them."""
+    largest, stable, effective = zip(*numbers, strict=True)
+    norm = math.hypot(*(s * math.sqrt(k) for s, k in zip(largest, stable, strict=True)))
+    if not all(map(math.isfinite, (*largest, *stable, *effective))):
+        return math.nan, math.nan, math.nan, math.nan
+    return norm, max(largest), statistics.median(stable), statistics.median(effective)
+
+
+def _row(one: Factors, numbers: tuple[float, ...], gradients: GradientWatch | None) -> SnapshotModule:
     finite = all(map(math.isfinite, numbers))
-    largest, stable, effective = numbers if finite else (None, None, None)
-    seen = None if gradients is None else gradients.overlaps.get(one.name)
+    norm, largest, stable, effective = numbers if finite else (None, None, None, None)
+    name = one.module.name
+    seen = None if gradients is None else gradients.overlaps.get(name)
     return SnapshotModule(
-        module_name=one.name,
+        module_name=name,
         role=one.role,
         layer=one.layer,
         rank=one.rank,
         effective_rank=effective,
         stable_rank=stable,
         capacity_utilization=None if effective is None else effective / one.rank,
-        frobenius_norm=None if largest is None or stable is None else largest * math.sqrt(stable),
+        frobenius_norm=norm,
         spectral_norm=largest,
         gradient_norm=None if seen is None else seen.gradient_norm,
         kappa=None if seen is None else seen.kappa,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit._figures import escape_mathtext, new_figure
+from lorakit._files import write_file
 from lorakit._format import number
 from lorakit._report import Report
 from lorakit.lens.training.snapshot import Snapshot
@@ -186,10 +187,7 @@ def begin(path: Path, step: int) -> list[Snapshot]:
         path.rename(kept)
     elif path.exists():
         before = [one for one in Trajectory.read(path).snapshots if one.step is not None and one.step <= step]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text("".join(_line(one) for one in before), encoding="utf-8")
-    temporary.replace(path)
+    write_file(path, "".join(_line(one) for one in before))
     return before
 
 

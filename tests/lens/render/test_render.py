@@ -246,7 +246,7 @@ def test_one_figure_has_all_parts_with_the_names_of_the_tables(adapter):
     roles = [group.name for group in report.roles]
     assert [text.get_text() for text in spectra_axes.get_legend().get_texts()] == ["all, 10–90%", *roles]
     assert len(spectra_axes.collections) == 1  # one band
-    policies = [row[0] for row in report.tables()[2].rows]
+    policies = [row[0].removeprefix("★ ") for row in report.tables()[2].rows]
     assert [text.get_text() for text in energy_axes.get_legend().get_texts()] == [
         "greedy",
         "one rank for all",
@@ -337,7 +337,7 @@ def test_the_command_imports_neither_transformers_nor_peft_and_matplotlib_only_f
     for options, loaded in (([], []), (["--json"], []), (["--html", str(adapter / "r.html")], ["matplotlib"])):
         code = f"""
             import io, sys
-            from lorakit.cli import app
+            from lorakit.cli.app import app
             out, sys.stdout = sys.stdout, io.StringIO()
             app(["audit", {str(adapter)!r}, *{options!r}], standalone_mode=False)
             heavy = {{"transformers", "peft", "accelerate", "matplotlib", "huggingface_hub", "scipy"}}

@@ -540,7 +540,7 @@ def test_the_commands_import_neither_transformers_nor_peft_nor_matplotlib(write_
     for arguments in (["compare", one, one], ["alignment", one, "--json"]):
         code = f"""
             import io, sys
-            from lorakit.cli import app
+            from lorakit.cli.app import app
             out, sys.stdout = sys.stdout, io.StringIO()
             app({arguments!r}, standalone_mode=False)
             heavy = {{"transformers", "peft", "accelerate", "matplotlib", "huggingface_hub", "scipy"}}

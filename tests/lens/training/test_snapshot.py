@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 
 import numpy as np
 import pytest
@@ -170,7 +171,7 @@ def test_embeddings_convolutions_and_conv1d(randomize):
     assert set(gradients.overlaps) == {"lin"}
 
 
-def test_expert_weights_are_listed_as_unmeasured(randomize):
+def test_experts_are_one_row_of_medians(randomize):
     class Experts(nn.Module):
         def __init__(self):
             super().__init__()
@@ -188,9 +189,22 @@ def test_expert_weights_are_listed_as_unmeasured(randomize):
             return self.lin(self.experts(x))
 
     config = LoraConfig(r=2, target_modules=["lin"], target_parameters=["experts.weight"])
-    seen = lens.snapshot(randomize(get_peft_model(Model(), config)))
-    assert [row.module_name for row in seen.modules] == ["lin"]
-    assert seen.unmeasured == ("experts",)
+    model = randomize(get_peft_model(Model(), config))
+    seen = lens.snapshot(model)
+    assert [(row.module_name, row.rank) for row in seen.modules] == [("experts", 2), ("lin", 2)]
+    assert seen.unmeasured == ()
+    layer = model.base_model.model.experts
+    A, B = (getattr(layer, half)["default"].weight.detach().double().numpy() for half in ("lora_A", "lora_B"))
+    updates = [layer.scaling["default"] * B[:, e::3] @ A[2 * e : 2 * e + 2] for e in range(3)]
+    expected = [reference(update, 2) for update in updates]
+    row = seen.modules[0]
+    for name in ("effective_rank", "stable_rank", "capacity_utilization"):
+        assert getattr(row, name) == pytest.approx(statistics.median(one[name] for one in expected), rel=1e-5)
+    assert row.frobenius_norm == pytest.approx(np.linalg.norm(np.stack(updates)), rel=1e-5)
+    assert row.spectral_norm == pytest.approx(max(np.linalg.norm(update, 2) for update in updates), rel=1e-5)
+    with torch.no_grad():
+        layer.lora_A["default"].weight[0] = float("nan")
+    assert lens.snapshot(model).modules[0].effective_rank is None
 
 
 def test_a_model_with_add_adapter_of_transformers(tiny_llama, randomize):
