@@ -157,6 +157,10 @@ class AdapterModule:
             B = torch.block_diag(*B.chunk(self.groups))  # type: ignore[no-untyped-call]
         return B, A
 
+    def update(self, read: Read) -> LowRank:
+        """ΔW, from an open reader."""
+        return LowRank(*self.read(read), self.scaling)
+
     def in_base_layout(self, update: Tensor) -> Tensor:
         """A dense update (d_out, d_in) in the shape of the base layer's weight."""
         if self.kind == "embedding" or self.fan_in_fan_out:
@@ -210,7 +214,7 @@ class Adapter:
     def factors(self, module: AdapterModule) -> LowRank:
         """The update of one module of this adapter. Raises: AdapterFileError."""
         with self.source.reader() as read:
-            return LowRank(*module.read(read), module.scaling)
+            return module.update(read)
 
     def tensor(self, info: TensorInfo) -> Tensor:
         """One tensor as it is stored. Raises: AdapterFileError."""

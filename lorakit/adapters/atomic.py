@@ -12,16 +12,9 @@ import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import Any
 
 from lorakit._signals import restoring
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
@@ -163,29 +156,8 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_adapter(directory: Path, tensors: Mapping[str, Tensor], config: PeftConfig | Mapping[str, Any]) -> None:
-    """Write `tensors`, with the names that PEFT saves them under, and `config`, an object or its fields, as PEFT does.
-
-    Raises: OSError if there is no space, or the files cannot be written for another reason.
-    """
-    kept = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    seen: set[int] = set()
-    for name, tensor in kept.items():
-        if tensor.data_ptr() in seen:  # safetensors cannot store shared memory
-            kept[name] = tensor.clone()
-        seen.add(tensor.data_ptr())
-    try:
-        save_file(kept, directory / WEIGHTS_NAME, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"The weights could not be written: {error}") from error
-    if isinstance(config, Mapping):
-        (directory / CONFIG_NAME).write_text(_plain_json(config), encoding="utf-8")
-    else:
-        config.save_pretrained(str(directory))
-
-
-def _plain_json(config: Mapping[str, Any]) -> str:
-    """The JSON that PEFT would write: sorted keys, sets as lists."""
+def write_config(directory: Path, config: Mapping[str, Any]) -> None:
+    """Write the fields of a config as PEFT does: sorted keys, sets as lists. Raises: OSError."""
 
     def plain(value: object) -> object:
         if isinstance(value, set | frozenset):
@@ -194,4 +166,5 @@ def _plain_json(config: Mapping[str, Any]) -> str:
             return value.value
         raise TypeError(f"A config cannot hold a {type(value).__name__}: {value!r}.")
 
-    return json.dumps(config, indent=2, sort_keys=True, default=plain)
+    text = json.dumps(config, indent=2, sort_keys=True, default=plain)
+    (directory / CONFIG_NAME).write_text(text, encoding="utf-8")

@@ -8,8 +8,8 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
+from io import FileIO, IOBase
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -181,16 +181,16 @@ class SafetensorsFile:
                 yield self._tensor(file, key, slice(first, min(first + step, shape[0])))
 
     @contextlib.contextmanager
-    def _open(self) -> Iterator[BinaryIO]:
+    def _open(self) -> Iterator[FileIO]:
         try:
-            with self._path.open("rb") as file:
+            with self._path.open("rb", buffering=0) as file:  # what was written meanwhile is seen
                 if _version(file) != self._version:
                     raise AdapterFileError(f"{str(self._path)!r} was changed after it had been opened. Open it again.")
                 yield file
         except OSError as error:
             raise AdapterFileError(f"{str(self._path)!r} cannot be read: {error}.") from error
 
-    def _tensor(self, file: BinaryIO, key: str, rows: slice = slice(None)) -> Tensor:
+    def _tensor(self, file: FileIO, key: str, rows: slice = slice(None)) -> Tensor:
         """A tensor, or some of its rows."""
         info = self._infos[key]
         if info.dtype is None:
@@ -203,12 +203,16 @@ class SafetensorsFile:
             shape = (rows.stop - rows.start, *shape[1:])
         data = torch.empty(math.prod(shape) * info.dtype.itemsize, dtype=torch.uint8)
         file.seek(offset)
-        if file.readinto(data.numpy().data) != len(data):  # type: ignore[attr-defined]
-            raise AdapterFileError(f"{str(self._path)!r} ends within {key!r}.")
+        rest = data.numpy().data
+        while rest:
+            count = file.readinto(rest)
+            if not count:
+                raise AdapterFileError(f"{str(self._path)!r} ends within {key!r}.")
+            rest = rest[count:]
         return data.view(info.dtype).reshape(shape)
 
 
-def _version(file: BinaryIO) -> tuple[int, int, int]:
+def _version(file: IOBase) -> tuple[int, int, int]:
     """What tells a file from one that replaced it."""
     status = os.fstat(file.fileno())
     return status.st_ino, status.st_size, status.st_mtime_ns

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lorakit.adapters.adapter import Adapter, AdapterModule, TensorInfo
@@ -53,9 +54,15 @@ def finite_tensor(adapter: Adapter, info: TensorInfo) -> Tensor:
     return tensor
 
 
-def carried_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """The tensors beside the updates, by key. Raises: AdapterFileError where one is not finite."""
-    return {extra.info.key: finite_tensor(adapter, extra.info) for extra in adapter.extras}
+def carried_infos(adapter: Adapter) -> dict[str, TensorInfo]:
+    """The tensors beside the updates, by key."""
+    return {extra.info.key: extra.info for extra in adapter.extras}
+
+
+def planned_tensor(adapter: Adapter, info: TensorInfo) -> Tensor:
+    """A tensor of that shape and dtype without entries, on the device "meta"."""
+    dtype = adapter.tensor(info).dtype if info.dtype is None else info.dtype
+    return torch.empty(info.shape, dtype=dtype, device="meta")
 
 
 def contents_of(adapter: Adapter) -> set[str]:

@@ -6,9 +6,11 @@ patterns), so one rank and one alpha are written by default: shorter factors are
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorakit.adapters.adapter import AdapterModule
-from lorakit.adapters.atomic import replaced_directory, write_adapter
+from lorakit.adapters.adapter import AdapterModule, Read
+from lorakit.adapters.atomic import WEIGHTS_NAME, replaced_directory, write_config
 from lorakit.adapters.companions import CERTIFICATE_NAME, Companions
 from lorakit.adapters.edit_log import RECORD_NAME, write_edits
 from lorakit.adapters.experts import stacked
 from lorakit.adapters.keys import tensor_name
 from lorakit.adapters.read import open_file_or_hub
+from lorakit.adapters.stream import SafetensorsWriter
 from lorakit.errors import AdapterFileError
 from lorakit.naming.patterns import compact_pattern
 from lorakit.spectral import LowRank
@@ -62,7 +65,10 @@ class StoredUpdate:
 
 @dataclass(frozen=True, eq=False)
 class PlainLora:
-    """A LoRA ready to be written: its tensors by key, and what its config says of ranks and scaling."""
+    """A LoRA ready to be written: its tensors by key, and what its config says of ranks and scaling.
+
+    `tensors` are on the device "meta", where the updates that it was planned with are: `written` gives those to write.
+    """
 
     tensors: dict[str, Tensor]
     factor_keys: frozenset[str]
@@ -70,6 +76,12 @@ class PlainLora:
     lora_alpha: float
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
+    scaling: float
+    ranks: Mapping[str, int]  # as written, by module
+
+    def written(self, update: StoredUpdate) -> dict[str, Tensor]:
+        """A module's tensors, by key, as they are written: rescaled, padded, and in their dtypes."""
+        return _tensors(update, self.scaling, self.ranks[update.name])
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -106,12 +118,21 @@ def stored_update(module: AdapterModule, update: LowRank, *, bias: Tensor | None
     )
 
 
+def planned_update(module: AdapterModule, rank: int, scaling: float, *, bias: Tensor | None = None) -> StoredUpdate:
+    """`stored_update` of an update of that rank that is not computed yet: its factors are on the device "meta"."""
+    stack = () if module.experts is None else (module.experts,)
+    B = torch.empty(*stack, module.d_out, rank, device="meta")
+    A = torch.empty(*stack, rank, module.d_in, device="meta")
+    return stored_update(module, LowRank(B, A, scaling), bias=bias)
+
+
 def plain_lora(
     updates: Sequence[StoredUpdate],
     *,
     pad: bool = True,
     fitting_rank: Callable[[int], int] = lambda rank: rank,
     integer_alpha: bool = False,
+    computed: Callable[[], Iterable[StoredUpdate]] | None = None,
 ) -> PlainLora:
     """One scaling for all updates and, with `pad`, one rank, filled up with zeros; the updates are unchanged.
 
@@ -122,6 +143,8 @@ def plain_lora(
     Args:
         pad: False keeps each module's own rank, and says so in `rank_pattern` and `alpha_pattern`.
         fitting_rank: gives the rank to pad to, at least the largest one.
+        computed: gives the updates with their entries, where those of `updates` are on the device "meta". It is called
+            only where the choice of the scaling depends on them, and memory holds one at a time.
     """
     groups = math.lcm(*(update.groups for update in updates))
     r = max(update.rank for update in updates)
@@ -130,7 +153,7 @@ def plain_lora(
         while r % groups or fitting_rank(r) != r:
             r += 1
     ranks = {update.name: r if pad else update.rank for update in updates}
-    scaling = _written_scaling(updates, r, integer_alpha)
+    scaling = _written_scaling(updates, r, integer_alpha, computed or (lambda: updates))
     alphas = {name: integral(scaling * rank) for name, rank in ranks.items()}
     largest = {name for name, rank in ranks.items() if rank == r}
     tensors: dict[str, Tensor] = {}
@@ -143,18 +166,22 @@ def plain_lora(
         lora_alpha=integral(scaling * r),
         rank_pattern=compact_pattern(ranks, largest),
         alpha_pattern=compact_pattern(alphas, largest),
+        scaling=scaling,
+        ranks=ranks,
     )
 
 
-def _written_scaling(updates: Sequence[StoredUpdate], r: int, integer_alpha: bool) -> float:
+def _written_scaling(
+    updates: Sequence[StoredUpdate], r: int, integer_alpha: bool, computed: Callable[[], Iterable[StoredUpdate]]
+) -> float:
     scalings = [update.scaling for update in updates if update.scaling != 0]
     if not scalings:
         return 1.0  # an alpha of 0 means "none given" to some readers; B is 0 instead
-    common = max(dict.fromkeys(scalings), key=scalings.count)
+    common = Counter(scalings).most_common(1)[0][0]  # of several the first
     if isinstance(integral(common * r), int):
         return common
     wide = all(update.B_dtype.itemsize >= 4 for update in updates)
-    return 1.0 if integer_alpha or (wide and all(_folds(update) for update in updates)) else common
+    return 1.0 if integer_alpha or (wide and all(map(_folds, computed()))) else common
 
 
 def _folds(update: StoredUpdate) -> bool:
@@ -189,54 +216,90 @@ def _tensors(update: StoredUpdate, scaling: float, rank: int) -> dict[str, Tenso
     return tensors if bias is None else {**tensors, tensor_name(update.name, "bias"): bias}
 
 
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Tensors to write, by key; of a module also its name and the update that they are meant to be."""
+
+    tensors: Mapping[str, Tensor]
+    module_name: str | None = None
+    intended: LowRank | None = None
+
+
 def write_lora(
     out: str | os.PathLike[str],
-    tensors: Mapping[str, Tensor],
+    layout: Mapping[str, Tensor],
     config: Mapping[str, Any],
+    pieces: Generator[Piece],
     *,
     companions: Companions,
-    change: str,
-    intended: Mapping[str, LowRank] | None = None,
+    change: Callable[[], str],
+    verify: bool = False,
     edits: list[dict[str, Any]] | None = None,
 ) -> dict[str, float]:
-    """Write an adapter, whole or not at all; where `intended` is given, only if that is what is read back, by module.
+    """Write an adapter, whole or not at all; with `verify` only if every module is read back as it was meant.
 
-    `change` is the line that the model card gets; `edits` is the record of surgery, which replaces an older one.
-    Returns the relative errors ‖written − intended‖_F / ‖intended‖_F by module.
+    Memory holds one piece at a time, as far as `pieces` lets go of them.
+
+    Args:
+        layout: all tensors by key, of which shapes and dtypes are used.
+        pieces: the same tensors with their entries, in any order.
+        change: gives the line that the model card gets, after the last piece.
+        edits: the record of surgery, which replaces an older one.
+    Returns: the relative errors ‖written − intended‖_F / ‖intended‖_F by module; none without `verify`.
     Raises: OSError; AdapterFileError where what was written is not what was meant, such as for a dtype too narrow.
     """
-    with replaced_directory(out, remove=[RECORD_NAME, CERTIFICATE_NAME]) as directory:
-        write_adapter(directory, tensors, config)
-        companions.write(directory, config, change)
-        errors = {} if intended is None else _verified(directory, intended)
+    errors: dict[str, float] = {}
+    with replaced_directory(out, remove=[RECORD_NAME, CERTIFICATE_NAME]) as directory, torch.no_grad():
+        write_config(directory, config)
+        with contextlib.ExitStack() as stack:
+            writer = stack.enter_context(SafetensorsWriter(directory / WEIGHTS_NAME, layout))
+            verified = stack.enter_context(_verification(directory)) if verify else None
+            for piece in stack.enter_context(contextlib.closing(pieces)):
+                for key, tensor in piece.tensors.items():
+                    writer.write(key, tensor)
+                if verified is not None and piece.module_name is not None and piece.intended is not None:
+                    errors[piece.module_name] = verified.error(piece.module_name, piece.intended)
+        if verified is not None and errors.keys() != verified.modules.keys():
+            other = sorted(errors.keys() ^ verified.modules.keys())[0]
+            raise AdapterFileError(f"What was written has other modules: {other!r}.")
+        companions.write(directory, config, change())
         write_edits(directory, edits or [])
     return errors
 
 
-@torch.no_grad()
-def _verified(directory: Path, intended: Mapping[str, LowRank]) -> dict[str, float]:
+@dataclass(frozen=True, eq=False)
+class _Verification:
+    """The modules of a file that is being written, and a reader of what is there already."""
+
+    modules: Mapping[str, AdapterModule]
+    read: Read
+
+    def error(self, name: str, intended: LowRank) -> float:
+        """The relative error of a module that was written. Raises: AdapterFileError where it is not what was meant."""
+        if name not in self.modules:
+            raise AdapterFileError(f"What was written has other modules: {name!r}.")
+        module = self.modules[name]
+        exact = intended.to(dtype=torch.float64, device="cpu")
+        B, A = (factor.double() for factor in module.read(self.read))
+        error, norm = _difference(B, A, module.scaling, exact), _norm(exact)
+        # Rounding moves each factor by eps/2 of its norm.
+        factors = (torch.linalg.matrix_norm(exact.B) * torch.linalg.matrix_norm(exact.A)).norm()
+        allowed = 2 * torch.finfo(_narrower(module)).eps * abs(float(exact.scaling)) * float(factors)
+        if not error <= allowed + 1e-12 * norm:
+            raise AdapterFileError(
+                f"{name}: the update would be written as {_narrower(module)} with an error of {error:.2g}, at a "
+                f"norm of {norm:.2g}. Nothing was written."
+            )
+        return error / norm if norm > 0 else 0.0
+
+
+@contextlib.contextmanager
+def _verification(directory: Path) -> Iterator[_Verification]:
+    """Open an adapter of which the config and the weights' header are written."""
     written = open_file_or_hub(directory)
     written.check()
-    modules = {module.name: module for module in written.modules}
-    if modules.keys() != intended.keys():
-        raise AdapterFileError(f"What was written has other modules: {sorted(modules.keys() ^ intended.keys())[0]!r}.")
-    errors = {}
     with written.source.reader() as read:
-        for name, update in intended.items():
-            module = modules[name]
-            exact = update.to(dtype=torch.float64, device="cpu")
-            B, A = (factor.double() for factor in module.read(read))
-            error, norm = _difference(B, A, module.scaling, exact), _norm(exact)
-            # Rounding moves each factor by eps/2 of its norm.
-            factors = (torch.linalg.matrix_norm(exact.B) * torch.linalg.matrix_norm(exact.A)).norm()
-            allowed = 2 * torch.finfo(_narrower(module)).eps * abs(float(exact.scaling)) * float(factors)
-            if not error <= allowed + 1e-12 * norm:
-                raise AdapterFileError(
-                    f"{name}: the update would be written as {_narrower(module)} with an error of {error:.2g}, at a "
-                    f"norm of {norm:.2g}. Nothing was written."
-                )
-            errors[name] = error / norm if norm > 0 else 0.0
-    return errors
+        yield _Verification({module.name: module for module in written.modules}, read)
 
 
 def _difference(B: Tensor, A: Tensor, scaling: float, exact: LowRank) -> float:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, ParamSpec, TextIO
 import typer
 
 from lorakit._format import visible
-from lorakit.cli._output import STDOUT, print_json
+from lorakit.cli._output import STDOUT
 from lorakit.errors import LorakitError
 
 P = ParamSpec("P")
@@ -25,8 +25,7 @@ BAD_INPUT, INTERRUPTED, CLOSED_PIPE = 2, 130, 141  # the last two are 128 + the 
 def in_a_shell(command: Callable[P, None]) -> Callable[P, NoReturn]:
     """The command, ending in an exit code: its own, 2 for bad input, 130 for Ctrl-C, 141 for a closed pipe.
 
-    With `--json` stdout gets the JSON alone, an object with the key `error` where there is no result; whatever else is
-    printed goes to stderr. Messages have control characters
+    With `--json` stdout gets the JSON alone; whatever else is printed goes to stderr. Messages have control characters
     and newlines as escapes.
     """
 
@@ -36,15 +35,14 @@ def in_a_shell(command: Callable[P, None]) -> Callable[P, NoReturn]:
         token = STDOUT.set(out)
         try:
             with _readable_messages(), contextlib.redirect_stdout(sys.stderr if kwargs.get("as_json") else out):
-                as_json = bool(kwargs.get("as_json"))
-                raise typer.Exit(_code_of(functools.partial(command, *args, **kwargs), out, as_json))
+                raise typer.Exit(_code_of(functools.partial(command, *args, **kwargs), out))
         finally:
             STDOUT.reset(token)
 
     return run
 
 
-def _code_of(command: Callable[[], None], out: TextIO, as_json: bool) -> int:
+def _code_of(command: Callable[[], None], out: TextIO) -> int:
     try:
         code = 0
         try:
@@ -68,8 +66,6 @@ def _code_of(command: Callable[[], None], out: TextIO, as_json: bool) -> int:
     except (LorakitError, ValueError, OSError) as error:
         complain(str(error))
         with contextlib.suppress(OSError):
-            if as_json:
-                print_json({"error": {"type": type(error).__name__, "message": str(error)}})
             out.flush()
             return BAD_INPUT
         _discard(out)  # it is full, or closed: Python would say so again when it ends

@@ -10,7 +10,6 @@ import typer
 
 from lorakit._format import visible
 from lorakit._version import __version__
-from lorakit.cli._output import print_json
 from lorakit.cli._shell import in_a_shell
 from lorakit.cli.agree import agree
 from lorakit.cli.bench import bench
@@ -63,10 +62,7 @@ for _command in (
 
 
 def main() -> None:
-    """Run the command; exit code 0, 1 for a finding of severity error, 2 for wrong usage and bad input.
-
-    With --json an error is an object on stdout too: ``{"error": {"type": …, "message": …}}``.
-    """
+    """Run the command; exit code 0, 1 for a finding of severity error, 2 for wrong usage and bad input."""
     try:
         code = app(standalone_mode=False)
     except Exception as error:
@@ -75,7 +71,5 @@ def main() -> None:
         said = io.StringIO()  # of wrong usage: what was typed is printed again
         error.show(file=said)
         sys.stderr.write("\n".join(map(visible, said.getvalue().split("\n"))))
-        if "--json" in sys.argv[1:]:
-            print_json({"error": {"type": "UsageError", "message": error.format_message()}})
         raise SystemExit(getattr(error, "exit_code", 2)) from None
     raise SystemExit(code)

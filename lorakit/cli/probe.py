@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from dataclasses import dataclass
 from enum import StrEnum
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorakit import evaluation, fisher
+from lorakit._format import visible
 from lorakit.allocation import masks_from_probe, ranks_from_probe
 from lorakit.cli._data import (
     DATA_HELP,
@@ -159,7 +161,7 @@ def probe(
     else:
         print_lines(*_lines(report, allocation, batches.report, out))
     for text in warned:
-        warnings.warn(text, stacklevel=1)
+        sys.stderr.write(f"lorakit: warning: {visible(text)}\n")
 
 
 @dataclass(frozen=True)

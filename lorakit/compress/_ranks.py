@@ -15,7 +15,8 @@ from lorakit.adapters import AdapterModule
 from lorakit.adapters.experts import group_spectrum
 from lorakit.allocation import Unit, allocate, read_budget
 from lorakit.errors import AllocationError, Finding
-from lorakit.naming.patterns import lookup, unmatched_keys
+from lorakit.naming.matching import PatternMatcher
+from lorakit.naming.patterns import unmatched_keys, values_of
 from lorakit.serving._needs import Needs
 from lorakit.serving._written import COMPACT_READERS
 from lorakit.spectral import energy_rank
@@ -179,18 +180,19 @@ def _cost(module: AdapterModule, unit: Unit) -> int:
 
 
 def _given_ranks(modules: Sequence[AdapterModule], ranks: Ranks) -> dict[str, int]:
-    if not isinstance(ranks, Mapping):
-        ranks = {re.escape(module.name): check_integer("ranks", ranks) for module in modules}
-    for key, value in ranks.items():
-        check_integer(f"ranks[{key!r}]", value)
-        try:
-            re.compile(key)
-        except (re.error, TypeError) as error:
-            raise ValueError(f"`ranks` has the key {key!r}, which is no regular expression: {error}.") from None
-    stray = unmatched_keys(ranks, [module.name for module in modules])
-    if stray:
-        raise ValueError(f"`ranks` has {stray[0]!r}, which matches no module; the first is {modules[0].name!r}.")
-    kept = {module.name: lookup(ranks, module.name, module.rank) for module in modules}
+    if isinstance(ranks, Mapping):
+        for key, value in ranks.items():
+            check_integer(f"ranks[{key!r}]", value)
+            try:
+                PatternMatcher([key])
+            except (re.error, TypeError) as error:
+                raise ValueError(f"`ranks` has the key {key!r}, which is no regular expression: {error}.") from None
+        stray = unmatched_keys(ranks, [module.name for module in modules])
+        if stray:
+            raise ValueError(f"`ranks` has {stray[0]!r}, which matches no module; the first is {modules[0].name!r}.")
+        kept = values_of(ranks, {module.name: module.rank for module in modules})
+    else:
+        kept = dict.fromkeys((module.name for module in modules), check_integer("ranks", ranks))
     beyond = [module for module in modules if kept[module.name] > module.rank]
     if beyond:
         name, rank = beyond[0].name, beyond[0].rank

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +12,32 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lorakit._checks import preview
-from lorakit.adapters import Adapter, AdapterModule, open_saved_adapter
+from lorakit.adapters import Adapter, AdapterModule, TensorInfo, open_saved_adapter
 from lorakit.adapters.companions import check_overwrite, companions_of, local_directory
 from lorakit.adapters.edit_log import read_edits
 from lorakit.adapters.keys import tensor_name
 from lorakit.adapters.lora_config import minimal_config, spelled_out
-from lorakit.adapters.rewritable import carried_tensors, check_finite, check_rewritable, contents_of, finite_tensor
+from lorakit.adapters.rewritable import (
+    carried_infos,
+    check_finite,
+    check_rewritable,
+    contents_of,
+    finite_tensor,
+    planned_tensor,
+)
 from lorakit.adapters.whole import with_whole_updates
-from lorakit.adapters.write_lora import StoredUpdate, plain_lora, stored_update, write_lora
-from lorakit.compress._ranks import EnergyOf, RankChoice, Ranks, Spectra, little_saved
-from lorakit.compress._report import CompressedModule, CompressReport
+from lorakit.adapters.write_lora import (
+    Piece,
+    PlainLora,
+    StoredUpdate,
+    plain_lora,
+    planned_update,
+    stored_update,
+    write_lora,
+)
+from lorakit.compress._ranks import EnergyOf, RankChoice, Ranks, little_saved
+from lorakit.compress._report import CompressReport
+from lorakit.compress._rows import Rows
 from lorakit.errors import AdapterFileError, Finding, UnsupportedModelError
 from lorakit.serving._needs import needs_of
 from lorakit.serving._written import Before, compact_finding, summary
@@ -145,35 +161,33 @@ def rewrite(
     check_rewritable(view)
     choice.needs.check(contents_of(view))
     plain, weighted = _spectra(view, inputs)
-    kept = choice.kept_ranks(view.modules, weighted or plain)
+    cut = _Cut(view, choice.kept_ranks(view.modules, weighted or plain), inputs)
     beside = _beside(view)
-    updates: dict[str, LowRank] = {}
-    with _progress("truncating", len(view.modules)) as progress:
-        for module in view.modules:
-            updates[module.name] = _cut(view, module, kept[module.name], inputs)
-            progress.update()
-    lora = plain_lora(
-        [_stored(view, module, updates[module.name]) for module in view.modules],
-        pad=choice.padded,
-        fitting_rank=choice.needs.rank_at_least,
-        integer_alpha=choice.needs.integer_alpha,
-    )
-    choice.needs.check_rank(lora.r)
-    config, findings = minimal_config(view.settings.raw, **lora.fields, **_targets(view, updates))
+    lora = _plan(cut, choice)
+    config, findings = minimal_config(view.settings.raw, **lora.fields, **_targets(view))
     companions = companions_of([source.given])
-    rows = _Rows(view, updates, plain, weighted)
-    fields = summary(os.fspath(out), config, lora, Before.of([view]), beside)
-    change = (
-        f"`{command}` ({choice.describe()}): rank {fields['rank_before']} → {lora.r}, "
-        f"{rows.energy_kept:.4%} of the energy kept."
-    )
+    rows = Rows(plain, weighted)
+    planned = {key: planned_tensor(view, info) for key, info in beside.items()}
+    fields = summary(os.fspath(out), config, lora, Before.of([view]), planned)
+
+    def pieces() -> Generator[Piece]:
+        for module, update in cut.updates("truncating"):
+            rows.add(module, update)
+            yield Piece(lora.written(_stored(view, module, update)), module.name, update)
+        for key, info in beside.items():
+            yield Piece({key: finite_tensor(view, info)})
+
     errors = write_lora(
         out,
-        lora.tensors | beside,
+        lora.tensors | planned,
         config,
+        pieces(),
         companions=companions,
-        change=change,
-        intended=updates if verify else None,
+        change=lambda: (
+            f"`{command}` ({choice.describe()}): rank {fields['rank_before']} → {lora.r}, "
+            f"{rows.energy_kept:.4%} of the energy kept."
+        ),
+        verify=verify,
         edits=source.edits,
     )
     findings += [f for f in view.findings if f.severity != "info" or f.code == "whole_update"]
@@ -189,16 +203,30 @@ def rewrite(
         energy_kept=rows.energy_kept,
         weighted_energy_kept=rows.weighted_energy_kept,
         verified=verify,
-        modules=rows.of(lora.r if choice.padded else None, errors),
+        modules=rows.of(view, lora.r if choice.padded else None, errors),
         findings=tuple(findings),
     )
 
 
-def _targets(view: Adapter, updates: Mapping[str, LowRank]) -> dict[str, Any]:
+def _plan(cut: _Cut, choice: RankChoice) -> PlainLora:
+    """What will be written, before it is computed."""
+    view, needs = cut.view, choice.needs
+    lora = plain_lora(
+        [cut.planned(module) for module in view.modules],
+        pad=choice.padded,
+        fitting_rank=needs.rank_at_least,
+        integer_alpha=needs.integer_alpha,
+        computed=lambda: (_stored(view, module, update) for module, update in cut.updates("choosing the scaling")),
+    )
+    needs.check_rank(lora.r)
+    return lora
+
+
+def _targets(view: Adapter) -> dict[str, Any]:
     """Fields that name the modules one by one, where the config names more: those that AdaLoRA pruned to rank 0."""
     if not any(finding.code == "pruned" for finding in view.findings):
         return {}
-    return spelled_out(updates)
+    return spelled_out(module.name for module in view.modules)
 
 
 def recorded_edits(adapter: object) -> list[dict[str, Any]]:
@@ -207,24 +235,51 @@ def recorded_edits(adapter: object) -> list[dict[str, Any]]:
     return [] if directory is None else read_edits(directory)
 
 
-def _cut(view: Adapter, module: AdapterModule, rank: int, inputs: _Inputs | None) -> LowRank:
-    """The module's best update of that rank; its own factors where nothing is cut."""
-    update = view.factors(module)
-    if rank == module.rank and module.E is None:
-        return update
-    if inputs and rank < module.rank:
-        return truncate_weighted(update, inputs.seen(module, update), rank)
-    return update.truncate(rank)
+@dataclass(frozen=True, eq=False)
+class _Cut:
+    """The modules' best updates of the ranks that are kept, computed when they are asked for."""
+
+    view: Adapter
+    kept: Mapping[str, int]
+    inputs: _Inputs | None
+
+    def planned(self, module: AdapterModule) -> StoredUpdate:
+        """A module's update before it is computed, on the device "meta"."""
+        rank = module.rank
+        if self._changes(module):
+            rank = min(self.kept[module.name], rank, module.d_out, module.d_in)
+        bias = None if module.bias is None else planned_tensor(self.view, module.bias)
+        return planned_update(module, rank, module.scaling, bias=bias)
+
+    def updates(self, description: str) -> Iterator[tuple[AdapterModule, LowRank]]:
+        """Every module with its update, in an order that suits reading; a batch of modules is in memory at a time."""
+        with _progress(description, len(self.view.modules)) as progress:
+            for modules, updates in self.view.batches():
+                for module, B, A in zip(modules, updates.B, updates.A, strict=True):
+                    yield module, self._of(module, LowRank(B, A, module.scaling))
+                    progress.update()
+
+    def _changes(self, module: AdapterModule) -> bool:
+        return self.kept[module.name] != module.rank or module.E is not None
+
+    def _of(self, module: AdapterModule, update: LowRank) -> LowRank:
+        """The best update of the rank that is kept; the module's own factors where nothing is cut."""
+        rank = self.kept[module.name]
+        if not self._changes(module):
+            return update
+        if self.inputs and rank < module.rank:
+            return truncate_weighted(update, self.inputs.seen(module, update), rank)
+        return update.truncate(rank)
 
 
-def _beside(view: Adapter) -> dict[str, Tensor]:
-    """The tensors that are written as they are: beside the updates, and DoRA's magnitudes."""
+def _beside(view: Adapter) -> dict[str, TensorInfo]:
+    """The tensors that are written as they are, by key: beside the updates, and DoRA's magnitudes."""
     magnitudes = {
-        tensor_name(module.path, "magnitude"): finite_tensor(view, module.magnitude)
+        tensor_name(module.path, "magnitude"): module.magnitude
         for module in view.modules
         if module.magnitude is not None
     }
-    return carried_tensors(view) | magnitudes
+    return carried_infos(view) | magnitudes
 
 
 def _stored(view: Adapter, module: AdapterModule, update: LowRank) -> StoredUpdate:
@@ -241,48 +296,6 @@ def _about_dora(view: Adapter) -> list[Finding]:
         f"low-rank part alone. Give the base weights (`base`, --base) to cut the whole update."
     )
     return [Finding("info", "low_rank_part_only", None, message)] if count else []
-
-
-class _Rows:
-    """The report's rows, and the energies of all modules together."""
-
-    def __init__(self, view: Adapter, updates: Mapping[str, LowRank], spectra: Spectra, weighted: Spectra) -> None:
-        self._view, self._updates = view, updates
-        total, seen_total = _Shares(spectra), _Shares(weighted)
-        self._energies: dict[str, tuple[float, float | None]] = {}
-        for module in view.modules:
-            name, rank = module.name, updates[module.name].rank
-            whole = rank >= spectra[name].shape[-1]
-            kept = spectra[name][..., :rank]
-            if weighted and not whole:  # not the leading components
-                kept = updates[name].singular_values().double().cpu()
-            seen = seen_total.add(name, weighted[name][:rank]) if weighted else None
-            self._energies[name] = total.add(name, kept), seen
-        self.energy_kept = total.overall
-        self.weighted_energy_kept = seen_total.overall if weighted else None
-
-    def of(self, padded_to: int | None, errors: Mapping[str, float]) -> tuple[CompressedModule, ...]:
-        rows = []
-        for module in self._view.modules:
-            rank = self._updates[module.name].rank
-            energy, weighted_energy = self._energies[module.name]
-            rows.append(
-                CompressedModule(
-                    module_name=module.name,
-                    role=module.role,
-                    layer=module.layer,
-                    rank=module.stored.rank,
-                    kept_rank=rank,
-                    whole_update=module.whole_of is not None,
-                    experts=module.experts,
-                    parameters=(padded_to or rank) * (module.experts or 1) * (module.d_out + module.d_in),
-                    energy_kept=energy,
-                    weighted_energy_kept=weighted_energy,
-                    low_rank_part_only=module.magnitude is not None,
-                    error=errors.get(module.name),
-                )
-            )
-        return tuple(rows)
 
 
 class _Inputs:
@@ -328,34 +341,15 @@ def _spectra(view: Adapter, inputs: _Inputs | None) -> tuple[dict[str, Tensor], 
         for modules, update in view.batches():
             for i, module in enumerate(modules):
                 check_finite(view, module, LowRank(update.B[i], update.A[i]))
+                if inputs:
+                    own = LowRank(update.B[i], update.A[i], module.scaling)
+                    weighted[module.name] = inputs.seen(module, own).singular_values().cpu()
             for module, sigma in zip(modules, update.singular_values().double().cpu(), strict=True):
                 if not bool(sigma.isfinite().all()):
                     raise AdapterFileError(f"{view.path}: {module.name}: ΔW overflows, though its factors are finite.")
                 plain[module.name] = sigma
             progress.update(len(modules))
-    if inputs:
-        for module in view.modules:
-            weighted[module.name] = inputs.seen(module, view.factors(module)).singular_values().cpu()
     return plain, weighted
-
-
-class _Shares:
-    """Shares of energy kept, module by module and over all; 1 where there is none to keep."""
-
-    def __init__(self, spectra: Mapping[str, Tensor]) -> None:
-        self._spectra = spectra
-        self._peak = max((float(sigma.max()) for sigma in spectra.values() if len(sigma)), default=0.0) or 1.0
-        self._kept = self._total = 0.0
-
-    def add(self, name: str, kept: Tensor) -> float:
-        of_all = float((self._spectra[name] / self._peak).square().sum())
-        of_kept = min(of_all, float((kept / self._peak).square().sum()))
-        self._kept, self._total = self._kept + of_kept, self._total + of_all
-        return of_kept / of_all if of_all > 0 else 1.0
-
-    @property
-    def overall(self) -> float:
-        return self._kept / self._total if self._total > 0 else 1.0
 
 
 def _progress(what: str, modules: int) -> Any:

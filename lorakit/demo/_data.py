@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorakit._files import write_file
 from lorakit.data import loader
 from lorakit.demo._settings import DemoError, DemoSettings
 from lorakit.evaluation._digests import document_digests
@@ -87,7 +88,7 @@ def prepare(tokenizer: Any, settings: DemoSettings, directory: Path) -> DemoData
     for part, limit in limits.items():
         parts[part] = parts[part][:limit]
         files[part] = directory / f"{part.replace('_', '-')}.jsonl"
-        files[part].write_text("".join(json.dumps({"text": text}) + "\n" for text in parts[part]), encoding="utf-8")
+        write_file(files[part], "".join(json.dumps({"text": text}) + "\n" for text in parts[part]))
     used = [*parts["train"], *parts["calibration"]]
     return DemoData(
         train=tuple(torch.split(ids, settings.batch_size)),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from lorakit._files import write_file
 from lorakit._report import Report
 from lorakit._version import __version__
 from lorakit.adapters.atomic import replaced_directory
@@ -41,7 +42,7 @@ def run_demo(settings: DemoSettings, say: Callable[[str], None]) -> DemoReport:
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT and transformers
         context = Context(settings, say, work, prepare(tokenizer, settings, work), tokenizer)
         report, parts = _run(base, context, started)
-        (work / "results.json").write_text(json.dumps(report.to_dict(), indent=1, allow_nan=False), encoding="utf-8")
+        write_file(work / "results.json", json.dumps(report.to_dict(), indent=1, allow_nan=False))
         write_html(report, work / "demo.html", sections=parts)
     context.tell("page", f"all of it: {Path(settings.out) / 'demo.html'}")
     return report

@@ -22,7 +22,7 @@ from lorakit.demo._training import FISHERLORA, LORA, OTHER_SEED, SPECLORA, Train
 from lorakit.evaluation import Certificate
 from lorakit.evaluation.comparison import Comparison, Question
 from lorakit.lens import AuditReport, audit
-from lorakit.statistics import PairedInterval
+from lorakit.statistics import Interval
 from lorakit.surgery import SurgeryReport
 
 COMPRESSED, SURGERY, RANDOM = "LoRA, compressed", "LoRA+surgery", "LoRA+random"
@@ -80,7 +80,7 @@ class Verdicts:
     certificates: dict[str, Certificate]
     errors: dict[str, float]
     no_adapter_loss: float
-    no_adapter: PairedInterval
+    no_adapter: Interval
 
 
 def audit_and_compress(context: Context) -> tuple[AuditReport, CompressReport, Written]:

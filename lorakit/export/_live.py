@@ -131,10 +131,11 @@ def check_variants(updates: Sequence[LiveUpdate], lora: PlainLora, beside: Colle
     """Raise ExportError where a module is padded whose variant of LoRA has more tensors, of the rank's size."""
     if lora.rank_pattern:
         return
+    unknown = [key for key in beside if ".lora_" in key and parse_key(key) is None]
     for update in updates:
         start = f"base_model.model.{update.stored.name}.lora_"
-        others = [key for key in beside if key.startswith(start) and parse_key(key) is None]
-        if update.stored.rank != lora.r and others:
+        others = [key for key in unknown if key.startswith(start)] if update.stored.rank != lora.r else []
+        if others:
             raise ExportError(
                 f"{update.stored.name!r} has {others[0]!r}, which cannot be padded to rank {lora.r}; use `pad=False` "
                 f"(--compact), for PEFT alone."

@@ -14,7 +14,7 @@ from lorakit.adapters import open_adapter
 from lorakit.adapters.companions import check_overwrite, companions_of
 from lorakit.adapters.in_model import live_modules, resolve_adapter_name
 from lorakit.adapters.lora_config import minimal_config
-from lorakit.adapters.write_lora import plain_lora, write_lora
+from lorakit.adapters.write_lora import Piece, plain_lora, write_lora
 from lorakit.compress._ranks import RankChoice, least_rank
 from lorakit.compress._truncate import Source, recorded_edits, rewrite
 from lorakit.compress.ladder import SmallestReport
@@ -238,12 +238,14 @@ def _from_model(
     discarded, energy = sum(update.discarded for update in updates), sum(update.energy for update in updates)
     share = discarded / energy if energy > 0 else 0.0
     peft_type = PeftType(config.peft_type).value
+    layout = lora.tensors | beside
     write_lora(
         out,
-        lora.tensors | beside,
+        layout,
         plain,
+        (piece for piece in [Piece(layout)]),
         companions=companions_of([source]),
-        change=(
+        change=lambda: (
             f"`export` ({wanted.describe()}): {peft_type} → LORA at rank {lora.r}, {share:.4%} of the energy left out."
         ),
         edits=recorded_edits(source),

@@ -26,10 +26,10 @@ Combine = Callable[[list[Tensor], Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Merged:
-    """One module's merge, of scaling 1; its rank before the cut, and the energies ‖ΔW‖_F² kept and of the whole."""
+    """Of one module's merge: its rank before the cut and after, and the energies ‖ΔW‖_F² kept and of the whole."""
 
-    update: LowRank
     rank: int
+    kept_rank: int
     kept: float
     total: float
 
@@ -53,25 +53,24 @@ def combiner(method: str, density: float | None) -> Combine | None:
     return combine
 
 
-def merged(items: Items, combine: Combine | None, rank: int | None, energy: float | None) -> Merged:
-    """The merge of one module, cut to `rank`, or to the smallest rank that keeps `energy`; else exact.
+def merged(items: Items, combine: Combine | None, rank: int | None) -> tuple[LowRank, Merged]:
+    """The merge of one module, of scaling 1, cut to `rank`; exact where that is None.
 
-    With `combine` the updates are formed, and one of the two must be given.
+    With `combine` the updates are formed, and `rank` must be given.
     """
-    if combine is not None and items[0][0].B.ndim > 2:
-        return _of_experts(items, combine, rank, energy)
     if combine is not None:
+        assert rank is not None
+        if items[0][0].B.ndim > 2:
+            return _of_experts(items, combine, rank)
         dense = _dense(items, combine)
         sigma, vectors, left = leading(dense)
-        kept = _rank_of(sigma, rank, energy)
-        return _result(factored(dense, vectors, left, kept), len(sigma), sigma)
+        return _result(factored(dense, vectors, left, rank), len(sigma), sigma)
     total = _sum(items)
-    if rank is None and energy is None:
-        energies = max(0.0, float(total.inner(total).sum()))
-        return Merged(total, total.rank, energies, energies)
+    if rank is None:
+        energy = max(0.0, float(total.inner(total).sum()))
+        return total, Merged(total.rank, total.rank, energy, energy)
     sigma = total.singular_values().double()
-    kept = _rank_of(sigma, rank, energy)
-    return _result(total.truncate(kept) if kept < total.rank else total, total.rank, sigma)
+    return _result(total.truncate(rank) if rank < total.rank else total, total.rank, sigma)
 
 
 def least_rank(items: Items, combine: Combine | None, energy: float) -> int:
@@ -79,7 +78,7 @@ def least_rank(items: Items, combine: Combine | None, energy: float) -> int:
     if combine is not None and items[0][0].B.ndim > 2:
         return max(least_rank(each, combine, energy) for each in _by_expert(items))
     sigma = _sum(items).singular_values() if combine is None else leading(_dense(items, combine))[0]
-    return _rank_of(sigma, None, energy)
+    return max(1, int(energy_rank(sigma, energy).max()))
 
 
 def _dense(items: Items, combine: Combine) -> Tensor:
@@ -97,26 +96,17 @@ def _wide(update: LowRank) -> torch.dtype:
     return torch.promote_types(update.dtype, torch.float32)
 
 
-def _rank_of(sigma: Tensor, rank: int | None, energy: float | None) -> int:
-    if energy is not None:
-        return max(1, int(energy_rank(sigma, energy).max()))
-    assert rank is not None
-    return min(rank, sigma.shape[-1])
-
-
-def _result(update: LowRank, rank: int, sigma: Tensor) -> Merged:
+def _result(update: LowRank, rank: int, sigma: Tensor) -> tuple[LowRank, Merged]:
     squares = sigma.double().square()
-    return Merged(update, rank, float(squares[..., : update.rank].sum()), float(squares.sum()))
+    return update, Merged(rank, update.rank, float(squares[..., : update.rank].sum()), float(squares.sum()))
 
 
-def _of_experts(items: Items, combine: Combine, rank: int | None, energy: float | None) -> Merged:
+def _of_experts(items: Items, combine: Combine, rank: int) -> tuple[LowRank, Merged]:
     """The merges of a stack of experts, each formed by itself, at one rank."""
-    if rank is None:
-        assert energy is not None
-        rank = least_rank(items, combine, energy)
-    merges = [merged(each, combine, rank, None) for each in _by_expert(items)]
-    update = LowRank(torch.stack([m.update.B for m in merges]), torch.stack([m.update.A for m in merges]))
-    return Merged(update, merges[0].rank, sum(m.kept for m in merges), sum(m.total for m in merges))
+    updates, merges = zip(*(merged(each, combine, rank) for each in _by_expert(items)), strict=True)
+    update = LowRank(torch.stack([one.B for one in updates]), torch.stack([one.A for one in updates]))
+    kept, total = sum(one.kept for one in merges), sum(one.total for one in merges)
+    return update, Merged(merges[0].rank, update.rank, kept, total)
 
 
 def _by_expert(items: Items) -> list[Items]:

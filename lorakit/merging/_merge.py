@@ -6,9 +6,11 @@ are defined entry by entry of ΔW, so each module's ΔWs are formed, one module 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,14 +22,15 @@ from lorakit._signals import restoring
 from lorakit.adapters import Adapter, AdapterModule, open_saved_adapter
 from lorakit.adapters.companions import check_overwrite, companions_of, label_of
 from lorakit.adapters.lora_config import minimal_config
-from lorakit.adapters.rewritable import check_finite, check_rewritable, contents_of
+from lorakit.adapters.rewritable import check_finite, check_rewritable, contents_of, finite_tensor, planned_tensor
 from lorakit.adapters.whole import with_whole_updates
-from lorakit.adapters.write_lora import plain_lora, stored_update, write_lora
+from lorakit.adapters.write_lora import Piece, PlainLora, plain_lora, planned_update, stored_update, write_lora
 from lorakit.merging._combine import DENSE, METHODS, Items, Merged, Method, combiner, least_rank, merged
 from lorakit.merging._report import MergedModule, MergeReport
-from lorakit.merging._together import Present, config_of, findings_about, layouts_of, modules_of, tensors_beside
+from lorakit.merging._together import Beside, Present, config_of, findings_about, layouts_of, modules_of, tensors_beside
 from lorakit.serving._needs import Needs, needs_of
 from lorakit.serving._written import Before, compact_finding, summary
+from lorakit.spectral import LowRank
 
 if TYPE_CHECKING:
     from torch import nn
@@ -97,44 +100,86 @@ def merge(
     _check_options(method, rank, energy, density)
     check_overwrite(out, adapters, overwrite=overwrite)
     needs = needs_of(for_server, pad=pad)
-    views = [with_whole_updates(open_saved_adapter(adapter), base) for adapter in adapters]
-    for view in views:
-        check_rewritable(view)
-        needs.check(contents_of(view))
+    views = _opened(adapters, base, needs)
     recipe = _Recipe(method, rank, energy, density, seed, pad, needs)
     present = modules_of(views)
     beside, findings = tensors_beside(views)
     findings += findings_about(views, present)
-    merges = _merge_all(views, present, chosen, recipe)
     layouts = layouts_of(present)
-    stored = [stored_update(layouts[name], one.update) for name, one in merges.items()]
-    lora = plain_lora(stored, pad=pad, fitting_rank=needs.rank_at_least, integer_alpha=needs.integer_alpha)
-    needs.check_rank(lora.r)
+    merging = _Merging(views, present, chosen, recipe)
+    lora = _plan(layouts, merging.ranks, recipe)
     config, about_config = minimal_config(config_of(views, present), **lora.fields)
     companions = companions_of(adapters)
-    total = sum(one.total for one in merges.values())
-    energy_kept = sum(one.kept for one in merges.values()) / total if total > 0 else 1.0
     terms = " + ".join(f"{weight:.6g} · {label_of(view.path)}" for weight, view in zip(chosen, views, strict=True))
+    planned = {key: planned_tensor(view, info) for key, (view, info) in beside.items()}
+    merges: dict[str, Merged] = {}
     errors = write_lora(
         out,
-        lora.tensors | beside,
+        lora.tensors | planned,
         config,
+        _pieces(merging, layouts, lora, beside, merges),
         companions=companions,
-        change=f"`merge` ({method}): {terms}, at rank {lora.r}, {energy_kept:.4%} of the merge's energy kept.",
-        intended={name: one.update for name, one in merges.items()} if verify else None,
+        change=lambda: (
+            f"`merge` ({method}): {terms}, at rank {lora.r}, {_energy_kept(merges):.4%} of the merge's energy kept."
+        ),
+        verify=verify,
     )
     return MergeReport(
-        **summary(os.fspath(out), config, lora, Before.of(views), beside),
+        **summary(os.fspath(out), config, lora, Before.of(views), planned),
         sources=tuple(view.path for view in views),
         weights=tuple(chosen),
         method=method,
         density=density,
         seed=seed if method == "dare" else None,
-        energy_kept=energy_kept,
+        energy_kept=_energy_kept(merges),
         verified=verify,
         modules=_rows(present, layouts, merges, lora.r if pad else None, errors),
         findings=(*findings, *about_config, *companions.findings, *compact_finding(lora)),
     )
+
+
+def _opened(
+    adapters: Iterable[str | os.PathLike[str] | nn.Module | Adapter],
+    base: str | os.PathLike[str] | nn.Module | None,
+    needs: Needs,
+) -> list[Adapter]:
+    views = [with_whole_updates(open_saved_adapter(adapter), base) for adapter in adapters]
+    for view in views:
+        check_rewritable(view)
+        needs.check(contents_of(view))
+    return views
+
+
+def _plan(layouts: Mapping[str, AdapterModule], ranks: Mapping[str, int], recipe: _Recipe) -> PlainLora:
+    """What will be written, before it is computed."""
+    needs = recipe.needs
+    lora = plain_lora(
+        [planned_update(layouts[name], rank, 1.0) for name, rank in ranks.items()],
+        pad=recipe.pad,
+        fitting_rank=needs.rank_at_least,
+        integer_alpha=needs.integer_alpha,
+    )
+    needs.check_rank(lora.r)
+    return lora
+
+
+def _pieces(
+    merging: _Merging,
+    layouts: Mapping[str, AdapterModule],
+    lora: PlainLora,
+    beside: Beside,
+    merges: dict[str, Merged],
+) -> Generator[Piece]:
+    """What is written, module by module, then the tensors beside; adds the numbers of every module to `merges`."""
+    for name, update, merges[name] in merging.updates():
+        yield Piece(lora.written(stored_update(layouts[name], update)), name, update)
+    for key, (view, info) in beside.items():
+        yield Piece({key: finite_tensor(view, info)})
+
+
+def _energy_kept(merges: Mapping[str, Merged]) -> float:
+    total = sum(one.total for one in merges.values())
+    return sum(one.kept for one in merges.values()) / total if total > 0 else 1.0
 
 
 @dataclass(frozen=True)
@@ -150,27 +195,66 @@ class _Recipe:
     needs: Needs
 
 
-@torch.no_grad()
-def _merge_all(
-    views: Sequence[Adapter], present: Present, weights: Sequence[float], recipe: _Recipe
-) -> dict[str, Merged]:
-    """The merge of every module, of one rank for all where that is chosen here and the file is to be padded."""
-    combine = combiner(recipe.method, recipe.density)
-    rank, energy = recipe.rank, recipe.energy
-    if energy is not None and recipe.pad:
+@dataclass(frozen=True, eq=False)
+class _Merging:
+    """The merges of all modules, computed when they are asked for, one module in memory at a time."""
+
+    views: Sequence[Adapter]
+    present: Present
+    weights: Sequence[float]
+    recipe: _Recipe
+
+    @functools.cached_property
+    @torch.no_grad()
+    def ranks(self) -> dict[str, int]:
+        """The rank of every module's merge, without padding: one for all if it is chosen here and padding is on."""
+        recipe = self.recipe
+        full = {name: self._full_rank(list(modules.values())) for name, modules in self.present.items()}
+        if recipe.rank is not None:
+            return {name: min(recipe.rank, rank) for name, rank in full.items()}
+        if recipe.energy is not None:
+            combine = combiner(recipe.method, recipe.density)
+            with _seeded(recipe):
+                items = self._items("choosing the rank")
+                least = {name: least_rank(each, combine, recipe.energy) for name, each in items}
+            if not recipe.pad:
+                return least
+            rank = recipe.needs.rank_at_least(max(least.values()))
+            return {name: min(rank, most) for name, most in full.items()}
+        if recipe.method == "linear":
+            return full
+        own = {name: max(module.rank for module in modules.values()) for name, modules in self.present.items()}
+        if recipe.pad:
+            own = dict.fromkeys(own, recipe.needs.rank_at_least(max(own.values())))
+        return {name: min(own[name], most) for name, most in full.items()}
+
+    def _full_rank(self, modules: Sequence[AdapterModule]) -> int:
+        """The rank of a module's merge that is not cut."""
+        side = min(modules[0].d_out, modules[0].d_in)
+        return side if self.recipe.method in DENSE else min(side, sum(module.rank for module in modules))
+
+    @torch.no_grad()
+    def updates(self) -> Iterator[tuple[str, LowRank, Merged]]:
+        """Module by module the merge of its rank, with its numbers."""
+        recipe = self.recipe
+        combine = combiner(recipe.method, recipe.density)
+        exact = recipe.method == "linear" and recipe.rank is None and recipe.energy is None
         with _seeded(recipe):
-            items = _items(views, present, weights, "choosing the rank")
-            rank = recipe.needs.rank_at_least(max(least_rank(each, combine, energy) for _, each in items))
-        energy = None
-    found = {}
-    default = recipe.method != "linear" and rank is None and energy is None
-    if default and recipe.pad:
-        rank = recipe.needs.rank_at_least(max(m.rank for modules in present.values() for m in modules.values()))
-    with _seeded(recipe):
-        for name, each in _items(views, present, weights, "merging"):
-            own = max(update.rank for update, _ in each) if default and not recipe.pad else rank
-            found[name] = merged(each, combine, own, energy)
-    return found
+            for name, each in self._items("merging"):
+                yield name, *merged(each, combine, None if exact else self.ranks[name])
+
+    def _items(self, progress: str) -> Iterator[tuple[str, Items]]:
+        """Module by module, the updates of the adapters that have it, with their weights."""
+        bar = tqdm(self.present.items(), desc=progress, delay=1.0, unit="module", leave=False, disable=None)
+        with contextlib.ExitStack() as stack:
+            reads = [stack.enter_context(view.source.reader()) for view in self.views]
+            for name, modules in bar:
+                items = []
+                for i, module in modules.items():
+                    update = module.update(reads[i])
+                    check_finite(self.views[i], module, update)
+                    items.append((update, self.weights[i]))
+                yield name, items
 
 
 @restoring
@@ -180,19 +264,6 @@ def _seeded(recipe: _Recipe) -> Iterator[None]:
         if recipe.method == "dare":
             torch.manual_seed(recipe.seed)
         yield
-
-
-def _items(
-    views: Sequence[Adapter], present: Present, weights: Sequence[float], progress: str
-) -> Iterator[tuple[str, Items]]:
-    """Module by module, the updates of the adapters that have it, with their weights."""
-    for name, modules in tqdm(present.items(), desc=progress, delay=1.0, unit="module", leave=False, disable=None):
-        items = []
-        for i, module in modules.items():
-            update = views[i].factors(module)
-            check_finite(views[i], module, update)
-            items.append((update, weights[i]))
-        yield name, items
 
 
 def _rows(
@@ -209,9 +280,9 @@ def _rows(
             layer=layouts[name].layer,
             sources=len(present[name]),
             rank=one.rank,
-            kept_rank=one.update.rank,
+            kept_rank=one.kept_rank,
             experts=layouts[name].experts,
-            parameters=(padded_to or one.update.rank)
+            parameters=(padded_to or one.kept_rank)
             * (layouts[name].experts or 1)
             * (layouts[name].d_out + layouts[name].d_in),
             energy_kept=one.kept / one.total if one.total > 0 else 1.0,

@@ -7,16 +7,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lorakit.adapters import Adapter, AdapterModule
+from lorakit.adapters import Adapter, AdapterModule, TensorInfo
 from lorakit.adapters.experts import nested_paths, target_of
 from lorakit.adapters.keys import tensor_name
 from lorakit.adapters.lora_config import spelled_out
-from lorakit.adapters.rewritable import carried_tensors
+from lorakit.adapters.rewritable import carried_infos, finite_tensor
 from lorakit.errors import Finding, UnsupportedModelError
 
 Present = Mapping[str, Mapping[int, AdapterModule]]  # modules by name, and by the place of their adapter
+Beside = Mapping[str, tuple[Adapter, TensorInfo]]  # tensors by key, and whose they are
 
 # Fields of the configs on which adapters must agree, for one config to say what all of them mean.
 _AGREE = ("bias", "trainable_token_indices", "layer_replication", "alora_invocation_tokens")
@@ -55,18 +55,18 @@ def _shown(shape: tuple[Any, ...]) -> str:
     return f"{kind} {d_out} × {tuple(d_in)}" + (f" for {experts} experts" if experts else "")
 
 
-def tensors_beside(views: Sequence[Adapter]) -> tuple[dict[str, Tensor], list[Finding]]:
+def tensors_beside(views: Sequence[Adapter]) -> tuple[Beside, list[Finding]]:
     """The tensors beside the updates. Raises: ValueError where two adapters have them with different values."""
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, tuple[Adapter, TensorInfo]] = {}
     owners: dict[str, list[str]] = {}
     for view in views:
-        for key, tensor in carried_tensors(view).items():
-            if key in tensors and not (tensors[key].shape == tensor.shape and torch.equal(tensors[key], tensor)):
+        for key, info in carried_infos(view).items():
+            if key in tensors and not _same(tensors[key], (view, info)):
                 raise ValueError(
                     f"{key} is trained in {owners[key][0]} and in {view.path}, with different values; whole tensors "
                     f"(modules_to_save and the like) are not merged."
                 )
-            tensors.setdefault(key, tensor)
+            tensors.setdefault(key, (view, info))
             owners.setdefault(key, []).append(view.path)
     partial = [key for key, paths in owners.items() if len(paths) < len(views)]
     findings = []
@@ -74,6 +74,10 @@ def tensors_beside(views: Sequence[Adapter]) -> tuple[dict[str, Tensor], list[Fi
         message = f"{len(partial)} tensors beside the updates are in some adapters only, and are copied: {partial[0]}."
         findings.append(Finding("warning", "carried_whole", None, message))
     return tensors, findings
+
+
+def _same(one: tuple[Adapter, TensorInfo], other: tuple[Adapter, TensorInfo]) -> bool:
+    return one[1].shape == other[1].shape and torch.equal(finite_tensor(*one), finite_tensor(*other))
 
 
 def findings_about(views: Sequence[Adapter], present: Present) -> list[Finding]:

@@ -81,6 +81,23 @@ def lookup(pattern: Mapping[str, V], module_name: str, default: V) -> V:
     return pattern.get(first, default)
 
 
+def values_of(pattern: Mapping[str, V], defaults: Mapping[str, V]) -> dict[str, V]:
+    """`lookup` for every module of `defaults`, in time linear in modules and keys where the keys are plain names.
+
+    Raises: re.error for a key that is not a regular expression.
+
+    Example:
+        >>> values_of({"q_proj": 4}, {"layers.0.q_proj": 16, "layers.0.v_proj": 16})
+        {'layers.0.q_proj': 4, 'layers.0.v_proj': 16}
+    """
+    matcher = PatternMatcher(pattern)
+    values = {}
+    for name, default in defaults.items():
+        first = matcher.first(name)
+        values[name] = pattern.get(name if first is None else first, default)
+    return values
+
+
 def unmatched_keys(pattern: Iterable[str], module_names: Iterable[str]) -> list[str]:
     """The keys of `pattern` that match none of the modules."""
     return PatternMatcher(pattern).unmatched(list(module_names))

@@ -9,10 +9,11 @@ import functools
 import math
 
 import torch
-from scipy import integrate, optimize
 from torch import Tensor
 
 from lorakit._checks import check_number
+
+_SQUARE = 2.8583624240688685  # ω(1), the one that audits need, without scipy
 
 
 @functools.cache
@@ -27,6 +28,12 @@ def hard_threshold_coefficient(beta: float = 1.0) -> float:
         (2.858, 2.171)
     """
     check_number("beta", beta, above=0, most=1)
+    return _SQUARE if beta == 1 else _coefficient(beta)
+
+
+def _coefficient(beta: float) -> float:
+    from scipy import integrate, optimize
+
     known_noise = math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + math.sqrt(beta**2 + 14 * beta + 1)))
     low, high = (1 - math.sqrt(beta)) ** 2, (1 + math.sqrt(beta)) ** 2
 

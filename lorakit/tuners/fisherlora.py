@@ -20,9 +20,9 @@ from lorakit.errors import UnsupportedModelError
 from lorakit.naming.patterns import (
     alpha_of,
     compact_pattern,
-    lookup,
     targeted_modules,
     targeted_parameters,
+    values_of,
     warn_unmatched,
 )
 from lorakit.naming.roles import role_of
@@ -157,11 +157,11 @@ class FisherLoRAModel(ResolvingLoraModel):
             config.r_q = config.r_v = config.r
         by_role = {"query": config.r_q, "value": config.r if config.r_v is None else config.r_v}
         role_ranks = {name: by_role.get(role_of(name.removesuffix(".weight")) or "", config.r) for name in names}
-        ranks = {name: lookup(given_ranks, name, role_ranks[name]) for name in names}
+        ranks = values_of(given_ranks, role_ranks)
         same_scaling = {
             name: alpha_of(config.lora_alpha, rank, config.r, config.use_rslora) for name, rank in ranks.items()
         }
-        alphas = {name: lookup(given_alphas, name, same_scaling[name]) for name in names}
+        alphas = values_of(given_alphas, same_scaling)
         warn_unmatched("FisherLoRA", "rank_pattern", given_ranks, names)
         warn_unmatched("FisherLoRA", "alpha_pattern", given_alphas, names)
         # An entry is left out only where PEFT's default and, after loading, the rules above both imply its value.

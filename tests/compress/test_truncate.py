@@ -1,4 +1,4 @@
-"""Truncated adapters against numpy's float64 SVD of ΔW, and against what PEFT makes of the atomic."""
+"""Truncated adapters against numpy's float64 SVD of ΔW, and against what PEFT makes of the files."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import lorakit.adapters.write_lora as writing
 from lorakit import FisherLoRAConfig, SpecLoRAConfig
-from lorakit.adapters import atomic, open_adapter
+from lorakit.adapters import open_adapter
 from lorakit.adapters.edit_log import write_edits
+from lorakit.adapters.stream import SafetensorsWriter
 from lorakit.compress import truncate
 from lorakit.errors import AdapterFileError, UnsupportedModelError
 from lorakit.spectral import LowRank
@@ -597,13 +599,12 @@ def test_the_target_may_be_the_source_and_keeps_its_other_files(trained, tiny_ll
 
 def test_what_was_written_wrongly_never_takes_its_place(trained, tmp_path, monkeypatch):
     _, directory = trained(CONFIGS["plain"]())
-    write = atomic.save_file
+    write = SafetensorsWriter.write
 
-    def flawed(tensors, *args, **options):
-        key = next(key for key in tensors if "lora_B" in key)
-        write(tensors | {key: tensors[key] * 1.001}, *args, **options)
+    def flawed(self, key, tensor):
+        write(self, key, tensor * 1.001 if "layers.1.self_attn.v_proj.lora_B" in key else tensor)
 
-    monkeypatch.setattr(atomic, "save_file", flawed)
+    monkeypatch.setattr(SafetensorsWriter, "write", flawed)
     with pytest.raises(AdapterFileError, match="with an error of"):
         truncate(directory, tmp_path / "out", ranks=2)
     assert not (tmp_path / "out").exists()
@@ -621,9 +622,9 @@ def test_a_disk_that_takes_no_more_leaves_the_target_as_it_was(trained, tmp_path
     def fail(*args, **options):
         raise OSError(code, os.strerror(code))
 
-    for part in ("save_file", "_plain_json"):
+    for owner, part in ((SafetensorsWriter, "__init__"), (SafetensorsWriter, "write"), (writing, "write_config")):
         with monkeypatch.context() as patched:
-            patched.setattr(atomic, part, fail)
+            patched.setattr(owner, part, fail)
             with pytest.raises(OSError, match=os.strerror(code)):
                 truncate(directory, other, ranks=2, overwrite=True)
         assert snapshot(other) == before

@@ -12,9 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import KasaConfig, MontecloraConfig
 from safetensors.torch import load_file
 
-import lorakit.adapters.atomic as files
 from lorakit import FisherLoRAConfig, SpecLoRAConfig
 from lorakit.adapters.in_model import live_modules
+from lorakit.adapters.stream import SafetensorsWriter
 from lorakit.export import to_lora
 from lorakit.tuners.speclora import MODES
 
@@ -287,7 +287,7 @@ def test_an_existing_directory_keeps_other_files_and_a_failure_keeps_the_old_one
     def fail(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(files, "save_file", fail)
+    monkeypatch.setattr(SafetensorsWriter, "write", fail)
     with pytest.raises(OSError, match="No space left"):
         to_lora(model, out, rank=1)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == old

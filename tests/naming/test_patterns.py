@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
-from lorakit.naming.patterns import alpha_of, compact_pattern, lookup, unmatched_keys, warn_unmatched
+from lorakit.naming.patterns import alpha_of, compact_pattern, lookup, unmatched_keys, values_of, warn_unmatched
 
 NAMES = st.lists(
     st.lists(st.sampled_from(["q", "v", "layers", "1", "11", "a+b", "q_proj", "x"]), min_size=1, max_size=4).map(
@@ -44,6 +44,7 @@ def test_lookup_follows_peft(names, keys):
     pattern = {key: i for i, key in enumerate(keys)}
     for name in names:
         assert lookup(pattern, name, -1) == pattern.get(get_pattern_key(pattern.keys(), name), -1)
+    assert values_of(pattern, dict.fromkeys(names, -1)) == {name: lookup(pattern, name, -1) for name in names}
 
 
 def test_modules_that_agree_share_one_entry():

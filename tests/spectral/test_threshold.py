@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lorakit.spectral import hard_threshold_coefficient, hard_threshold_rank
+from lorakit.spectral import hard_threshold_coefficient, hard_threshold_rank, threshold
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.25, 0.5, 0.75, 1.0])
@@ -39,3 +39,7 @@ def test_the_rank_counts_what_stands_out():
 def test_other_shapes_are_refused(beta):
     with pytest.raises(ValueError, match="`beta`"):
         hard_threshold_coefficient(beta)
+
+
+def test_the_constant_for_square_matrices_is_what_the_integral_gives():
+    assert hard_threshold_coefficient(1.0) == pytest.approx(threshold._coefficient(1.0), rel=1e-12)

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LAYER_TICKS = 32
+_GROUP_TICKS = 150
 _MATRIX_TICKS = 8
 _NO_LAYER = "–"
+_MOST_INCHES = 40.0  # a picture of thousands of layers is no wider; a pixel then shows several
 Points = tuple[Sequence[float], Sequence[float]]
 
 
@@ -59,7 +61,9 @@ def draw_heatmap(axes: Axes, shown: Heatmap) -> None:
     every = max(1, -(-len(shown.layers) // _LAYER_TICKS))
     labels = [_NO_LAYER if layer is None else str(layer) for layer in shown.layers]
     axes.set_xticks(range(0, len(labels), every), labels[::every], fontsize=7)
-    axes.set_yticks(range(len(shown.groups)), [escape_mathtext(group) for group in shown.groups], fontsize=8)
+    skipped = max(1, -(-len(shown.groups) // _GROUP_TICKS))
+    names = [escape_mathtext(group) for group in shown.groups[::skipped]]
+    axes.set_yticks(range(0, len(shown.groups), skipped), names, fontsize=8)
     axes.set_title(shown.title, fontsize=9)
     bar = axes.figure.colorbar(image, ax=axes, pad=0.01)
     if all(float(value).is_integer() for row in shown.values for value in row if value is not None):
@@ -70,7 +74,8 @@ def draw_heatmap(axes: Axes, shown: Heatmap) -> None:
 
 def heatmap_size(shown: Heatmap) -> tuple[float, float]:
     """Width and height in inches that a heatmap needs."""
-    return max(6.5, 0.28 * len(shown.layers) + 2.5), 0.25 * len(shown.groups) + 0.75
+    width, height = 0.28 * len(shown.layers) + 2.5, 0.25 * len(shown.groups) + 0.75
+    return min(max(6.5, width), _MOST_INCHES), min(height, _MOST_INCHES)
 
 
 def heatmaps_figure(title: str, maps: Sequence[Heatmap]) -> Figure:

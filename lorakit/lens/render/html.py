@@ -27,6 +27,8 @@ th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere }
 .error { color: #b00020; font-weight: 600 } .warning { color: #8a5a00; font-weight: 600 } .info { color: #555 }
 pre { background: #f6f6f6; padding: .6rem; overflow-x: auto }
 """
+_LONG_ROWS = 2000  # of a folded table
+_SHOWN = 100  # findings of one kind
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
@@ -42,7 +44,10 @@ def write_html(
 
 
 def to_html(report: Report, sections: Mapping[str, Report] = MappingProxyType({})) -> str:
-    """A report as an HTML page with all text escaped: details, findings, tables, figures and next steps."""
+    """A report as an HTML page with all text escaped: details, findings, tables, figures and next steps.
+
+    So that a browser opens it for any number of modules, a table has 2,000 rows at most and a kind of findings 100.
+    """
     parts = [f"<h1>{_escape(report.title)}</h1>", *_content(report)]
     for heading, section in sections.items():
         parts += [f"<h2>{_escape(heading)}</h2>", *_content(section, level=3)]
@@ -76,7 +81,7 @@ def _escape(text: object) -> str:
 
 
 def _table(table: Table) -> str:
-    return f'<div class="wide">{html_table(table)}</div>'
+    return f'<div class="wide">{html_table(table, most=_LONG_ROWS)}</div>'
 
 
 def _folded(table: Table) -> str:
@@ -87,11 +92,17 @@ def _folded(table: Table) -> str:
 def _findings(findings: Sequence[Finding]) -> str:
     if not findings:
         return "<p>None.</p>"
-    rows = "".join(
-        f'<tr><td class="{f.severity}">{f.severity}</td><td>{_escape(f.code)}</td><td>{_escape(f.message)}</td></tr>\n'
-        for f in findings
-    )
-    return f'<table class="findings"><tbody>\n{rows}</tbody></table>'
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for finding in findings:
+        kinds.setdefault((finding.severity, finding.code), []).append(finding.message)
+    rows = []
+    for (severity, code), messages in kinds.items():
+        shown = messages[:_SHOWN]
+        if len(messages) > _SHOWN:
+            shown.append(f"… and {len(messages) - _SHOWN} more")
+        cells = f'<td class="{severity}">{severity}</td><td>{_escape(code)}</td>'
+        rows += [f"<tr>{cells}<td>{_escape(message)}</td></tr>\n" for message in shown]
+    return f'<table class="findings"><tbody>\n{"".join(rows)}</tbody></table>'
 
 
 def _picture(name: str, png: bytes) -> str:

@@ -108,10 +108,11 @@ def compare(
     pairs = _pairs(one, other, findings)
     compared: list[ComparedModule] = []
     found: list[Finding] = []
-    with tqdm(total=len(pairs), desc="compare", delay=1.0, unit="module", leave=False, disable=None) as progress:
-        for mine, yours in pairs:
-            compared += _rows(one, mine, other, yours, energy, thresholds, found)
-            progress.update()
+    progress = tqdm(pairs, desc="compare", delay=1.0, unit="module", leave=False, disable=None)
+    with one.source.reader() as read_one, other.source.reader() as read_other:
+        for mine, yours in progress:
+            updates = mine.update(read_one), yours.update(read_other)
+            compared += _rows(mine, yours, updates, energy, thresholds, found)
     findings += merged_findings(found, [mine for mine, _ in pairs])
     rows = compared if by == "expert" else groups_of(compared)
     partial = sum(row.low_rank_part_only for row in rows)
@@ -176,16 +177,14 @@ def _shape(module: AdapterModule) -> tuple[object, ...]:
 
 
 def _rows(
-    a: Adapter,
     mine: AdapterModule,
-    b: Adapter,
     yours: AdapterModule,
+    updates: tuple[LowRank, LowRank],
     energy: float,
     thresholds: Thresholds,
     findings: list[Finding],
 ) -> Iterator[ComparedModule]:
     """The row of one pair, or of each expert; without numbers, and with a finding, if an update is not finite."""
-    one, other = a.factors(mine), b.factors(yours)
     row = ComparedModule(
         module_name=mine.name,
         role=mine.role,
@@ -198,12 +197,13 @@ def _rows(
         whole_update=any(m.whole_of is not None for m in (mine, yours)),
         low_rank_part_only=any(m.magnitude is not None or m.mask is not None for m in (mine, yours)),
     )
+    one, other = updates
     if mine.experts is None:
         yield _measured(row, one, other.to(device=one.device), energy, thresholds, findings)
     for expert in range(mine.experts or 0):
-        updates = [LowRank(update.B[expert], update.A[expert], update.scaling) for update in (one, other)]
+        pair = [LowRank(update.B[expert], update.A[expert], update.scaling) for update in updates]
         own = replace(row, module_name=expert_name(mine.name, expert), stack=mine.name)
-        yield _measured(own, updates[0], updates[1].to(device=one.device), energy, thresholds, findings)
+        yield _measured(own, pair[0], pair[1].to(device=one.device), energy, thresholds, findings)
 
 
 def _measured(

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lorakit.adapters import Adapter, AdapterModule, TensorInfo
-from lorakit.adapters.adapter import Kind
+from lorakit.adapters.adapter import Kind, Read
 from lorakit.adapters.experts import expert_name
 from lorakit.errors import Finding
 from lorakit.lens._rows import ModuleRow
@@ -115,12 +115,13 @@ def measure(
     findings += merged_findings(found, view.modules)
     numbers = _numbers(spectra, thresholds)
     rows = []
-    for module in view.modules:
-        beside = _beside_statistics(view, module.stored, findings)
-        if module.experts is None:
-            rows.append(_row(module, module.name, spectra, numbers, beside))
-        for expert in range(module.experts or 0):
-            rows.append(_row(module, expert_name(module.name, expert), spectra, numbers, beside))
+    with view.source.reader() as read:
+        for module in view.modules:
+            beside = _beside_statistics(read, module.stored, findings)
+            if module.experts is None:
+                rows.append(_row(module, module.name, spectra, numbers, beside))
+            for expert in range(module.experts or 0):
+                rows.append(_row(module, expert_name(module.name, expert), spectra, numbers, beside))
     return tuple(rows)
 
 
@@ -236,13 +237,13 @@ def _state(module: AdapterModule, B: float, A: float, findings: list[Finding]) -
     return "regular" if A and B and module.scaling else "zero"
 
 
-def _beside_statistics(view: Adapter, module: AdapterModule, findings: list[Finding]) -> dict[str, dict[str, float]]:
+def _beside_statistics(read: Read, module: AdapterModule, findings: list[Finding]) -> dict[str, dict[str, float]]:
     """Statistics of mask, magnitudes and bias; a finding for each of them that is not finite."""
     found = {}
     for label, info in (("d", module.mask), ("magnitude", module.magnitude), ("lora_bias", module.bias)):
         if info is None:
             continue
-        values = view.tensor(info).double().flatten()
+        values = read(info.key).double().flatten()
         if not bool(values.isfinite().all()):
             message = f"{module.name}: {info.key} has NaN or infinite entries."
             findings.append(Finding("error", "non_finite", module.name, message))

@@ -228,7 +228,8 @@ def _about_adapter(
 ) -> None:
     """Findings for modules that the adapter updates but the comparison does not show."""
     same = [name for name in unchanged if name in adapted]
-    missing = [name for name in adapted if name not in {row.module_name for row in rows} | set(unchanged)]
+    seen = {row.module_name for row in rows} | set(unchanged)
+    missing = [name for name in adapted if name not in seen]
     for code, names, what in (
         ("adapted_unchanged", same, "are unchanged in the fine-tuned model, although the adapter updates them"),
         ("adapted_missing", missing, "of the adapter are not among the compared weights"),
