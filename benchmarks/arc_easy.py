@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -63,8 +64,8 @@ def prepare(data: Path, out: Path) -> None:
     write_rows(out / "test.jsonl", test)
     known = [completion(row) for row in train]  # ARC-Easy has a few questions in both of its parts
     write_rows(out / "test_loss.jsonl", [row for row in map(completion, test) if row not in known])
-    prompts = [{"text": " ".join(text.split())[:600]} for _, text in sorted(topics.items())]
-    write_rows(out / "documentation.jsonl", prompts)
+    texts = dict.fromkeys(" ".join(text.split())[:600] for _, text in sorted(topics.items()))  # some are equal
+    write_rows(out / "documentation.jsonl", [{"text": text} for text in texts])
 
 
 def train(out: Path) -> None:
@@ -148,7 +149,7 @@ def agree() -> None:
     """How far the small adapter's predictions are the trained one's, on texts that are not questions."""
     from lorakit.evaluation import agreement
 
-    found = agreement("base", "adapter", "small", "documentation.jsonl", length=LENGTH, num_examples=150, batch_size=4)
+    found = agreement("base", "adapter", "small", "documentation.jsonl", length=LENGTH, batch_size=4)
     Path("agreement.json").write_text(json.dumps(found.to_dict(), indent=1), encoding="utf-8")
     keep("agree", found)
 
@@ -157,6 +158,16 @@ def keep(name: str, report: object) -> None:
     """Print a report, and keep its text for the page."""
     print(report)
     Path(f"{name}.txt").write_text(f"{report}\n", encoding="utf-8")
+
+
+BOUNDS = ("difference", "lower", "upper", "verdict")
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table in Markdown; numbers that are not integers have four decimals."""
+    lines = [list(headings), ["---"] * len(headings)]
+    lines += [[f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def page(docs: Path) -> None:
@@ -168,7 +179,7 @@ def page(docs: Path) -> None:
 
     certificate = read_certificate("certificate.json")
     certificate.verify()
-    bench = read_bench("bench")
+    bench = read_bench("bench/bench.json")
     bench.plot().savefig("bench.png", dpi=110)
     target = docs / "evidence" / "arc-easy"
     target.mkdir(parents=True, exist_ok=True)
@@ -184,9 +195,28 @@ def page(docs: Path) -> None:
     training = json.loads(Path("training.json").read_text(encoding="utf-8"))
     losses = [row["loss"] for row in training if "loss" in row]
     fields = texts | {
-        "verdict": certificate.headline,
+        "texts": str(len(json.loads(Path("agreement.json").read_text(encoding="utf-8"))["documents"])),
         "bench": str(bench),
-        "card": certificate.to_model_card(),
+        "steps": table(
+            ("rank", "size, MB", "energy kept", "difference", "lower", "upper", "verdict"),
+            [
+                (
+                    step["rank"],
+                    step["size_bytes"] / 1e6,
+                    step["energy_kept"],
+                    *(step["certificate"][key] for key in BOUNDS),
+                )
+                for step in json.loads(Path("smallest.json").read_text(encoding="utf-8"))["steps"]
+            ],
+        ),
+        "variants": table(
+            ("variant", "parameters", "difference", "lower", "upper", "worst seed", "verdict"),
+            [
+                (row["name"], row["parameters"], row["difference"], row["lower"], row["upper"])
+                + (row["worst_seed_difference"], row["verdict"])
+                for row in bench.rows()
+            ],
+        ),
         "training": f"{losses[0]:.2f} at first and {losses[-1]:.2f} in the end",
         "versions": ", ".join(
             f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "trl", "lm-eval")
@@ -201,12 +231,14 @@ def page(docs: Path) -> None:
 TEMPLATE = """# One adapter from training to certificate: ARC-Easy
 
 SmolLM2-135M-Instruct, a LoRA of rank 64 in all linear modules, all 2,376 test questions. Written by
-`benchmarks/arc_easy.py`; every figure below is its output. <versions>, float32, one thread of an AMD EPYC.
+`benchmarks/arc_easy.py`; every figure below is its output, of one thread of an AMD EPYC in float32.
+
+<versions>
 
 ## Training
 
 TRL's SFTTrainer, one epoch over 2,000 of the training questions (the other 251 are left for choosing), each a prompt
-`Question: …\nAnswer:` and the right answer as the completion. Learning rate 2e-4, batches of 8, alpha 64, nothing
+`Question: … Answer:` and the right answer as the completion. Learning rate 2e-4, batches of 8, alpha 64, nothing
 tuned. The loss of a batch was <training>. What the adapter gains over the base model:
 
 ```text
@@ -228,6 +260,8 @@ and the first that does not PASS ends the search.
 <smallest>
 ```
 
+<steps>
+
 ![differences by rank](arc-easy/smallest.png)
 
 [Certificate](arc-easy/certificate.json), which `lorakit certify --verify` checks;
@@ -235,7 +269,7 @@ and the first that does not PASS ends the search.
 
 ## Agreement without labels
 
-On 150 texts of Python's documentation, which are nothing like the questions:
+On <texts> texts of Python's documentation, which are nothing like the questions:
 
 ```text
 <agree>
@@ -250,6 +284,8 @@ trainings.
 ```text
 <bench>
 ```
+
+<variants>
 
 ![bench](arc-easy/bench.png)
 
