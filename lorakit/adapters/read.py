@@ -182,16 +182,28 @@ class SafetensorsFile:
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[FileIO]:
+        with self._readable():
+            file = self._path.open("rb", buffering=0)  # what was written meanwhile is seen
+        with file:
+            with self._readable():
+                version = _version(file)
+            if version != self._version:
+                raise AdapterFileError(f"{str(self._path)!r} was changed after it had been opened. Open it again.")
+            yield file
+
+    @contextlib.contextmanager
+    def _readable(self) -> Iterator[None]:
         try:
-            with self._path.open("rb", buffering=0) as file:  # what was written meanwhile is seen
-                if _version(file) != self._version:
-                    raise AdapterFileError(f"{str(self._path)!r} was changed after it had been opened. Open it again.")
-                yield file
+            yield
         except OSError as error:
             raise AdapterFileError(f"{str(self._path)!r} cannot be read: {error}.") from error
 
     def _tensor(self, file: FileIO, key: str, rows: slice = slice(None)) -> Tensor:
         """A tensor, or some of its rows."""
+        with self._readable():
+            return self._read(file, key, rows)
+
+    def _read(self, file: FileIO, key: str, rows: slice) -> Tensor:
         info = self._infos[key]
         if info.dtype is None:
             with safe_open(self._path, framework="pt") as checked:
