@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE ?= 1
 
 FUZZ_SECONDS ?= 60
 
-.PHONY: help demo test fuzz fast format docs test-backends test-docs test-servers test-processors lint unit wheel dist setup clean
+.PHONY: help demo test fuzz fast format docs test-backends test-docs test-runs test-servers test-processors lint unit wheel dist setup clean
 
 # A target's help is what stands behind ## on its line.
 help: ## this list
@@ -39,13 +39,17 @@ lint: setup ## ruff and mypy
 # Two files at a time, with one thread each: threads of two processes would wait for each other.
 unit: setup ## the tests that `make test` runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=25 \
-		--ignore=tests/backends --ignore=tests/docs --ignore=tests/servers
+		--ignore=tests/backends --ignore=tests/docs --ignore=tests/servers \
+		--ignore=tests/attacks --ignore=tests/distributed --ignore=tests/experiments
 
 fast: setup ## the quick tests, under a minute on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" --ignore=tests/backends --ignore=tests/docs --ignore=tests/servers
 
 test-docs: setup ## run every block of the README and docs, and build the site
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/docs
+
+test-runs: setup ## experiments, several processes, Ray, and attacks on every command
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/attacks tests/distributed tests/experiments
 
 # The fast tests with the kernels that torch and MKL choose on other processors: no test may depend on which these are.
 test-processors: setup ## the quick tests with other processors' kernels
