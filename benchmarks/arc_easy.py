@@ -212,8 +212,7 @@ def page(docs: Path) -> None:
         "variants": table(
             ("variant", "parameters", "difference", "lower", "upper", "worst seed", "verdict"),
             [
-                (row["name"], row["parameters"], row["difference"], row["lower"], row["upper"])
-                + (row["worst_seed_difference"], row["verdict"])
+                [row[key] for key in ("name", "parameters", *BOUNDS[:3], "worst_seed_difference", "verdict")]
                 for row in bench.rows()
             ],
         ),

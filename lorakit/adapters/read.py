@@ -182,15 +182,17 @@ class SafetensorsFile:
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[FileIO]:
-        with contextlib.ExitStack() as stack:
-            with self._read_errors():
-                file = stack.enter_context(self._path.open("rb", buffering=0))  # what was written meanwhile is seen
-                if _version(file) != self._version:
-                    raise AdapterFileError(f"{str(self._path)!r} was changed after it had been opened. Open it again.")
-            yield file  # the block's own errors, such as those of a full disk that it writes to, are not this file's
+        with self._readable():
+            file = self._path.open("rb", buffering=0)  # what was written meanwhile is seen
+        with file:
+            with self._readable():
+                version = _version(file)
+            if version != self._version:
+                raise AdapterFileError(f"{str(self._path)!r} was changed after it had been opened. Open it again.")
+            yield file
 
     @contextlib.contextmanager
-    def _read_errors(self) -> Iterator[None]:
+    def _readable(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -198,9 +200,13 @@ class SafetensorsFile:
 
     def _tensor(self, file: FileIO, key: str, rows: slice = slice(None)) -> Tensor:
         """A tensor, or some of its rows."""
+        with self._readable():
+            return self._read(file, key, rows)
+
+    def _read(self, file: FileIO, key: str, rows: slice) -> Tensor:
         info = self._infos[key]
         if info.dtype is None:
-            with self._read_errors(), safe_open(self._path, framework="pt") as checked:
+            with safe_open(self._path, framework="pt") as checked:
                 tensor: Tensor = checked.get_tensor(key)
                 return tensor[rows] if info.shape else tensor
         offset, shape = self._offsets[key], info.shape
@@ -208,14 +214,13 @@ class SafetensorsFile:
             offset += rows.start * math.prod(shape[1:]) * info.dtype.itemsize
             shape = (rows.stop - rows.start, *shape[1:])
         data = torch.empty(math.prod(shape) * info.dtype.itemsize, dtype=torch.uint8)
+        file.seek(offset)
         rest = data.numpy().data
-        with self._read_errors():
-            file.seek(offset)
-            while rest:
-                count = file.readinto(rest)
-                if not count:
-                    raise AdapterFileError(f"{str(self._path)!r} ends within {key!r}.")
-                rest = rest[count:]
+        while rest:
+            count = file.readinto(rest)
+            if not count:
+                raise AdapterFileError(f"{str(self._path)!r} ends within {key!r}.")
+            rest = rest[count:]
         return data.view(info.dtype).reshape(shape)
 
 

@@ -13,6 +13,7 @@ import typer
 
 from lorakit import evaluation, fisher
 from lorakit._format import visible
+from lorakit.adapters.atomic import replaced_directory
 from lorakit.allocation import masks_from_probe, ranks_from_probe
 from lorakit.cli._data import (
     DATA_HELP,
@@ -182,8 +183,6 @@ class _Plan:
             decide: Any = masks_from_probe if self.masks else ranks_from_probe
             allocation = decide(report, **self.settings)
         if self.out is not None:
-            from lorakit.adapters.atomic import replaced_directory
-
             config = self._config(report, allocation)
             with replaced_directory(self.out) as directory:
                 config.save_pretrained(str(directory))

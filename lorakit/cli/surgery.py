@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorakit import evaluation
+from lorakit.adapters.edit_log import read_edits
 from lorakit.cli._certified import (
     Alpha,
     Cache,
@@ -111,7 +112,6 @@ def surgery(
     certification = Certification(task, margin, alpha, guard, limit, cache)
     asked = certification.asked(base)
     from lorakit.adapters.companions import check_overwrite
-    from lorakit.adapters.edit_log import read_edits
     from lorakit.surgery import reweight
 
     check_overwrite(out, [adapter], overwrite=overwrite)  # before a model is loaded

@@ -201,7 +201,7 @@ def _shared_prefix_class() -> Any:
             for i, (_, context, _) in enumerate(requests):
                 groups.setdefault(tuple(context), []).append(i)
             rest = []
-            for context, members in groups.items():
+            for context, members in tqdm(groups.items(), desc="Running requests by question", disable=disable_tqdm):
                 longest = max(len(requests[i][2]) for i in members)
                 if not self._shares(context, members, longest):
                     rest += members

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
 from lorakit._registration import register_tuner
-from lorakit.allocation.probed import ProbeReport, ranks_from_probe
 from lorakit.allocation.report import Per, Rule
 from lorakit.errors import UnsupportedModelError
 from lorakit.naming.patterns import (
@@ -28,6 +27,9 @@ from lorakit.naming.patterns import (
 from lorakit.naming.roles import role_of
 from lorakit.naming.targets import default_targets
 from lorakit.tuners._base import InitWeightsAlias, ResolvingLoraModel, integer_errors
+
+if TYPE_CHECKING:
+    from lorakit.allocation.probed import ProbeReport
 
 
 @dataclass
@@ -116,6 +118,8 @@ class FisherLoRAConfig(InitWeightsAlias, LoraConfig):
         Raises: AllocationError (a ValueError) if the budget does not cover `min_rank` in all modules, or the rule does
         not fit; ValueError for an invalid budget or rank.
         """
+        from lorakit.allocation.probed import ranks_from_probe
+
         allocation = ranks_from_probe(
             report, budget=budget, params=params, rule=rule, r=r, min_rank=min_rank, max_rank=max_rank, per=per
         )

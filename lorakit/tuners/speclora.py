@@ -16,7 +16,7 @@ import re
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
@@ -27,7 +27,6 @@ from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
 from lorakit._registration import register_tuner
-from lorakit.allocation.probed import MaskProbeReport, masks_from_probe
 from lorakit.errors import AdapterFileError, UnsupportedModelError
 from lorakit.naming.patterns import compact_pattern, lookup, targeted_modules, targeted_parameters, warn_unmatched
 from lorakit.tuners import _private
@@ -47,6 +46,9 @@ from lorakit.tuners._layers import (
     quantized_class,
 )
 from lorakit.tuners._mask import MODES, Mode, SpectralMask, is_of_other_mode, wrong_mode
+
+if TYPE_CHECKING:
+    from lorakit.allocation.probed import MaskProbeReport
 
 __all__ = [
     "MODES",
@@ -153,6 +155,8 @@ class SpecLoRAConfig(InitWeightsAlias, LoraConfig):
         Raises: AllocationError (a ValueError) if the budget does not cover the smallest ks, or no masks were measured;
         ValueError for an invalid budget or k.
         """
+        from lorakit.allocation.probed import masks_from_probe
+
         ks = masks_from_probe(report, budget=budget, params=params, k=k).ks
         pattern = compact_pattern(ks, {name for name, value in ks.items() if value == k})
         fixed: dict[str, Any] = {"k": k, "k_pattern": pattern, "mode": report.mode}

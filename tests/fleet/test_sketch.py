@@ -59,7 +59,7 @@ def test_a_gauge_changes_nothing(seed, condition):
         gauged[name] = (B @ G, torch.linalg.solve(G, A))
     one, other = _adapter(made), _adapter(gauged)
     torch.testing.assert_close(sketch(one), sketch(other), rtol=1e-9, atol=1e-9)
-    assert similarity(one, other).difference < 1e-7
+    assert similarity(one, other).difference < 1e-6
 
 
 def test_squares_estimate_the_squared_norm(factors):

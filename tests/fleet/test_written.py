@@ -30,7 +30,8 @@ def test_rows_and_frame(home):
     frame = report.to_frame()
     assert len(frame) == 4
     assert frame["warnings"].iloc[0] == ["served_wrong"]
-    assert frame["error_type"].tolist() == [None, None, None, "AdapterFileError"]
+    assert frame["error_type"].isna().tolist() == [True, True, True, False]
+    assert frame["error_type"].iloc[3] == "AdapterFileError"
     assert frame["max_rank"].iloc[0] == 4
     assert "frobenius_norm_percentile" in frame
     json.dumps(report.to_dict(), allow_nan=False)

@@ -53,19 +53,12 @@ def names_of(count: int) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("key_of", [lambda name: "^" + name, lambda name: "^" + re.escape(name), lambda name: name])
-def test_ten_thousand_names_take_no_more_than_linear_time(key_of):
-    """At 16 times as many, the quadratic way would take 256 times as long."""
-
-    def seconds(count):
-        names = names_of(count)
-        start = time.process_time()
-        matcher = PatternMatcher(map(key_of, names))
-        assert [matcher.first(name) for name in names] == list(map(key_of, names))
-        assert matcher.unmatched(names) == []
-        return time.process_time() - start
-
-    small = min(seconds(625) for _ in range(3))
-    assert seconds(10_000) < 64 * small
+def test_ten_thousand_names_find_their_own_keys(key_of):
+    """tests/test_scale.py counts the calls that this takes."""
+    names = names_of(10_000)
+    matcher = PatternMatcher(map(key_of, names))
+    assert [matcher.first(name) for name in names] == list(map(key_of, names))
+    assert matcher.unmatched(names) == []
 
 
 @pytest.mark.slow
