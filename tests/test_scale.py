@@ -100,6 +100,17 @@ def test_calls_and_opened_files_grow_linearly(name, adapter, tmp_path, monkeypat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["audit", "compare"])
+def test_calls_grow_linearly_with_layers(name, adapter, tmp_path):
+    found = []
+    for modules in (2, 250, 500, 1000):  # the first run imports
+        a, b = adapter(f"a{modules}", modules), adapter(f"b{modules}", modules)
+        found.append(calls(COMMANDS[name], a, b, tmp_path / "out"))
+    _, one, two, four = found
+    assert four - two < 1.15 * 2 * (two - one)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["compress", "compress by name", "merge", "merge ties", "export"])
 def test_memory_holds_a_few_modules_at_a_time(name, adapter, tmp_path, monkeypatch):
     width, rank, modules = 256, 128, 16  # more entries than a batch has, so that each module is one

@@ -399,6 +399,12 @@ def test_a_file_that_changes_after_it_was_opened_is_an_error(plain):
         adapter.factors(adapter.modules[0])
 
 
+def test_errors_of_a_reader_s_block_are_not_the_file_s(plain):
+    adapter = open_adapter(plain[0])
+    with pytest.raises(OSError, match="^No space left$"), adapter.source.reader():
+        raise OSError("No space left")
+
+
 @pytest.mark.slow
 def test_the_time_to_read_modules_one_by_one_grows_linearly(tmp_path):
     def seconds(count):

@@ -18,7 +18,7 @@ from lorakit.allocation.budget import read_budget
 from lorakit.lens._rows import grouped
 from lorakit.lens.static import experts
 from lorakit.lens.static.findings import find, find_served_wrong
-from lorakit.lens.static.groups import summarize
+from lorakit.lens.static.groups import summarize, total_norm
 from lorakit.lens.static.recommendation import recommend
 from lorakit.lens.static.report import AuditReport
 from lorakit.lens.static.spectra import AuditedModule, check_extras, measure
@@ -95,6 +95,7 @@ def audit(
     suggestions = suggest(finite, str(float(energy)), budget) if wanted else []
     rows = measured if by == "expert" else experts.groups(measured)
     groups, layers = grouped(rows)
+    norm = total_norm(rows)
     return AuditReport(
         path=view.path,
         peft_type=view.settings.peft_type,
@@ -102,9 +103,9 @@ def audit(
         base=os.fspath(base) if isinstance(base, str | os.PathLike) else None,
         energy=energy,
         modules=rows,
-        total=summarize("all", rows, rows),
-        roles=tuple(summarize(name, group, rows) for name, group in groups.items()),
-        layers=tuple(summarize(name, group, rows) for name, group in layers.items()),
+        total=summarize("all", rows, norm),
+        roles=tuple(summarize(name, group, norm) for name, group in groups.items()),
+        layers=tuple(summarize(name, group, norm) for name, group in layers.items()),
         parameters_beside=sum(extra.info.numel for extra in view.extras)
         + sum(info.numel for module in view.modules for info in module.extras),
         suggestions=tuple(suggestions),

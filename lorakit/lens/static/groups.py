@@ -47,12 +47,12 @@ class GroupSummary:
     relative_norm: float | None = None
 
 
-def summarize(name: str, modules: Sequence[AuditedModule], everything: Sequence[AuditedModule]) -> GroupSummary:
-    """The summary of `modules`, a part of `everything`."""
+def summarize(name: str, modules: Sequence[AuditedModule], all_norm: float) -> GroupSummary:
+    """The summary of `modules`, a part of those whose `total_norm` is `all_norm`."""
     layers = [module.layer for module in modules if module.layer is not None]
     ranks = [module.rank for module in modules]
     finite = [module for module in modules if module.energy_rank is not None]
-    norm, all_norm = total_norm(finite), total_norm(everything)
+    norm = total_norm(finite)
     thresholds = (finite[0].energy_rank or {}) if finite else {}
     ks = {q: [m.energy_rank[q] for m in finite if m.energy_rank] for q in thresholds}
     metrics = {metric: [float(getattr(module, metric) or 0.0) for module in finite] for metric in _METRICS}
