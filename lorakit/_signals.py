@@ -18,7 +18,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Those whose handlers may raise an exception: Ctrl-C, schedulers, time limits. SIGINT is removed last.
+# Those whose handlers may raise an exception: Ctrl-C, schedulers, time limits.
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGBREAK")
 _SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 _GUARDED: set[CodeType] = set()  # functions that are not interrupted
@@ -48,9 +48,20 @@ class _Deferral:
                 return
 
     def remove(self) -> None:
-        for number, handler in reversed(self._before.items()):
-            if signal.getsignal(number) is self._handler:  # else the block has set one of its own, or there was none
-                signal.signal(number, handler)
+        """Give every signal its former handler again; one that arrives when it has it ends this only at the end."""
+        raised: BaseException | None = None
+        left = list(self._before.items())
+        while left:
+            try:
+                while left:
+                    number, handler = left[-1]
+                    if signal.getsignal(number) is self._handler:  # else the block has set another, or there was none
+                        signal.signal(number, handler)
+                    left.pop()
+            except BaseException as error:
+                raised = error
+        if raised is not None:
+            raise raised
 
     def deliver(self, frame: FrameType | None) -> None:
         """Call the former handlers for the signals that were kept, as if they had arrived in `frame`."""
@@ -106,8 +117,10 @@ class _Uninterrupted(contextlib.ContextDecorator, Generic[T]):
         try:
             return self._inner.__exit__(kind, error, trace)
         finally:
-            self._deferral.remove()
-            self._deferral.deliver(sys._getframe(1))
+            try:
+                self._deferral.remove()
+            finally:
+                self._deferral.deliver(sys._getframe(1))
 
 
 def uninterrupted(function: Callable[P, T]) -> Callable[P, T]:
@@ -126,8 +139,10 @@ def _run(function: Callable[[], T]) -> T:
         deferral.install()
         return function()
     finally:
-        deferral.remove()
-        deferral.deliver(sys._getframe(1))
+        try:
+            deferral.remove()
+        finally:
+            deferral.deliver(sys._getframe(1))
 
 
 _GUARDED |= {_Uninterrupted.__enter__.__code__, _Uninterrupted.__exit__.__code__, _run.__code__}

@@ -40,10 +40,10 @@ LOOKED_AFTER = {"RESUME", "CALL", "CALL_KW", "CALL_FUNCTION_EX", "JUMP_BACKWARD"
 
 
 class Interrupts:
-    """Sends SIGINT at the `place`-th point in lorakit or contextlib at which Python looks for signals."""
+    """Sends a signal at the `place`-th point in lorakit or contextlib at which Python looks for signals."""
 
-    def __init__(self, place: int | None = None) -> None:
-        self.place, self.seen = place, 0
+    def __init__(self, place: int | None = None, number: int = signal.SIGINT) -> None:
+        self.place, self.number, self.seen = place, number, 0
         self.last = {}  # the instruction that each frame has executed
 
     def _trace(self, frame, event, _):
@@ -53,7 +53,7 @@ class Interrupts:
         if event == "opcode":
             if self.last.get(frame) in LOOKED_AFTER:
                 if self.seen == self.place:
-                    signal.raise_signal(signal.SIGINT)
+                    signal.raise_signal(self.number)
                 self.seen += 1
             self.last[frame] = dis.opname[frame.f_code.co_code[frame.f_lasti]]
         return self._trace
@@ -72,16 +72,32 @@ class Interrupts:
         return False
 
 
-def at_every_place(action, check):
+def at_every_place(action, check, number=signal.SIGINT):
     counted = Interrupts()
-    assert not counted.run(action)
-    check()
-    assert counted.seen > 10
-    handler = signal.getsignal(signal.SIGINT)
-    for place in range(counted.seen):
-        assert Interrupts(place).run(action), f"place {place}: the interrupt was lost"
+    gc.collect()
+    gc.disable()  # a collection runs code that is not the action's
+    try:
+        assert not counted.run(action)
         check()
-        assert signal.getsignal(signal.SIGINT) is handler, f"place {place}: the handler was not restored"
+        assert counted.seen > 10
+        before = handlers()
+        for place in range(counted.seen):
+            assert Interrupts(place, number).run(action), f"place {place}: the interrupt was lost"
+            check()
+            assert handlers() == before, f"place {place}: a handler was not restored"
+    finally:
+        gc.enable()
+
+
+def handlers():
+    return {number: signal.getsignal(number) for number in signal.valid_signals()}
+
+
+@pytest.fixture(autouse=True)
+def handlers_stay():
+    before = handlers()
+    yield
+    assert handlers() == before
 
 
 class Log(list):
@@ -108,6 +124,23 @@ def test_what_is_entered_is_left_whatever_is_interrupted():
             assert names == ["b", "c", "d"]
 
     at_every_place(action, log.check)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGALRM, signal.SIGUSR1])
+def test_every_handler_is_restored_whichever_signal_arrives(number):
+    """One signal that has its own handler again may raise before the other handlers are restored."""
+    log = Log()
+
+    def action():
+        with log.manager("a"):
+            uninterrupted(lambda: None)()
+
+    before = {one: signal.signal(one, signal.default_int_handler) for one in (signal.SIGALRM, signal.SIGUSR1)}
+    try:
+        at_every_place(action, log.check, number)
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def test_a_manager_inside_another_one():
