@@ -95,9 +95,12 @@ def handlers():
 
 @pytest.fixture(autouse=True)
 def handlers_stay():
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     before = handlers()
     yield
-    assert handlers() == before
+    after = handlers()
+    signal.signal(signal.SIGINT, inherited)
+    assert after == before
 
 
 class Log(list):
