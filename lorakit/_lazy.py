@@ -65,6 +65,7 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "tally": ("Collected",),
     },
     "lorakit.compress": {
+        "_heal": ("Healed",),
         "_report": ("CompressReport", "CompressedModule"),
         "_smallest": ("smallest",),
         "ladder": ("SmallestReport", "SmallestStep"),

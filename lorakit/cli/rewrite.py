@@ -88,6 +88,10 @@ Ranks = Annotated[
 Energy = Annotated[float | None, typer.Option(help="Share of the updates' energy to keep, in (0, 1].")]
 Budget = Annotated[str | None, typer.Option(help="For all factors as written: 2000000, 2M (parameters), 4MB (bytes).")]
 EnergyOfOption = Annotated[EnergyOf, typer.Option("--energy-of", help="Keep the energy in every module, or in total.")]
+HealSteps = Annotated[
+    int, typer.Option(min=0, help="With --smallest: steps in which each cut adapter learns the original's predictions.")
+]
+HealText = Annotated[str | None, typer.Option(help="Texts that it learns from, without labels: a file or dataset id.")]
 PerModule = Annotated[bool, typer.Option("--per-module", help="Choose ranks module by module; the file is compact.")]
 
 
@@ -110,6 +114,8 @@ def compress(
     guard: Guard = None,
     limit: Limit = None,
     cache: Cache = None,
+    heal_steps: HealSteps = 0,
+    heal_text: HealText = None,
     device: Device = None,
     dtype: Dtype = "auto",
     load_in_4bit: FourBit = False,
@@ -122,6 +128,8 @@ def compress(
     """Write the best adapter of lower rank; give one of --ranks, --energy, --budget, --max-rank, --smallest."""
     given = {"ranks": ranks, "energy": energy, "budget": budget, "max_rank": max_rank}
     _check_criterion({**given, "smallest": smallest or None}, energy_of, per_module)
+    if bool(heal_steps) != (heal_text is not None) or (heal_steps and not smallest):
+        raise typer.BadParameter("go together, and with --smallest.", param_hint="--heal-steps, --heal-text")
     certification = Certification(task, margin, alpha, guard, limit, cache)
     loaded = (device, dtype, load_in_4bit, revision, trust_remote_code)
     option = "--smallest" if smallest else None
@@ -133,7 +141,8 @@ def compress(
     if smallest:
         if compact or for_server is not None:
             raise typer.BadParameter("do not go with --smallest.", param_hint="--compact, --for")
-        _show_smallest(write_smallest(adapter, out, verify=verify, **settings), as_json)
+        healing: dict[str, Any] = {"heal_steps": heal_steps, "heal_text": heal_text}
+        _show_smallest(write_smallest(adapter, out, verify=verify, **healing, **settings), as_json)
     criterion: dict[str, Any] = given if ranks is None else {"ranks": _ranks(ranks)}
     criterion |= {"energy_of": energy_of.value, "per_module": per_module, "pad": not compact}
     criterion |= {"for_server": for_server, "base": base, "verify": verify}

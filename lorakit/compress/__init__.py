@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from lorakit._lazy import attach  # not `from lorakit import`, which waits for a thread that imports lorakit
 
 if TYPE_CHECKING:
+    from lorakit.compress._heal import Healed as Healed
     from lorakit.compress._report import CompressedModule as CompressedModule
     from lorakit.compress._report import CompressReport as CompressReport
     from lorakit.compress._smallest import smallest as smallest

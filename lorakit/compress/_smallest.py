@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lorakit.adapters import open_adapter
 from lorakit.adapters.companions import check_overwrite
+from lorakit.compress._heal import prepare
 from lorakit.compress._truncate import truncate
 from lorakit.compress.ladder import LADDER, Rung, SmallestReport, descend
 from lorakit.errors import EvaluationError
@@ -30,6 +32,11 @@ def smallest(
     used_documents: Sequence[str] = (),
     cache: str | os.PathLike[str] | None = None,
     options: LoadOptions | None = None,
+    heal_steps: int = 0,
+    heal_text: Any = None,
+    heal_learning_rate: float = 1e-4,
+    heal_length: int = 256,
+    heal_seed: int = 0,
     overwrite: bool = False,
     verify: bool = True,
     progress: bool = True,
@@ -42,13 +49,23 @@ def smallest(
     written with the adapter, beside it and into its model card, in one step. Where the largest rank does not PASS,
     nothing is written.
 
+    With `heal_steps`, each cut adapter is healed before it is judged: its factors are trained for that many steps of 8
+    texts to predict what `adapter` predicts (the KL divergence to it, on every token, by AdamW and a cosine schedule).
+    No labels are needed. What the healed adapter then predicts on the texts says nothing about the tasks, so documents
+    of a task among the texts are refused.
+
     Args:
         adapter: a directory, or a Hub id.
         out: a directory, made if need be; its adapter is replaced, and only if a rank PASSes.
         base, tasks, margin, alpha, guards, groups, tokenizer, limit, used_documents, cache, options, progress: as in
             `lorakit.evaluation.certify`.
+        heal_steps: how many steps; 0: no healing.
+        heal_text: what it learns from: a list of texts, a source of `lorakit.data.loader`, or batches with `labels`.
+        heal_learning_rate, heal_length, heal_seed: the first learning rate, the longest text in tokens, and the seed of
+            their order.
         overwrite, verify: as in `truncate`.
-    Raises: EvaluationError for an adapter of rank 1, and as `certify`; as `truncate`.
+    Raises: EvaluationError for an adapter of rank 1, for healing that has no texts, no finite loss, or texts that a
+        task has too, and as `certify`; as `truncate`.
     Reference: Maurer, Hothorn and Lehmacher, "Multiple comparisons in drug clinical trials and preclinical assays:
         a-priori ordered hypotheses", 1995.
 
@@ -91,8 +108,17 @@ def smallest(
         progress=progress,
     )
 
+    comparison = Comparison(base, question, reference=adapter)
+    healing = None
+    if heal_steps or heal_text is not None:
+        settings: dict[str, Any] = {"learning_rate": heal_learning_rate, "length": heal_length, "seed": heal_seed}
+        text = (heal_text, comparison.tokenizer)
+        healing = prepare(comparison.model, adapter, *text, steps=heal_steps, progress=progress, **settings)
+        comparison.question = replace(question, used_documents=[*used_documents, *healing.documents])
+
     def write(directory: str, rank: int) -> Rung:
         report = truncate(adapter, directory, max_rank=rank, verify=verify)
-        return Rung(report, report.energy_kept)
+        healed = None if healing is None else healing.heal(comparison.model, directory)
+        return Rung(report, report.energy_kept, healed)
 
-    return descend(adapter, out, ladder, write, Comparison(base, question, reference=adapter), source)
+    return descend(adapter, out, ladder, write, comparison, source)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lorakit._figures import escape_mathtext, new_figure
 from lorakit._format import size
 from lorakit._report import Report, Table
+from lorakit.compress._heal import Healed
 from lorakit.evaluation import Certificate
 from lorakit.evaluation._written import place
 from lorakit.evaluation.comparison import Comparison
@@ -28,13 +29,17 @@ LADDER = (512, 256, 128, 64, 32, 16, 8, 4, 2, 1)
 
 @dataclass(frozen=True)
 class SmallestStep:
-    """One rank that was tested: what the adapter has at it, and the certificate."""
+    """One rank that was tested: what the adapter has at it, and the certificate.
+
+    `healed` says what healing did before the adapter was scored; None without. `energy_kept` is that of the cut.
+    """
 
     rank: int
     parameters: int
     size_bytes: int
     energy_kept: float
     certificate: Certificate
+    healed: Healed | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -80,8 +85,14 @@ class SmallestReport(Report):
 
     @property
     def details(self) -> tuple[str, ...]:
-        """The certificate's tasks."""
-        return self.certificate.details
+        """The certificate's tasks, and what healing did."""
+        healed = next((step.healed for step in self.steps if step.rank == (self.rank or step.rank)), None)
+        if healed is None:
+            return self.certificate.details
+        told = (
+            f"healed in {healed.steps} steps: KL from the original {healed.kl_before:.4g} → {healed.kl_after:.4g} nats"
+        )
+        return (*self.certificate.details, f"{told} a token, on the texts it learned from")
 
     @property
     def next_steps(self) -> tuple[str, ...]:
@@ -100,13 +111,22 @@ class SmallestReport(Report):
             ("upper", lambda step: f"{step.certificate.upper:+.4f}"),
             ("verdict", lambda step: step.verdict),
         ]
+        if any(step.healed is not None for step in self.steps):
+            columns.insert(3, ("KL, healed", _divergences))
         note = f"From large to small, until one does not PASS. Bounds are one-sided, each at level {self.alpha:g}."
         return [Table.of("", columns, self.steps, note=note)]
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a rank and task."""
         return [
-            {"rank": step.rank, "size_bytes": step.size_bytes, "energy_kept": step.energy_kept, **row}
+            {
+                "rank": step.rank,
+                "size_bytes": step.size_bytes,
+                "energy_kept": step.energy_kept,
+                "kl_before": None if step.healed is None else step.healed.kl_before,
+                "kl_after": None if step.healed is None else step.healed.kl_after,
+                **row,
+            }
             for step in self.steps
             for row in step.certificate.rows()
         ]
@@ -126,12 +146,17 @@ class SmallestReport(Report):
         return figure
 
 
+def _divergences(step: SmallestStep) -> str:
+    return "" if step.healed is None else f"{step.healed.kl_before:.4g} → {step.healed.kl_after:.4g}"
+
+
 @dataclass(frozen=True)
 class Rung:
-    """An adapter that was written at one rank, and the share of its energy that was kept."""
+    """An adapter that was written at one rank, the share of its energy that the cut kept, and what healing did."""
 
     report: WrittenReport
     energy_kept: float
+    healed: Healed | None = None
 
 
 def descend(
@@ -155,9 +180,10 @@ def descend(
             nonlocal before
             rung = write(os.fspath(Path(directory, str(rank))), rank)
             before = rung.report
-            candidate = comparison.score([before.path], names=[f"{source} at rank {rank}"])
-            certificate = comparison.certificate([reference], candidate)
-            steps.append(SmallestStep(rank, before.parameters, before.size_bytes, rung.energy_kept, certificate))
+            name = f"{source} at rank {rank}" + ("" if rung.healed is None else ", healed")
+            certificate = comparison.certificate([reference], comparison.score([before.path], names=[name]))
+            sizes = (rank, before.parameters, before.size_bytes)
+            steps.append(SmallestStep(*sizes, rung.energy_kept, certificate, rung.healed))
             return certificate.verdict
 
         rank = fixed_sequence(ladder, test).last_passing

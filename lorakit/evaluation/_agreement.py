@@ -333,7 +333,7 @@ class _Compared:
 @torch.no_grad()
 def _compared(sides: Sequence[Side], batches: Any, progress: bool) -> Iterator[_Compared]:
     for batch in tqdm(batches, desc="agreement", unit="batch", disable=not progress, delay=1.0):
-        predictions = [_log_probabilities(side, batch) for side in sides]
+        predictions = [log_probabilities(side, batch) for side in sides]
         for i, document in enumerate(document_digests(batch)):
             first, *others = (rows[i] for rows in predictions)
             if len(first) == 0:
@@ -351,7 +351,7 @@ def _compared(sides: Sequence[Side], batches: Any, progress: bool) -> Iterator[_
             )
 
 
-def _log_probabilities(side: Side, batch: Mapping[str, Tensor]) -> list[Tensor]:
+def log_probabilities(side: Side, batch: Mapping[str, Tensor]) -> list[Tensor]:
     """For each document the log-probabilities (places, vocabulary) in float32, where the next token has a label."""
     with side() as model:
         device = model.get_input_embeddings().weight.device

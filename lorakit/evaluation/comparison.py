@@ -97,9 +97,9 @@ class Comparison:
         self.question = question
         self._base = label_of(base)
         self.model = load_base(base, question.options)
-        self._tokenizer = question.tokenizer
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(base, reference, question.options)
+        self.tokenizer = question.tokenizer
+        if self.tokenizer is None:
+            self.tokenizer = load_tokenizer(base, reference, question.options)
         self._weights = base_digest(self.model)
 
     def score(self, adapters: Sequence[Any], names: Sequence[str] | None = None) -> Side:
@@ -122,7 +122,7 @@ class Comparison:
                 scores = scored(
                     model,
                     question.wanted,
-                    self._tokenizer,
+                    self.tokenizer,
                     limit=question.limit,
                     cache=question.cache,
                     weights=weights,
@@ -188,7 +188,7 @@ class Comparison:
                 "reference": [one for side in references for one in side.hashes],
                 "candidate": list(candidate.hashes),
                 "tasks": {task.name: task.fingerprint() for task in question.wanted},
-                "tokenizer": tokenizer_digest(self._tokenizer),
+                "tokenizer": tokenizer_digest(self.tokenizer),
             },
             environment={**environment(), "device": str(self.model.device)},
             created=datetime.now(UTC).isoformat(timespec="seconds"),
