@@ -351,6 +351,7 @@ def test_a_model_is_restored_wherever_ctrl_c_arrives(name):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in callbacks of other libraries
 @pytest.mark.parametrize("kind", ["fisher", "surgery"])
 def test_whole_passes_interrupted_by_a_timer(kind):
     """Real signals, at times that nobody chose, from the first instruction to the last."""

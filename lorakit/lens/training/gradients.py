@@ -2,8 +2,9 @@
 
 κ = ‖UᵀGV‖_F / ‖G‖_F. G = Σ_t δ_t x_tᵀ is the gradient with respect to a module's effective weight; δ and x are its
 output gradients and inputs; U and V are the singular vectors of its ΔW. G is never formed. With ΔW = scaling · B A,
-UᵀGV follows from BᵀGAᵀ = Σ_t (Bᵀδ_t)(A x_t)ᵀ, and ‖G‖_F² is the mean of ‖Gω‖² over random sign vectors ω (Hutchinson).
-Both are sums over tokens, so they add up over micro-batches and processes as G does.
+UᵀGV follows from BᵀGAᵀ = Σ_t (Bᵀδ_t)(A x_t)ᵀ, of whose factors a LoRA layer has both at hand, and ‖G‖_F² is the mean
+of ‖Gω‖² over random sign vectors ω (Hutchinson). Both are sums over tokens, so they add up over micro-batches and
+processes as G does.
 
 Reference: "LoRA's Low-Rank Assumption: When It Holds, When It Breaks", 2026, gradient-subspace overlap metric.
 """
@@ -60,8 +61,9 @@ def watch_gradients(
     """Watch the gradients of all forward and backward passes in the block, for `lorakit.lens.snapshot`.
 
     Put the block around all micro-batches of one training step, and end it before the optimizer's step. It costs two
-    products with (r + projections) columns per token and module. ‖G‖_F² is estimated with a relative standard
-    deviation of at most √(2 / projections).
+    products with `projections` columns per token and module, the first of which modules with one input share; with r
+    more where a layer does more than LoRA's plain step (dropout, DoRA) and in float16. ‖G‖_F² is estimated with a
+    relative standard deviation of at most √(2 / projections).
 
     Only linear modules are watched. The passes themselves do not change, also under gradient checkpointing, mixed
     precision, loss scaling and fully_shard. bfloat16 gradients are multiplied in bfloat16, all others in float32 or
@@ -103,7 +105,7 @@ class GradientProbes:
         self._projections = projections
         signs = _Signs(projections, seed)
         self._probes = [_Probe(module, signs) for module in modules if module.is_linear()]
-        handles = [probe.module.layer.register_forward_hook(probe.see, with_kwargs=True) for probe in self._probes]
+        handles = [handle for probe in self._probes for handle in probe.hooks()]
         self._removal = weakref.finalize(self, _remove, handles)  # also if training was interrupted
 
     def remove(self) -> None:
@@ -152,6 +154,7 @@ class _Signs:
     def __init__(self, projections: int, seed: int) -> None:
         self.projections, self.seed = projections, seed
         self._made: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+        self._last: tuple[weakref.ref[Tensor], int, Tensor] | None = None
 
     def of(self, x: Tensor) -> Tensor:
         key = (x.shape[-1], x.device, x.dtype)
@@ -162,16 +165,44 @@ class _Signs:
             self._made[key] = (2 * bits - 1).to(x.dtype)
         return self._made[key]
 
+    def products(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """(tokens, projections): the tokens' products with the signs, made once for modules that have one input."""
+        if self._last is not None:
+            of, version, found = self._last
+            if of() is x and version == x._version and found.dtype == dtype:
+                return found
+        flat = _tokens(x, dtype)
+        found = flat @ self.of(flat).mT
+        self._last = (weakref.ref(x), x._version, found)
+        return found
+
+
+def _tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return rearrange(x.detach(), "... d -> (...) d").to(dtype)
+
 
 class _Probe:
-    """Sums one module's BᵀGAᵀ (r, r) and (GΩ)ᵀ (projections, d_out) over all passes."""
+    """Sums one module's BᵀGAᵀ (r, r) and (GΩ)ᵀ (projections, d_out) over all passes.
+
+    A plain LoRA layer computes A x itself, and its gradient is scaling · Bᵀδ; they are taken from there where they are
+    exactly that, and computed elsewhere.
+    """
 
     def __init__(self, module: LiveModule, signs: _Signs) -> None:
         self.module, self.signs = module, signs
         self.core: Tensor | None = None
         self.sketch: Tensor | None = None
+        self._hidden: Tensor | None = None  # what A gave in the pass that is running
 
-    def see(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def hooks(self) -> list[RemovableHandle]:
+        layer, down = self.module.layer, self.module.down
+        return [down.register_forward_hook(self._keep), layer.register_forward_hook(self._see, with_kwargs=True)]
+
+    def _keep(self, down: nn.Module, args: Any, output: Any) -> None:
+        self._hidden = output if isinstance(output, Tensor) else None
+
+    def _see(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        hidden, self._hidden = self._hidden, None
         x = args[0] if args else next(iter(kwargs.values()), None)
         if not (isinstance(output, Tensor) and output.requires_grad and isinstance(x, Tensor) and x.ndim):
             return
@@ -179,24 +210,49 @@ class _Probe:
 
         with torch.no_grad(), _no_autocast(x.device.type):
             dtype = output.dtype if output.dtype == torch.bfloat16 else torch.promote_types(output.dtype, torch.float32)
-            x = rearrange(x.detach(), "... d -> (...) d").to(dtype)
-            A = read_weight(self.module.down)
-            projected = x @ torch.cat([A.to(x.dtype), self.signs.of(x)]).mT
+            if hidden is not None and self._is_plain(hidden, x):
+                kept, projected = hidden.detach(), self.signs.products(x, dtype)
+                cast(Any, hidden).register_hook(lambda gradient: self._receive_hidden(kept, gradient))
+            else:
+                flat = _tokens(x, dtype)
+                projected = flat @ torch.cat([read_weight(self.module.down).to(dtype), self.signs.of(flat)]).mT
         cast(Any, output).register_hook(lambda gradient: self._receive(projected, gradient))
+
+    def _is_plain(self, hidden: Tensor, x: Tensor) -> bool:
+        """Whether `hidden` is A x of all tokens of x, and the layer adds scaling · B A x and nothing else of it."""
+        name, layer = self.module.adapter_name, cast(Any, self.module.layer)
+        dropout = layer.lora_dropout[name]
+        return (
+            name not in getattr(layer, "lora_variant", {})
+            and (isinstance(dropout, nn.Identity) or not dropout.training or dropout.p == 0)
+            and hidden.shape[:-1] == x.shape[:-1]
+            and hidden.requires_grad
+            and hidden.dtype != torch.float16  # in which Bᵀδ may vanish
+            and self.module.scaling != 0
+        )
+
+    @torch.no_grad()
+    def _receive_hidden(self, hidden: Tensor, gradient: Tensor) -> None:
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        with _no_autocast(gradient.device.type):
+            self._add_core(_tokens(gradient, dtype).mT @ _tokens(hidden, dtype) / self.module.scaling)
 
     @torch.no_grad()
     def _receive(self, projected: Tensor, gradient: Tensor) -> None:
-        from lorakit.adapters.in_model import read_weight
-
         with _no_autocast(gradient.device.type):
-            B = read_weight(self.module.up)
-            delta = rearrange(gradient, "... d -> (...) d").to(projected.dtype)
-            sums = projected.mT @ delta  # (G Aᵀ)ᵀ and (G Ω)ᵀ: faster than the products untransposed
+            delta = _tokens(gradient, projected.dtype)
+            sums = projected.mT @ delta  # (G Aᵀ)ᵀ, unless it comes from elsewhere, and (G Ω)ᵀ: faster untransposed
             sums = sums.to(torch.promote_types(sums.dtype, torch.float32))
-            core = (sums[: B.shape[1]] @ B.to(sums.dtype)).mT
-        sketch = sums[B.shape[1] :]
-        self.core = core if self.core is None else self.core + core
+            rank = len(sums) - self.signs.projections
+            if rank:
+                from lorakit.adapters.in_model import read_weight
+
+                self._add_core((sums[:rank] @ read_weight(self.module.up).to(sums.dtype)).mT)
+        sketch = sums[rank:]
         self.sketch = sketch if self.sketch is None else self.sketch + sketch
+
+    def _add_core(self, core: Tensor) -> None:
+        self.core = core if self.core is None else self.core + core
 
 
 class _Seen(NamedTuple):

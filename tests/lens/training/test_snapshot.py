@@ -18,6 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from lorakit import FisherLoRAConfig, SpecLoRAConfig, lens
 from lorakit.errors import UnsupportedModelError
 from lorakit.lens import Snapshot
+from lorakit.lens.training.gradients import _Probe
 
 CONFIGS = {
     "LORA": lambda: LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
@@ -317,6 +318,44 @@ def test_micro_batches_add_up(adapted, batch):
     for name, one in gradients.overlaps.items():
         other = together.overlaps[name]
         assert (one.seen_norm, one.gradient_norm) == pytest.approx((other.seen_norm, other.gradient_norm), rel=1e-4)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_the_layers_have_at_hand_is_what_would_be_computed(adapted, batch, autocast, monkeypatch):
+    found = []
+    for plain in (True, False):
+        if not plain:
+            monkeypatch.setattr(_Probe, "_is_plain", lambda *args: False)
+        with lens.watch_gradients(adapted) as gradients, torch.autocast("cpu", enabled=autocast):
+            adapted(**batch).loss.backward()
+        adapted.zero_grad()
+        found.append(gradients.overlaps)
+    assert found[0].keys() == found[1].keys() != set()
+    for name, one in found[0].items():
+        other = found[1][name]
+        close = pytest.approx if autocast is False else (lambda value: pytest.approx(value, rel=0.05, abs=1e-6))
+        assert one.seen_norm == close(other.seen_norm)
+        assert one.gradient_norm == close(other.gradient_norm)
+
+
+def test_the_shortcut_is_taken_where_it_is_exact_and_nowhere_else(tiny_llama, randomize, batch, monkeypatch):
+    taken = []
+    is_plain = _Probe._is_plain
+    monkeypatch.setattr(_Probe, "_is_plain", lambda *args: taken.append(is_plain(*args)) or taken[-1])
+    for options, training, expected in (
+        ({}, True, True),
+        ({"lora_dropout": 0.5}, False, True),
+        ({"lora_dropout": 0.5}, True, False),
+        ({"use_dora": True}, True, False),
+    ):
+        config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **options)
+        model = randomize(get_peft_model(tiny_llama(), config)).train(training)
+        taken.clear()
+        with lens.watch_gradients(model) as gradients:
+            model(**batch).loss.backward()
+        assert taken
+        assert set(taken) == {expected}
+        assert len(gradients.overlaps) == len(layers_of(model))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
