@@ -246,6 +246,8 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "_edit": ("SurgeryReport",),
         "_report": ("EditedRow", "SensitivityReport", "SensitivityRow"),
+        "_refine": ("refine",),
+        "_refine_report": ("RefineCandidate", "RefineReport"),
         "_reweight": ("reweight",),
         "_select": ("select_modules",),
         "_sensitivity": ("sensitivity",),

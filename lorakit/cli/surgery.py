@@ -35,7 +35,7 @@ from lorakit.cli._data import (
     read_examples,
 )
 from lorakit.cli._models import Device, Dtype, FourBit, Revision, Trust, load_options
-from lorakit.cli._output import Column, Overwrite, print_folded, print_json, print_lines
+from lorakit.cli._output import EXIT_CODES, Column, Overwrite, print_folded, print_json, print_lines, show
 from lorakit.data import tokenizer_for
 from lorakit.errors import SurgeryError
 from lorakit.naming.roles import layer_of
@@ -93,6 +93,12 @@ def surgery(
     columns: Columns = None,
     split: Split = None,
     seed: Annotated[int, typer.Option(help="Seed of policies that draw.")] = 0,
+    refine: Annotated[
+        bool,
+        typer.Option("--refine", help="Try several policies; write the best only if it passes --task."),
+    ] = False,
+    controls: Annotated[int, typer.Option(min=19, help="With --refine: random edits that it must beat.")] = 19,
+    num_selection: Annotated[int, typer.Option(min=1, help="With --refine: examples that choose among edits.")] = 128,
     task: Task = None,
     margin: Margin = None,
     alpha: Alpha = None,
@@ -110,16 +116,40 @@ def surgery(
     """Reweight the singular values of an adapter's updates by what calibration data says of them."""
     bounds = None if layers is None else _bounds(layers)
     certification = Certification(task, margin, alpha, guard, limit, cache)
-    asked = certification.asked(base)
+    asked = certification.asked(base) if not refine else _asked_to_refine(task, aggregate, policy)
     from lorakit.adapters.companions import check_overwrite
     from lorakit.surgery import reweight
 
     check_overwrite(out, [adapter], overwrite=overwrite)  # before a model is loaded
     tokenizer = tokenizer_for(adapter, base, revision=revision, trust_remote_code=trust_remote_code)
-    reading: dict[str, Any] = {"length": length, "batch_size": batch_size, "num_examples": num_examples, "split": split}
+    used = num_examples + (num_selection if refine else 0)
+    reading: dict[str, Any] = {"length": length, "batch_size": batch_size, "num_examples": used, "split": split}
     batches = read_examples(data, tokenizer, columns, shuffle_seed=shuffle_seed, start=start, **reading)
     options = load_options(device, dtype, load_in_4bit, revision, trust_remote_code)
     model = evaluation.load_adapted(base, adapter, options)
+    if refine:
+        from lorakit.surgery import refine as refine_adapter
+
+        decided = refine_adapter(
+            model,
+            batches,
+            task=task[0] if task else None,
+            guards=guard or (),
+            margin=0.01 if margin is None else margin,
+            alpha=0.05 if alpha is None else alpha,
+            controls=controls,
+            num_examples=num_examples,
+            num_selection=num_selection,
+            target_modules=_targets(model, modules, bounds),
+            preserve_energy=preserve_energy.value,
+            limit=limit,
+            tokenizer=tokenizer,
+            seed=seed,
+        )
+        if decided.kept:
+            decided.save(out, previous=read_edits(adapter), source=adapter, overwrite=overwrite)
+        show(decided, as_json)
+        raise typer.Exit(EXIT_CODES[decided.verdict])
     how: dict[str, Any] = {"policy": policy.value, "preserve_energy": preserve_energy.value, "seed": seed}
     how |= {"aggregate": None if aggregate is None else aggregate.value, "num_examples": num_examples}
 
@@ -133,6 +163,15 @@ def surgery(
     report, certificate = evaluation.write_certified(write, out, **settings) if asked else (write(out), None)
     _show(adapter, out, report, batches.report, certificate, as_json)
     finish(certificate, as_json=as_json)
+
+
+def _asked_to_refine(task: list[str] | None, aggregate: AggregateName | None, policy: PolicyName) -> bool:
+    """True, for options that go with --refine."""
+    if task is None or len(task) != 1:
+        raise typer.BadParameter("must be given once with --refine.", param_hint="--task")
+    if aggregate is not None or policy is not PolicyName.smooth_abs:
+        raise typer.BadParameter("do not go with --refine, which tries several.", param_hint="--policy, --aggregate")
+    return True
 
 
 def _show(

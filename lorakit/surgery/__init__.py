@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from lorakit.surgery._policies import RobustZ as RobustZ
     from lorakit.surgery._policies import SmoothAbs as SmoothAbs
     from lorakit.surgery._policies import ZScore as ZScore
+    from lorakit.surgery._refine import refine as refine
+    from lorakit.surgery._refine_report import RefineCandidate as RefineCandidate
+    from lorakit.surgery._refine_report import RefineReport as RefineReport
     from lorakit.surgery._report import EditedRow as EditedRow
     from lorakit.surgery._report import SensitivityReport as SensitivityReport
     from lorakit.surgery._report import SensitivityRow as SensitivityRow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any, Literal
 
@@ -98,38 +98,46 @@ def reweight(
     )
     edit_id = from_first(uuid.uuid4().hex, loader)
     with preserved_rng(adapter):  # a policy may draw from other generators than its own
-        plan = _plan(measured, chosen, aggregate, energy, torch.Generator().manual_seed(seed))
-        report = SurgeryReport(
-            model_name=measured.model_name,
-            adapter_name=measured.adapter_name,
+        plan = plan_edit(measured, chosen, aggregate, energy, torch.Generator().manual_seed(seed))
+        report = edit_report(
+            adapter,
+            measured,
+            plan,
             aggregate=aggregate,
-            num_examples=measured.collected.num_examples,
-            num_without_labels=measured.collected.num_without_labels,
-            zero_modules=measured.zero_modules,
-            idle_modules=measured.idle_modules,
-            modules=[row for row, _ in plan],
             edit_id=edit_id,
             policy=policy if isinstance(policy, str) else type(chosen).__name__,
             policy_parameters=_parameters(chosen),
             preserve_energy=energy,
             seed=seed,
-            lorakit_version=__version__,
-            _backups=[backup for _, backup in plan],
-            _model=adapter,
         )
         exchange([backup for _, backup in plan])
     return report
 
 
-def _plan(
+Plan = list[tuple[EditedRow, Backup]]
+
+
+def plan_edit(
     measured: Measured, policy: Policy, aggregate: Aggregate, energy: str, generator: torch.Generator
-) -> list[tuple[EditedRow, Backup]]:
+) -> Plan:
     """For each module what the edit will do, and its factors before and after; nothing is written yet."""
+
+    def propose(item: Decomposed, g: Tensor) -> Tensor:
+        sigma = item.S.detach().double().cpu()
+        return _checked(policy(sigma.clone(), g.clone(), generator=generator), sigma, item.module.name)
+
+    return plan_of(measured, propose, aggregate, energy)
+
+
+def plan_of(
+    measured: Measured, propose: Callable[[Decomposed, Tensor], Tensor], aggregate: Aggregate, energy: str
+) -> Plan:
+    """`plan_edit` with the new singular values (m,) of a module that `propose` gives for its sensitivities (m,)."""
     plan = []
     for item, per_example in zip(measured.modules, measured.per_example, strict=True):
         g = aggregate_examples(per_example, aggregate)
         sigma = item.S.detach().double().cpu()
-        proposed = _checked(policy(sigma.clone(), g.clone(), generator=generator), sigma, item.module.name)
+        proposed = propose(item, g)
         edited = preserve(proposed, sigma, energy)
         kept, total = proposed.clamp(min=0), float(proposed.clamp(min=0).sum())
         row = EditedRow(
@@ -147,6 +155,23 @@ def _plan(
         before = factors_of(item.module)
         plan.append((row, Backup(item.module, before, _new_factors(item, edited, sigma, before))))
     return plan
+
+
+def edit_report(adapter: PeftModel, measured: Measured, plan: Plan, **edit: Any) -> SurgeryReport:
+    """The report of an edit that was planned; `edit` are the fields of `SurgeryReport` that say what it is."""
+    return SurgeryReport(
+        model_name=measured.model_name,
+        adapter_name=measured.adapter_name,
+        num_examples=measured.collected.num_examples,
+        num_without_labels=measured.collected.num_without_labels,
+        zero_modules=measured.zero_modules,
+        idle_modules=measured.idle_modules,
+        modules=[row for row, _ in plan],
+        lorakit_version=__version__,
+        _backups=[backup for _, backup in plan],
+        _model=adapter,
+        **edit,
+    )
 
 
 def _parameters(policy: Any) -> dict[str, Any]:

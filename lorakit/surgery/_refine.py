@@ -1,0 +1,322 @@
+"""An edit that is kept only if it is better than the adapter, better than chance, and no guard is worse."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from lorakit._checks import check_integer, check_number, check_seed
+from lorakit._distributed.fsdp import unwrapped
+from lorakit.calibration.losses import LossFn
+from lorakit.calibration.state import no_inference_mode, preserved_rng
+from lorakit.data import tokenizer_for
+from lorakit.errors import EvaluationError, SurgeryError
+from lorakit.evaluation import CertifiedTask, Scores
+from lorakit.evaluation._certified_task import evidence_of
+from lorakit.evaluation._models import load_tokenizer
+from lorakit.evaluation._task_kinds import Task
+from lorakit.evaluation.comparison import Question
+from lorakit.statistics import Verdict, control_p_value
+from lorakit.surgery._edit import Backup, exchange
+from lorakit.surgery._policies import ENERGIES, Aggregate, Policy, resolve_policy
+from lorakit.surgery._refine_report import RefineCandidate, RefineReport
+from lorakit.surgery._reweight import Plan, edit_report, plan_edit, plan_of
+from lorakit.surgery._scoring import Scoring, bar_of, selection_task, unused
+from lorakit.surgery._sensitivity import Measured, measure
+from lorakit.surgery._singular_value_probe import Decomposed
+from lorakit.surgery._splits import split
+
+REFINE_POLICIES = ("smooth_abs", "abs_select", "grad_direction")
+
+
+@dataclass(frozen=True)
+class Strengthened:
+    """A policy whose gates σ′/σ are raised to a power."""
+
+    policy: Policy
+    strength: float
+
+    @property
+    def aggregate(self) -> Aggregate:
+        """The policy's own."""
+        return self.policy.aggregate
+
+    def __call__(self, singular_values: Tensor, sensitivity: Tensor, *, generator: torch.Generator) -> Tensor:
+        proposed = self.policy(singular_values, sensitivity, generator=generator)
+        if self.strength == 1:
+            return proposed
+        zero = singular_values == 0
+        gate = proposed.clamp(min=0) / singular_values.masked_fill(zero, 1)
+        return torch.where(zero, proposed, singular_values * gate**self.strength)
+
+
+@no_inference_mode()
+def refine(
+    adapter: PeftModel,
+    loader: Any,
+    *,
+    task: Any,
+    guards: Any = (),
+    margin: float = 0.01,
+    policies: Sequence[str | Policy] = REFINE_POLICIES,
+    strengths: Sequence[float] = (0.5, 1, 2),
+    controls: int = 19,
+    alpha: float = 0.05,
+    selection: Any = None,
+    num_examples: int = 128,
+    num_selection: int = 128,
+    target_modules: str | Sequence[str] | None = None,
+    preserve_energy: Literal["l1", "l2", "none"] | None = "l1",
+    limit: int | None = None,
+    groups: Mapping[str, Sequence[Any]] | None = None,
+    used_documents: Sequence[str] = (),
+    loss_fn: LossFn | None = None,
+    adapter_name: str | None = None,
+    tokenizer: Any = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> RefineReport:
+    """Reweight an adapter's singular values, and keep the edit only if it passes; else all is bit for bit as it was.
+
+    One pass over calibration examples gives the sensitivities for every policy. Each policy at each strength (its
+    gates raised to that power) is a candidate; the one of least loss on the selection examples is chosen. It is then
+    scored once on the documents of `task`, and so are `controls` edits with the same gates on components that are drawn
+    at random within each module. The edit is kept if
+
+    * the lower bound of its gain over the adapter exceeds 0 (one-sided, at `alpha`),
+    * p = (1 + #{control ≥ edit}) / (controls + 1) is at most `alpha`, and
+    * on every guard it is no worse than the margin allows.
+
+    The documents of calibration, selection and certification are disjoint; that is checked by hash for tokens that are
+    the same, and cannot be seen for tasks of lm-evaluation-harness, whose documents have other hashes. How long it will
+    take is said on stderr, before the first candidate is scored.
+
+    Args:
+        adapter, target_modules, num_examples, loss_fn, adapter_name, tokenizer, progress: see `sensitivity`.
+        loader: its first `num_examples` examples calibrate; the next `num_selection` choose, unless `selection` is
+            given, which is a loader or source of its own.
+        task: what to be better on: as in `lorakit.evaluation.certify`.
+        guards, margin: tasks that must not be worse by more than their own margin or, where they have none, `margin`,
+            in the units of their scores.
+        policies: names or policy objects; strengths: positive powers; preserve_energy: see `reweight`.
+        controls: how many; p ≤ 0.05 takes at least 19.
+        limit, groups, used_documents: as in `lorakit.evaluation.certify`.
+        seed: of policies and controls.
+    Returns: a report with `kept`, `reasons`, `undo()` and `save(directory)`.
+    Raises: as `reweight` and `certify`; EvaluationError where splits share documents; SurgeryError for too few
+        examples. Whatever is raised, Ctrl-C included, the adapter is bit for bit as it was.
+    Reference: Tian et al., "Spectral Surgery", 2026; Phipson and Smyth 2010 for p.
+
+    Example:
+        >>> report = lorakit.surgery.refine(model, "train.jsonl", task="test.jsonl", guards=[other])  # doctest: +SKIP
+        >>> report.kept or report.reasons  # doctest: +SKIP
+    """
+    energy = "none" if preserve_energy is None else preserve_energy
+    if energy not in ENERGIES:
+        raise ValueError(f"`preserve_energy` must be one of {', '.join(ENERGIES)}; got {preserve_energy!r}.")
+    check_integer("num_selection", num_selection)
+    check_integer("controls", controls)
+    if (1 / (controls + 1)) > alpha:
+        least = -(-1 // alpha) - 1
+        raise ValueError(f"`controls` must be at least {least:.0f} for p ≤ {alpha:g} to be possible; got {controls}.")
+    candidates = _candidates(policies, strengths)
+    seed = check_seed("seed", seed)
+    question = Question(
+        tasks=task,
+        margin=margin,
+        alpha=alpha,
+        guards=guards,
+        groups=groups,
+        limit=limit,
+        used_documents=used_documents,
+        progress=False,
+    )
+    if len(question.wanted) - len(question.guarded) != 1:
+        raise EvaluationError("`task` must be one task; pass what must not become worse as `guards`.")
+    adapter = unwrapped(adapter)
+    counts = {"num_examples": num_examples, "num_selection": num_selection}
+    parts = split(adapter, loader, selection, tokenizer, progress=progress, **counts)
+    measured = measure(
+        adapter,
+        parts.calibration,
+        target_modules=target_modules,
+        num_examples=num_examples,
+        loss_fn=loss_fn,
+        adapter_name=adapter_name,
+        progress=progress,
+    )
+    if not measured.modules:
+        raise SurgeryError("No selected module has a singular component that affects the loss: nothing can be refined.")
+    scoring = Scoring(adapter, measured.adapter_name, unused(question, parts.documents), _tokenizer(adapter, tokenizer))
+    with preserved_rng(adapter):
+        search = _Search(measured, scoring, energy, seed, controls, alpha)
+        return search.run(candidates, selection_task(parts.selection, loss_fn), progress=progress)
+
+
+class _Search:
+    """The decision, from sensitivities that are measured already."""
+
+    def __init__(
+        self, measured: Measured, scoring: Scoring, energy: str, seed: int, controls: int, alpha: float
+    ) -> None:
+        self.measured, self.scoring, self.energy = measured, scoring, energy
+        self.seed, self.controls, self.alpha = seed, controls, alpha
+
+    def plan(self, candidate: tuple[str, Strengthened]) -> Plan:
+        _, policy = candidate
+        generator = torch.Generator().manual_seed(self.seed)
+        return plan_edit(self.measured, policy, policy.aggregate, self.energy, generator)
+
+    def permuted(self, chosen: Plan, aggregate: Aggregate, generator: torch.Generator) -> Plan:
+        """The chosen edit's gates on components drawn at random within each module."""
+        gates = {row.module_name: torch.tensor(row.gate, dtype=torch.float64) for row, _ in chosen}
+
+        def propose(item: Decomposed, g: Tensor) -> Tensor:
+            gate = gates[item.module.name]
+            order = torch.randperm(len(gate), generator=generator)
+            return item.S.detach().double().cpu() * gate[order]
+
+        return plan_of(self.measured, propose, aggregate, self.energy)
+
+    def run(self, candidates: Sequence[tuple[str, Strengthened]], selecting: Task, *, progress: bool) -> RefineReport:
+        scoring, question = self.scoring, self.scoring.question
+        task, *guards = question.wanted
+        choice = replace(question, used_documents=(), limit=None)
+        chooser = Scoring(scoring.adapter, scoring.adapter_name, choice, scoring.tokenizer)
+        before = chooser([selecting])[selecting.name]
+        reference = scoring([task, *guards])
+        times = scoring.seconds
+        estimate = len(candidates) * chooser.seconds[selecting.name] + (1 + self.controls) * times[task.name]
+        estimate += sum(times[guard.name] for guard in guards)
+        with bar_of(len(candidates) + 1 + self.controls, estimate, progress=progress) as bar:
+            tried = []
+            for name, policy in candidates:
+                score = chooser([selecting], _backups(self.plan((name, policy))))[selecting.name].mean
+                tried.append(RefineCandidate(name, policy.strength, score, before.mean))
+                bar.update()
+            best = max(range(len(tried)), key=lambda i: tried[i].score)
+            plan = self.plan(candidates[best])
+            common: dict[str, Any] = {
+                "model_name": self.measured.model_name,
+                "adapter_name": self.measured.adapter_name,
+                "policy": tried[best].policy,
+                "strength": tried[best].strength,
+                "alpha": self.alpha,
+                "num_examples": self.measured.collected.num_examples,
+                "num_selection": len(before.scores),
+                "candidates": tuple(tried),
+                "seed": self.seed,
+                "estimated_seconds": estimate,
+            }
+            if tried[best].gain <= 0:
+                gain = f"{tried[best].gain:+.4g}"
+                reason = f"no candidate has a lower loss than the adapter on the selection examples (best {gain})"
+                nothing: dict[str, Any] = {"task": None, "guards": (), "controls": (), "p_value": None, "edit": None}
+                nothing |= {"kept": False, "verdict": "INCONCLUSIVE", "reasons": (reason,)}
+                return RefineReport(**common, **nothing, seconds=scoring.spent + chooser.spent)
+            found = scoring([task, *guards], _backups(plan))
+            bar.update()
+            result, *guarded = (self._result(one, reference, found) for one in (task, *guards))
+            generator = torch.Generator().manual_seed(self.seed)
+            aggregate = candidates[best][1].aggregate
+            differences = []
+            for _ in range(self.controls):
+                control = scoring([task], _backups(self.permuted(plan, aggregate, generator)))
+                differences.append(self._result(task, reference, control).difference)
+                bar.update()
+        p = control_p_value(result.difference, differences)
+        reasons = _reasons(result, guarded, p, self.alpha)
+        policy = candidates[best][1]
+        edit = edit_report(
+            scoring.adapter,
+            self.measured,
+            plan,
+            aggregate=aggregate,
+            edit_id=uuid.uuid4().hex,
+            policy=tried[best].policy,
+            policy_parameters={"strength": policy.strength},
+            preserve_energy=self.energy,
+            seed=self.seed,
+        )
+        report = RefineReport(
+            **common,
+            kept=not reasons,
+            verdict=_verdict(result, guarded, bool(reasons)),
+            reasons=tuple(reasons),
+            task=result,
+            guards=tuple(guarded),
+            controls=tuple(differences),
+            p_value=p,
+            seconds=scoring.spent + chooser.spent,
+            edit=None if reasons else edit,
+        )
+        if not reasons:
+            exchange(_backups(plan))
+        return report
+
+    def _result(self, task: Task, reference: Mapping[str, Scores], found: Mapping[str, Scores]) -> CertifiedTask:
+        question = self.scoring.question
+        return evidence_of(
+            [reference[task.name]],
+            [found[task.name]],
+            name=task.name,
+            margin=question.margins[task.name],
+            alpha=self.alpha,
+            groups=(question.groups or {}).get(task.name),
+            guard=task.name in question.guarded,
+        ).certified(self.alpha, None)
+
+
+def _candidates(policies: Sequence[str | Policy], strengths: Sequence[float]) -> list[tuple[str, Strengthened]]:
+    for strength in strengths:
+        check_number("strengths", strength, above=0)
+    found = [
+        (policy if isinstance(policy, str) else repr(policy), Strengthened(resolve_policy(policy), float(strength)))
+        for policy in policies
+        for strength in strengths
+    ]
+    if not found:
+        raise ValueError("`policies` and `strengths` must not be empty.")
+    return found
+
+
+def _tokenizer(adapter: PeftModel, tokenizer: Any) -> Any:
+    """The tokenizer that tasks are scored with."""
+    if tokenizer is None:
+        return load_tokenizer(adapter, None, None)
+    return tokenizer_for(tokenizer) if isinstance(tokenizer, str | os.PathLike) else tokenizer
+
+
+def _backups(plan: Plan) -> list[Backup]:
+    return [backup for _, backup in plan]
+
+
+def _reasons(task: CertifiedTask, guards: Sequence[CertifiedTask], p: float, alpha: float) -> list[str]:
+    """Why an edit is not kept; empty where it is."""
+    reasons = []
+    if task.upper < 0:
+        reasons.append(f"{task.name} becomes worse: {task.difference:+.4f}, upper bound {task.upper:+.4f}")
+    elif task.lower <= 0:
+        reasons.append(
+            f"{task.name}: a gain of {task.difference:+.4f} with a lower bound of {task.lower:+.4f}, not above 0"
+        )
+    if p > alpha:
+        reasons.append(f"random components do as well: p = {p:.3g} among the controls, above {alpha:g}")
+    for guard in guards:
+        if guard.verdict != "PASS":
+            bounds = f"{guard.difference:+.4f} [{guard.lower:+.4f}, {guard.upper:+.4f}]"
+            reasons.append(f"guard {guard.name} is {guard.verdict} at margin {guard.margin:g}: {bounds}")
+    return reasons
+
+
+def _verdict(task: CertifiedTask, guards: Sequence[CertifiedTask], refused: bool) -> Verdict:
+    if not refused:
+        return "PASS"
+    return "FAIL" if task.upper < 0 or any(guard.verdict == "FAIL" for guard in guards) else "INCONCLUSIVE"
