@@ -148,7 +148,7 @@ def test_of_a_weight_the_block_alone_is_dequantized_and_nothing_else_changes(bac
         W, mask = weights[name], layer.lora_spec["default"]
         k = min(K, *W.shape)
         assert layer.get_base_layer() is modules[name]
-        assert list(mask.state_dict()) == ["weight"]
+        assert list(mask.state_dict()) == [f"weight_{mode}"]
         assert [key for key, _ in mask.named_buffers()] == ["block"]
         assert mask.block.shape == (k, k if mode != "svd" else W.shape[1])
         assert mask.block.untyped_storage().nbytes() == mask.block.numel() * mask.block.element_size()
