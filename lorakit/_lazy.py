@@ -248,9 +248,12 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "_report": ("EditedRow", "SensitivityReport", "SensitivityRow"),
         "_refine": ("refine",),
         "_refine_report": ("RefineCandidate", "RefineReport"),
+        "_restore_report": ("FrontierPoint", "RestoreReport"),
         "_reweight": ("reweight",),
         "_select": ("select_modules",),
         "_sensitivity": ("sensitivity",),
+        "_study": ("study",),
+        "_study_report": ("StudiedEdit", "StudyReport"),
     },
 }
 

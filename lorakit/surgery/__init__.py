@@ -23,8 +23,13 @@ if TYPE_CHECKING:
     from lorakit.surgery._report import EditedRow as EditedRow
     from lorakit.surgery._report import SensitivityReport as SensitivityReport
     from lorakit.surgery._report import SensitivityRow as SensitivityRow
+    from lorakit.surgery._restore_report import FrontierPoint as FrontierPoint
+    from lorakit.surgery._restore_report import RestoreReport as RestoreReport
     from lorakit.surgery._reweight import reweight as reweight
     from lorakit.surgery._select import select_modules as select_modules
     from lorakit.surgery._sensitivity import sensitivity as sensitivity
+    from lorakit.surgery._study import study as study
+    from lorakit.surgery._study_report import StudiedEdit as StudiedEdit
+    from lorakit.surgery._study_report import StudyReport as StudyReport
 else:
     __getattr__, __dir__, __all__ = attach(__name__)

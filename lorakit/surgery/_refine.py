@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lorakit._checks import check_integer, check_number, check_seed
 from lorakit._distributed.fsdp import unwrapped
+from lorakit.adapters.in_model import resolve_adapter_name
 from lorakit.calibration.losses import LossFn
 from lorakit.calibration.state import no_inference_mode, preserved_rng
 from lorakit.data import tokenizer_for
@@ -27,6 +28,8 @@ from lorakit.statistics import Verdict, control_p_value
 from lorakit.surgery._edit import Backup, exchange
 from lorakit.surgery._policies import ENERGIES, Aggregate, Policy, resolve_policy
 from lorakit.surgery._refine_report import RefineCandidate, RefineReport
+from lorakit.surgery._restore import SCALES, restore
+from lorakit.surgery._restore_report import RestoreReport
 from lorakit.surgery._reweight import Plan, edit_report, plan_edit, plan_of
 from lorakit.surgery._scoring import Scoring, bar_of, selection_task, unused
 from lorakit.surgery._sensitivity import Measured, measure
@@ -82,7 +85,12 @@ def refine(
     tokenizer: Any = None,
     seed: int = 0,
     progress: bool = True,
-) -> RefineReport:
+    objective: Literal["improve", "restore"] = "improve",
+    base_text: Any = None,
+    scales: Sequence[float] = SCALES,
+    top_k: int = 10,
+    intruder_below: float = 0.5,
+) -> RefineReport | RestoreReport:
     """Reweight an adapter's singular values, and keep the edit only if it passes; else all is bit for bit as it was.
 
     One pass over calibration examples gives the sensitivities for every policy. Each policy at each strength (its
@@ -109,7 +117,14 @@ def refine(
         controls: how many; p ≤ 0.05 takes at least 19.
         limit, groups, used_documents: as in `lorakit.evaluation.certify`.
         seed: of policies and controls.
-    Returns: a report with `kept`, `reasons`, `undo()` and `save(directory)`.
+        objective: "restore" does not reweight. It shrinks the intruder directions in the outputs of the tuned weights
+            by each of `scales`, and reports the frontier of the task against `base_text` (a loss task, or a source or
+            batches of text that the base model is good at). From mild to strong, for as long as task and guards are
+            non-inferior, the scale with the largest lower bound of the gain on base text is kept, if that bound is
+            above 0 at alpha / len(scales). `loader`, policies and controls are not used: pass None.
+        top_k, intruder_below: as in `lorakit.lens.compare_weights`.
+    Returns: a `RefineReport`, or for "restore" a `RestoreReport`; both have `kept`, `reasons`, `undo()` and
+        `save(directory)`.
     Raises: as `reweight` and `certify`; EvaluationError where splits share documents; SurgeryError for too few
         examples. Whatever is raised, Ctrl-C included, the adapter is bit for bit as it was.
     Reference: Tian et al., "Spectral Surgery", 2026; Phipson and Smyth 2010 for p.
@@ -126,6 +141,8 @@ def refine(
     if (1 / (controls + 1)) > alpha:
         least = -(-1 // alpha) - 1
         raise ValueError(f"`controls` must be at least {least:.0f} for p ≤ {alpha:g} to be possible; got {controls}.")
+    if objective not in ("improve", "restore"):
+        raise ValueError(f'`objective` must be "improve" or "restore"; got {objective!r}.')
     candidates = _candidates(policies, strengths)
     seed = check_seed("seed", seed)
     question = Question(
@@ -141,6 +158,19 @@ def refine(
     if len(question.wanted) - len(question.guarded) != 1:
         raise EvaluationError("`task` must be one task; pass what must not become worse as `guards`.")
     adapter = unwrapped(adapter)
+    if objective == "restore":
+        return restore(
+            adapter,
+            resolve_adapter_name(adapter, adapter_name),
+            question,
+            tokenizer_of(adapter, tokenizer),
+            base_text=base_text,
+            scales=scales,
+            target_modules=target_modules,
+            top_k=top_k,
+            intruder_below=intruder_below,
+            progress=progress,
+        )
     counts = {"num_examples": num_examples, "num_selection": num_selection}
     parts = split(adapter, loader, selection, tokenizer, progress=progress, **counts)
     measured = measure(
@@ -154,7 +184,9 @@ def refine(
     )
     if not measured.modules:
         raise SurgeryError("No selected module has a singular component that affects the loss: nothing can be refined.")
-    scoring = Scoring(adapter, measured.adapter_name, unused(question, parts.documents), _tokenizer(adapter, tokenizer))
+    scoring = Scoring(
+        adapter, measured.adapter_name, unused(question, parts.documents), tokenizer_of(adapter, tokenizer)
+    )
     with preserved_rng(adapter):
         search = _Search(measured, scoring, energy, seed, controls, alpha)
         return search.run(candidates, selection_task(parts.selection, loss_fn), progress=progress)
@@ -287,7 +319,7 @@ def _candidates(policies: Sequence[str | Policy], strengths: Sequence[float]) ->
     return found
 
 
-def _tokenizer(adapter: PeftModel, tokenizer: Any) -> Any:
+def tokenizer_of(adapter: PeftModel, tokenizer: Any) -> Any:
     """The tokenizer that tasks are scored with."""
     if tokenizer is None:
         return load_tokenizer(adapter, None, None)

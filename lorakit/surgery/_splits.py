@@ -54,7 +54,7 @@ def split(
             f"`loader` must have more than {num_examples} examples, since the ones after these choose among the edits. "
             f"Lower `num_examples`, or pass `selection`."
         )
-    hashes = [_hashes(part) for part in parts]
+    hashes = [hashes_of(part) for part in parts]
     both = set(hashes[0]).intersection(hashes[1])
     if both:
         raise EvaluationError(
@@ -62,6 +62,13 @@ def split(
             f"them. Take them out of one."
         )
     return Splits(calibration, chosen, [*hashes[0], *hashes[1]])
+
+
+def batches_of(adapter: PeftModel, loader: Any, tokenizer: Any, *, num_examples: int, progress: bool) -> list[Any]:
+    """The first `num_examples` rows of a loader, as batches. Raises: as `split`."""
+    own = tokenizer if is_source(loader) else None
+    examples = examples_for(adapter, loader, own, num_examples=num_examples, progress=progress)
+    return _take(examples, [num_examples])[0]
 
 
 def _take(batches: Iterable[Any], counts: Sequence[int]) -> list[list[Any]]:
@@ -100,7 +107,8 @@ def _rows(batch: Any, start: int, stop: int) -> Any:
     return {k: v[start:stop] if isinstance(v, Tensor) and v.ndim else v for k, v in batch.items()}
 
 
-def _hashes(batches: Sequence[Any]) -> list[str]:
+def hashes_of(batches: Sequence[Any]) -> list[str]:
+    """The hashes of documents as `loss` has them; for batches without tokens, of each row's tensors."""
     found = []
     for batch in batches:
         if isinstance(batch, Mapping) and {"input_ids", "labels"} <= set(batch):

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lorakit.lens.static._concentration import concentrated
 from lorakit.spectral import effective_rank, energy_rank, stable_rank
+from lorakit.spectral._intruders import indistinguishable, nearest_cosines, projections, resolution, subspaces
 from lorakit.spectral._leading import leading_svd
 
-_RESOLUTION = 16  # spacings of the largest singular value
 _SMALL = 1024  # the smaller side of a weight up to which full SVDs are taken
 _MORE = 8  # triplets beyond those asked for, so that a subspace at the end is whole
 _RANK_TOLERANCE = 64  # spacings of ‖ΔW‖_F that rounding leaves outside the leading directions
@@ -67,15 +67,12 @@ def vector_numbers(W: Tensor, tuned: Tensor, *, rank: int | None, top_k: int, in
 def _from_full(W: Tensor, tuned: Tensor, rank: int | None, top_k: int, below: float) -> dict[str, Any]:
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     U_tuned, S_tuned, Vh_tuned = torch.linalg.svd(tuned, full_matrices=False)
-    of_base = _subspaces(_indistinguishable(S))
-    of_both = _subspaces(_indistinguishable(S) | _indistinguishable(S_tuned))
-    # singular value 0: one index past the last subspace, for directions that W does not have
-    real = torch.where(_resolution(S) < S, of_base, int(of_base[-1]) + 1)
-    examined = min(top_k, int((_resolution(S_tuned) < S_tuned).sum()))
+    of_both = subspaces(indistinguishable(S) | indistinguishable(S_tuned))
+    examined = min(top_k, int((resolution(S_tuned) < S_tuned).sum()))
     found: dict[str, Any] = {}
     for side, first, second in (("output", U.mT, U_tuned), ("input", Vh, Vh_tuned.mT)):
         squares = (first @ second).square()
-        nearest = _projections(squares[:, :examined], real)[: int(of_base[-1]) + 1].amax(0).sqrt()
+        nearest = nearest_cosines(squares[:, :examined], S)
         found |= _side(side, _same_index(squares, of_both)[slice(rank)], (nearest < below).nonzero()[:, 0].tolist())
     return found | _values(S, S_tuned, rank)
 
@@ -87,18 +84,18 @@ def _from_leading(W: Tensor, tuned: Tensor, rank: int, top_k: int, below: float)
     if first is None or second is None:
         return None
     S, S_tuned = first.S, second.S
-    merged = _indistinguishable(S) | _indistinguishable(S_tuned)
+    merged = indistinguishable(S) | indistinguishable(S_tuned)
     ends = (~merged[rank - 1 :]).nonzero()
-    base_ends = (~_indistinguishable(S)).nonzero()
+    base_ends = (~indistinguishable(S)).nonzero()
     if not len(ends) or not len(base_ends):
         return None
     whole, whole_base = rank + int(ends[0]), int(base_ends[-1]) + 1
-    examined = min(top_k, int((_resolution(S_tuned) < S_tuned).sum()))
+    examined = min(top_k, int((resolution(S_tuned) < S_tuned).sum()))
     found: dict[str, Any] = {}
     sides = (("output", W, first.U, second.U), ("input", W.mT, first.Vh.mT, second.Vh.mT))
     for side, weight, base_vectors, vectors in sides:
         squares = (base_vectors[:, :whole].mT @ vectors[:, :whole]).square()
-        cosines = _same_index(squares, _subspaces(merged[: whole - 1]))[:rank]
+        cosines = _same_index(squares, subspaces(merged[: whole - 1]))[:rank]
         intruders = _leading_intruders(
             weight, S[:whole_base], base_vectors[:, :whole_base], vectors[:, :examined], below
         )
@@ -111,9 +108,7 @@ def _from_leading(W: Tensor, tuned: Tensor, rank: int, top_k: int, below: float)
 def _leading_intruders(W: Tensor, S: Tensor, base: Tensor, vectors: Tensor, below: float) -> list[int] | None:
     """Which `vectors` (d, n) no left singular vector of W comes near; `base` (d, m): the leading ones, of values S."""
     squares = (base.mT @ vectors).square()
-    last = _subspaces(_indistinguishable(S))
-    real = torch.where(_resolution(S) < S, last, int(last[-1]) + 1)
-    nearest = _projections(squares, real)[: int(last[-1]) + 1].amax(0).sqrt()
+    nearest = nearest_cosines(squares, S)
     rest = vectors - base @ (base.mT @ vectors)
     sizes = torch.linalg.vector_norm(rest, dim=0)
     open_ones = ((nearest < below) & (sizes >= below)).nonzero()[:, 0].tolist()
@@ -144,29 +139,9 @@ def _values(S: Tensor, S_tuned: Tensor, rank: int | None) -> dict[str, Any]:
     }
 
 
-def _resolution(S: Tensor) -> Tensor:
-    """The distance below which rounding leaves two singular values indistinguishable."""
-    return _RESOLUTION * torch.finfo(S.dtype).eps * S[0]
-
-
-def _indistinguishable(S: Tensor) -> Tensor:
-    """For each singular value but the first: whether it is indistinguishable from the one before."""
-    return S[:-1] - S[1:] <= _resolution(S)
-
-
-def _subspaces(merged: Tensor) -> Tensor:
-    """The number of the subspace that each index belongs to."""
-    return torch.nn.functional.pad((~merged).long().cumsum(0), (1, 0))
-
-
-def _projections(squares: Tensor, subspaces: Tensor) -> Tensor:
-    """Squared norms of projections of each column's vector onto each subspace, which is a set of rows."""
-    return squares.new_zeros(int(subspaces.max()) + 1, squares.shape[1]).index_add(0, subspaces, squares)
-
-
 def _same_index(squares: Tensor, subspaces: Tensor) -> Tensor:
     """|cos| of the vectors with the same index, as the root mean square over each subspace."""
-    own = _projections(squares, subspaces).gather(0, subspaces[None])[0]
+    own = projections(squares, subspaces).gather(0, subspaces[None])[0]
     sums = own.new_zeros(int(subspaces[-1]) + 1).index_add(0, subspaces, own)
     counts = own.new_zeros(int(subspaces[-1]) + 1).index_add(0, subspaces, torch.ones_like(own))
     return (sums / counts)[subspaces].sqrt().clamp(0.0, 1.0)
