@@ -40,7 +40,7 @@ lint: setup ## ruff and mypy
 unit: setup ## the tests that `make test` runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=25 \
 		--ignore=tests/backends --ignore=tests/docs --ignore=tests/servers \
-		--ignore=tests/attacks --ignore=tests/distributed --ignore=tests/experiments
+		--ignore=tests/attacks --ignore=tests/distributed --ignore=tests/evaluation --ignore=tests/experiments --ignore=tests/fleet
 
 fast: setup ## the quick tests, under a minute on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" --ignore=tests/backends --ignore=tests/docs --ignore=tests/servers
@@ -48,8 +48,9 @@ fast: setup ## the quick tests, under a minute on two cores
 test-docs: setup ## run every block of the README and docs, and build the site
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/docs
 
-test-runs: setup ## experiments, several processes, Ray, and attacks on every command
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/attacks tests/distributed tests/experiments
+test-runs: setup ## evaluation, experiments, fleets, several processes, Ray, and attacks on every command
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
+		tests/attacks tests/distributed tests/evaluation tests/experiments tests/fleet
 
 # The fast tests with the kernels that torch and MKL choose on other processors: no test may depend on which these are.
 test-processors: setup ## the quick tests with other processors' kernels
