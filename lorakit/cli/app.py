@@ -16,7 +16,7 @@ from lorakit.cli.bench import bench
 from lorakit.cli.certify import certify, evaluate
 from lorakit.cli.demo import demo
 from lorakit.cli.fleet import fleet
-from lorakit.cli.inspect import alignment, audit, compare, weights
+from lorakit.cli.inspect import alignment, audit, compare, report, weights
 from lorakit.cli.probe import probe
 from lorakit.cli.rewrite import compress, export, merge
 from lorakit.cli.servable import servable
@@ -45,6 +45,7 @@ for _command in (
     compare,
     alignment,
     weights,
+    report,
     compress,
     merge,
     export,

@@ -1,4 +1,4 @@
-"""``lorakit audit``, ``compare``, ``alignment`` and ``weights``: look at adapters and models, change nothing."""
+"""``lorakit audit``, ``compare``, ``alignment``, ``weights`` and ``report``: look, and change nothing."""
 
 from __future__ import annotations
 
@@ -107,3 +107,18 @@ def weights(
     if plots is not None:
         lens.write_plots(report, plots)
     show(report, as_json)
+
+
+def report(
+    runs: Annotated[list[str], typer.Argument(help="Output directories of trainings, or their spectra.jsonl.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
+    html: Annotated[str | None, typer.Option(help="Also write the report as one HTML file.")] = None,
+    plots: Annotated[str | None, typer.Option(help="Also write figures into this directory.")] = None,
+) -> None:
+    """A training in one page, from what SpectralCallback wrote; several are compared."""
+    found = lens.training_report(*runs)
+    if html is not None:
+        lens.write_html(found, html)
+    if plots is not None:
+        lens.write_plots(found, plots)
+    show(found, as_json)

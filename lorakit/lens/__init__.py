@@ -47,10 +47,14 @@ if TYPE_CHECKING:
     from lorakit.lens.training.callback import SpectralCallback as SpectralCallback
     from lorakit.lens.training.gradients import GradientWatch as GradientWatch
     from lorakit.lens.training.gradients import watch_gradients as watch_gradients
+    from lorakit.lens.training.report import TrainingReport as TrainingReport
+    from lorakit.lens.training.report import TrainingRun as TrainingRun
+    from lorakit.lens.training.report import training_report as training_report
     from lorakit.lens.training.snapshot import Snapshot as Snapshot
     from lorakit.lens.training.snapshot import SnapshotGroup as SnapshotGroup
     from lorakit.lens.training.snapshot import SnapshotModule as SnapshotModule
     from lorakit.lens.training.snapshot import snapshot as snapshot
+    from lorakit.lens.training.trajectory import LoggedStep as LoggedStep
     from lorakit.lens.training.trajectory import Trajectory as Trajectory
 else:
     __getattr__, __dir__, __all__ = attach(__name__)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,7 +17,17 @@ from lorakit.adapters.in_model import find_adapter
 from lorakit.lens._private import is_compiled
 from lorakit.lens.training.gradients import GradientProbes, GradientWatch
 from lorakit.lens.training.snapshot import Detail, Snapshot, snapshot
-from lorakit.lens.training.trajectory import Trajectory, append, begin
+from lorakit.lens.training.trajectory import (
+    FILE_NAME,
+    LoggedStep,
+    Trajectory,
+    append,
+    append_config,
+    append_log,
+    begin,
+    logged,
+    together,
+)
 
 
 class SpectralCallback(TrainerCallback):  # type: ignore[misc]
@@ -24,7 +35,8 @@ class SpectralCallback(TrainerCallback):  # type: ignore[misc]
 
     It measures at step 0, every `every` optimizer steps and after the last step. Each measurement covers every module:
     effective rank, stable rank, capacity utilization (CU), and the gradient-subspace overlap κ of the step just made.
-    The whole measurement is appended to a JSONL file, which `lorakit.lens.Trajectory.read` reads. The metrics chosen by
+    The whole measurement is appended to a JSONL file, with the run's config and all that the trainer logs (loss,
+    learning rate, gradient norm, evaluations), which `lorakit.lens.Trajectory.read` reads. The metrics chosen by
     `log` also go to the trainer's loggers (TensorBoard, Weights & Biases, …) and to `state.log_history`.
 
     Passed as ``callbacks=[SpectralCallback()]`` it cannot reach the loggers: it writes the file and
@@ -76,6 +88,8 @@ class SpectralCallback(TrainerCallback):  # type: ignore[misc]
         self._trainer: Any = None
         self._told = False  # how to reach the loggers
         self._snapshots: list[Snapshot] = []
+        self._logs: list[LoggedStep] = []
+        self._config: Mapping[str, Any] = {}
         self._probes: GradientProbes | None = None
         self._watch: GradientWatch | None = None
         self._last: int | None = None  # the step measured last
@@ -102,7 +116,8 @@ class SpectralCallback(TrainerCallback):  # type: ignore[misc]
     @property
     def trajectory(self) -> Trajectory:
         """The measurements that this process made in the current or last training."""
-        return Trajectory(tuple(self._snapshots), None if self._file is None else os.fspath(self._file))
+        path = None if self._file is None else os.fspath(self._file)
+        return Trajectory(tuple(self._snapshots), path, together(self._logs), self._config)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check the model, open the file, and measure at step 0."""
@@ -126,9 +141,13 @@ class SpectralCallback(TrainerCallback):  # type: ignore[misc]
                 "SpectralCallback(...).attach(trainer) before trainer.train().",
                 stacklevel=2,
             )
-        self._file = self.path or Path(args.output_dir) / "spectra.jsonl"
+        self._file = self.path or Path(args.output_dir) / FILE_NAME
         self._last = state.global_step
-        self._snapshots = begin(self._file, state.global_step) if state.is_world_process_zero else []
+        kept = begin(self._file, state.global_step) if state.is_world_process_zero else Trajectory(())
+        self._snapshots, self._logs, self._config = list(kept.snapshots), list(kept.logs), kept.config
+        if state.is_world_process_zero and state.global_step == 0:
+            self._config = _config_of(model, self.adapter_name, args, state)
+            self._write(append_config, self._config)
         if state.global_step == 0:
             self._measure(args, state, control, model)
 
@@ -157,7 +176,14 @@ class SpectralCallback(TrainerCallback):  # type: ignore[misc]
         self._watch = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Measure the last step at the trainer's last log: later it loads the best checkpoint, and loggers close."""
+        """Keep what the trainer logs, and measure the last step at its last log.
+
+        Later it loads the best checkpoint, and loggers close.
+        """
+        log = logged(state.global_step, logs) if logs and state.is_world_process_zero else None
+        if log is not None:
+            self._logs.append(log)
+            self._write(append_log, log)
         if logs and "train_runtime" in logs and self._last != state.global_step:
             self._measure(args, state, control, kwargs["model"])
 
@@ -183,15 +209,19 @@ class SpectralCallback(TrainerCallback):  # type: ignore[misc]
         self._snapshots.append(seen)
         if not state.is_world_process_zero:
             return
-        if self._file is not None:
-            try:
-                append(self._file, seen)
-            except OSError as error:  # such as a full disk, which must not end the training
-                warnings.warn(f"SpectralCallback stops writing to {self._file}, and only logs: {error}", stacklevel=2)
-                self._file = None  # a line that was cut off stays the last one
+        self._write(append, seen)
         metrics = seen.metrics(self.log)
         if metrics:  # none if no module is finite
             self._log(metrics, state, control)
+
+    def _write(self, write: Callable[..., None], *what: Any) -> None:
+        if self._file is None:
+            return
+        try:
+            write(self._file, *what)
+        except OSError as error:  # such as a full disk, which must not end the training
+            warnings.warn(f"SpectralCallback stops writing to {self._file}, and only logs: {error}", stacklevel=3)
+            self._file = None  # a line that was cut off stays the last one
 
     def _log(self, metrics: dict[str, float], state: Any, control: Any) -> None:
         if self._trainer is None:
@@ -201,3 +231,34 @@ class SpectralCallback(TrainerCallback):  # type: ignore[misc]
         should_log = control.should_log
         Trainer.log(self._trainer, metrics)
         control.should_log = should_log  # which a log resets, although the trainer's own is still to come
+
+
+_ARGUMENTS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "weight_decay",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "warmup_steps",
+    "optim",
+    "bf16",
+    "fp16",
+    "seed",
+)
+
+
+def _config_of(model: Any, adapter_name: str | None, args: Any, state: Any) -> dict[str, Any]:
+    """The adapter's config, and those of the trainer's arguments that say how it was trained."""
+    name, modules = find_adapter(model, adapter_name)
+    config = getattr(model, "peft_config", {}).get(name)
+    adapter = {} if config is None else config.to_dict()
+    trainer = {key: getattr(args, key) for key in _ARGUMENTS if hasattr(args, key)}
+    found = {"adapter": adapter, "trainer": trainer | {"max_steps": state.max_steps}, "modules": len(modules)}
+    plain: dict[str, Any] = json.loads(json.dumps(found, default=_text))
+    return plain
+
+
+def _text(value: Any) -> Any:
+    """What JSON does not have, as JSON data: sets in order, and the rest as text."""
+    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(getattr(value, "value", value))

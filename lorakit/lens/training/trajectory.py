@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,30 +24,69 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+FILE_NAME = "spectra.jsonl"
+
+
+@dataclass(frozen=True)
+class LoggedStep:
+    """What the trainer logged at a step: `loss`, `learning_rate`, `grad_norm`, `eval_loss`, …; None for NaN."""
+
+    step: int
+    values: Mapping[str, float | None]
+
+
 @dataclass(frozen=True, repr=False)
 class Trajectory(Report):
-    """The snapshots of one training, in the order of their steps, and the file that holds them, if any."""
+    """The snapshots of one training, in the order of their steps, and the file that holds them, if any.
+
+    `logs` are what the trainer logged meanwhile, and `config` the adapter's config with a few of the trainer's
+    arguments; empty in files that have only snapshots. `cut_off` says whether the file's last line is incomplete, as
+    that of a training that was killed may be; what it held is not in here.
+    """
 
     snapshots: tuple[Snapshot, ...]
     path: str | None = field(default=None, compare=False)
+    logs: tuple[LoggedStep, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    cut_off: bool = False
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Trajectory:
-        """Snapshots from a JSONL file that `SpectralCallback` wrote, one a line.
+        """The snapshots and logs of a JSONL file that `SpectralCallback` wrote, or that lies in a directory.
 
-        A last line that is cut off is ignored.
+        Steps that were trained twice, before and after an interruption, count as they were trained last.
         Raises: FileNotFoundError; ValueError for a file with other content.
         """
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        snapshots = []
+        file = Path(path)
+        if file.is_dir():
+            file = file / FILE_NAME
+        lines = file.read_text(encoding="utf-8").splitlines()
+        snapshots: dict[int | None, Snapshot] = {}
+        logs: list[LoggedStep] = []
+        config: Mapping[str, Any] = {}
+        cut_off = False
         for line_number, line in enumerate(lines, 1):
             try:
-                snapshots.append(Snapshot.from_dict(json.loads(line)))
-            except ValueError as error:
+                plain = json.loads(line)
+                if isinstance(plain, dict) and "config" in plain:
+                    config = _mapping(plain["config"])
+                elif isinstance(plain, dict) and "log" in plain:
+                    logs.append(LoggedStep(int(plain["step"]), _mapping(plain["log"])))
+                else:
+                    seen = Snapshot.from_dict(plain)
+                    snapshots[seen.step] = seen
+            except (ValueError, KeyError, TypeError) as error:
                 if line_number == len(lines) and isinstance(error, json.JSONDecodeError):
+                    cut_off = True
                     break
-                raise ValueError(f"{path}, line {line_number}: {error}") from None
-        return cls(tuple(sorted(snapshots, key=lambda one: -1 if one.step is None else one.step)), os.fspath(path))
+                raise ValueError(f"{file}, line {line_number}: {error}") from None
+        return cls(
+            tuple(sorted(snapshots.values(), key=lambda one: -1 if one.step is None else one.step)),
+            os.fspath(file),
+            together(logs),
+            config,
+            cut_off,
+        )
 
     @property
     def headline(self) -> str:
@@ -78,14 +118,16 @@ class Trajectory(Report):
     def series(self, metric: str) -> tuple[list[int], list[float]]:
         """Steps and values of one metric of `Snapshot.metrics`, such as ``spectral/cu_query``.
 
-        Snapshots without the metric are skipped.
-        Raises: ValueError for a metric that no snapshot has.
+        Snapshots without the metric are skipped. What the trainer logged has its own names, such as ``loss``.
+        Raises: ValueError for a metric that no snapshot and no log has.
         """
         found = [
             (one.step or 0, values[metric]) for one in self.snapshots if metric in (values := one.metrics("modules"))
         ]
+        found = found or [(one.step, value) for one in self.logs if (value := one.values.get(metric)) is not None]
         if not found:
             known = sorted({name for one in self.snapshots for name in one.metrics("roles")})
+            known += sorted({name for one in self.logs for name in one.values})
             raise ValueError(
                 f"`metric` must be one of {', '.join(known)}, or one of these for a module, such as "
                 f"spectral/cu/MODULE; got {metric!r}."
@@ -94,7 +136,13 @@ class Trajectory(Report):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {"path": self.path, "snapshots": [one.to_dict() for one in self.snapshots]}
+        return {
+            "path": self.path,
+            "snapshots": [one.to_dict() for one in self.snapshots],
+            "logs": [{"step": one.step, "values": dict(one.values)} for one in self.logs],
+            "config": dict(self.config),
+            "cut_off": self.cut_off,
+        }
 
     def plot(self) -> Figure:
         """Capacity utilization by role, the Q–V gap and, if gradients were watched, κ, each against steps.
@@ -166,12 +214,50 @@ class Trajectory(Report):
 
 def append(path: Path, snapshot: Snapshot) -> None:
     """Append one snapshot to the file."""
+    _append(path, snapshot.to_dict())
+
+
+def logged(step: int, logs: Mapping[str, Any]) -> LoggedStep | None:
+    """What a trainer logged at a step, without the spectra; None where nothing is left but the epoch."""
+    values = {key: _number(value) for key, value in logs.items() if not key.startswith("spectral/")}
+    numbers = {key: value for key, value in values.items() if not isinstance(value, str)}
+    return LoggedStep(step, numbers) if set(numbers) - {"epoch"} else None
+
+
+def together(logs: Iterable[LoggedStep]) -> tuple[LoggedStep, ...]:
+    """One log a step, with all that was logged at it, the later value where there are two."""
+    found: dict[int, dict[str, float | None]] = {}
+    for one in logs:
+        found.setdefault(one.step, {}).update(one.values)
+    return tuple(LoggedStep(step, values) for step, values in sorted(found.items()))
+
+
+def append_log(path: Path, log: LoggedStep) -> None:
+    """Append what a trainer logged."""
+    _append(path, {"step": log.step, "log": dict(log.values)})
+
+
+def append_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Append the run's config, JSON data."""
+    _append(path, {"config": dict(config)})
+
+
+def _append(path: Path, plain: Mapping[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as file:
-        file.write(_line(snapshot))
+        file.write(_line(plain))
 
 
-def begin(path: Path, step: int) -> list[Snapshot]:
-    """Prepare the file for snapshots after `step`, and return the ones it holds up to there.
+def _number(value: Any) -> float | str | None:
+    """A finite number; None for NaN and infinity, and "" for what is no number."""
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        return ""
+    return found if math.isfinite(found) else None
+
+
+def begin(path: Path, step: int) -> Trajectory:
+    """Prepare the file for snapshots after `step`, and return what it holds up to there.
 
     Snapshots of later steps are dropped, since training repeats these steps. At step 0 a file that exists is renamed,
     with a number added to its name, and a new one is started.
@@ -179,17 +265,32 @@ def begin(path: Path, step: int) -> list[Snapshot]:
     """
     if path.exists() and not path.is_file():
         raise FileExistsError(f"`path` must be a file, new or existing; {path} is not a file.")
-    before: list[Snapshot] = []
+    before = Trajectory(())
     if path.exists() and step == 0:
         suffix = 1
         while (kept := path.with_name(f"{path.stem}-{suffix}{path.suffix}")).exists():
             suffix += 1
         path.rename(kept)
     elif path.exists():
-        before = [one for one in Trajectory.read(path).snapshots if one.step is not None and one.step <= step]
-    write_file(path, "".join(_line(one) for one in before))
-    return before
+        before = Trajectory.read(path)
+    kept_so_far = replace(
+        before,
+        snapshots=tuple(one for one in before.snapshots if one.step is not None and one.step <= step),
+        logs=tuple(one for one in before.logs if one.step <= step),
+        cut_off=False,
+    )
+    lines: list[Mapping[str, Any]] = [{"config": dict(before.config)}] if before.config else []
+    lines += [one.to_dict() for one in kept_so_far.snapshots]
+    lines += [{"step": one.step, "log": dict(one.values)} for one in kept_so_far.logs]
+    write_file(path, "".join(map(_line, lines)))
+    return kept_so_far
 
 
-def _line(snapshot: Snapshot) -> str:
-    return json.dumps(snapshot.to_dict(), allow_nan=False) + "\n"
+def _line(plain: Mapping[str, Any]) -> str:
+    return json.dumps(plain, allow_nan=False) + "\n"
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"a JSON object is needed here; got {type(value).__name__}")
+    return value

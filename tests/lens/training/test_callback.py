@@ -210,6 +210,25 @@ def test_resuming_continues_the_same_file(make_trainer, tmp_path):
         assert one.qv_gap == pytest.approx(other.qv_gap, abs=1e-6)
 
 
+def test_the_file_has_what_the_trainer_logs_and_the_config(make_trainer):
+    callback = SpectralCallback(every=3)
+    trainer = make_trainer([callback], eval_strategy="steps", eval_steps=4)
+    trainer.train()
+    found = Trajectory.read(trainer.args.output_dir)
+    assert found == callback.trajectory
+    logged = {one.step: one.values for one in found.logs}
+    for log in trainer.state.log_history:
+        if "loss" in log:
+            assert logged[log["step"]]["loss"] == log["loss"]
+            assert logged[log["step"]]["learning_rate"] == log["learning_rate"]
+            assert "grad_norm" in logged[log["step"]]
+    assert any("eval_loss" in values for values in logged.values())
+    assert not any(key.startswith("spectral/") for values in logged.values() for key in values)
+    assert found.config["adapter"]["peft_type"] == "LORA"
+    assert found.config["trainer"]["learning_rate"] == trainer.args.learning_rate
+    assert found.config["trainer"]["max_steps"] == trainer.state.max_steps
+
+
 @pytest.mark.slow
 def test_a_new_training_keeps_the_existing_file(make_trainer, tmp_path):
     for _ in range(2):
