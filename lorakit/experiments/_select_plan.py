@@ -140,6 +140,7 @@ class Stages:
     template: Any
     modules: tuple[TargetModule, ...]
     where: RunSettings
+    model: nn.Module
 
     @property
     def costs(self) -> dict[str, int]:
@@ -150,7 +151,8 @@ class Stages:
         return {module.name: rank for module in self.modules}
 
     @cached_property
-    def _sent(self) -> Work | bytes:
+    def sent(self) -> Work | bytes:
+        """The work as trials get it."""
         return self.work if self.where.executor is None else self.work.packed(self.where.executor)
 
     def train(self, arms: Mapping[str, Ranks | Sequence[Ranks]]) -> dict[str, Arm]:
@@ -170,7 +172,7 @@ class Stages:
 
     def without_adapter(self) -> Arm:
         """The base model on every set; it shows what is wrong with a task before anything is trained."""
-        arguments = {"work": self._sent, "name": "without adapter", "config": None, "seed": 0}
+        arguments = {"work": self.sent, "name": "without adapter", "config": None, "seed": 0}
         trial = Trial("without adapter", selection_trial, arguments, name_of(self.work.model) | self._sets())
         return _arm("without adapter", [self.run([trial], whole=True)[trial.key]])
 
@@ -190,7 +192,7 @@ class Stages:
         return Trial(
             key=f"{name} with seed {seed}",
             function=selection_trial,
-            arguments={"work": self._sent, "name": name, "config": config, "seed": seed},
+            arguments={"work": self.sent, "name": name, "config": config, "seed": seed},
             settings=shared | {"seed": seed, "config": plain_config(config)},
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -94,7 +94,10 @@ def selection_trial(work: Work | bytes, name: str, config: PeftConfig | None, se
     sets: Any = work.evaluate
     if config is None:
         with preserved_rng(model), preserved_state(model), preserved_base(model, None):
-            return {"params": 0, "sets": sets(model.eval()), "train_loss": None, "steps": 0, "seconds": 0.0}
+            started = time.perf_counter()
+            found = sets(model.eval())
+            seconds = round(time.perf_counter() - started, 3)
+            return {"params": 0, "sets": found, "train_loss": None, "steps": 0, "seconds": seconds}
     check_model(config, model)
     settings, what = work.settings, f"{name} with seed {seed}"
     bar = tqdm(total=settings.steps, desc=what, unit="step", disable=not work.progress, delay=1.0, leave=False)
@@ -116,3 +119,31 @@ def selection_trial(work: Work | bytes, name: str, config: PeftConfig | None, se
         "steps": settings.steps if steps is None else steps,
         "seconds": round(seconds, 3),
     }
+
+
+def timed_trial(work: Work | bytes, config: PeftConfig) -> dict[str, Any]:
+    """Seconds of one step, the second of two, so that what happens only once is not counted."""
+    work, model = opened(work)
+    check_model(config, model)
+    settings = replace(work.settings, steps=2, warmup_steps=0)
+    bar = tqdm(total=2, disable=True)
+    times: list[float] = []
+
+    def timed(batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            _synchronize()
+            times.append(time.perf_counter())
+            yield batch
+        _synchronize()
+        times.append(time.perf_counter())
+
+    with preserved_rng(model), preserved_state(model), preserved_base(model, config):
+        set_seed(0)
+        adapted = get_peft_model(model, copy.deepcopy(config))
+        train_adapter(adapted, timed(batches_of(work.train_data, settings, 0, bar)), settings, 0, "the timed step")
+    return {"seconds_per_step": times[2] - times[1]}
+
+
+def _synchronize() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
