@@ -11,17 +11,15 @@ from typing import Literal
 Pattern = Literal["saturating", "gradual", "unstable"]
 FLAT = 0.1  # the share of the whole improvement that a saturated curve's last step adds at most
 ERRORS = 2.0  # how many standard errors a larger rank must be worse by, for the curve to be unstable
-RULE = (
-    "unstable: a larger rank is worse than a smaller one by more than 2 paired standard errors; saturating: else, if the "
-    "last step adds at most a tenth of the improvement from the first rank to the best, or nothing improves; gradual: else"
-)
 
 
 def pattern_of(losses: Sequence[float], stderr: Callable[[int, int], float | None]) -> Pattern | None:
     """The pattern of mean held-out losses in increasing order of rank; None for fewer than three, or no errors.
 
-    `stderr(i, j)` is the standard error of losses[i] − losses[j], paired. The rule is `RULE`. It depends neither on the
-    losses' unit nor on their level.
+    `stderr(i, j)` is the standard error of losses[i] − losses[j], paired. Unstable: a larger rank is worse than a smaller
+    one by more than 2 standard errors. Saturating: else, if the last step adds at most a tenth of the improvement from
+    the first rank to the best, or nothing improves. Gradual: else. The rule depends neither on the losses' unit nor on
+    their level.
 
     Example:
         >>> pattern_of([3.0, 2.0, 1.99], lambda i, j: 0.01), pattern_of([3.0, 2.0, 1.0], lambda i, j: 0.01)

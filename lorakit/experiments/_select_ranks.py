@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lorakit._checks import check_number
 from lorakit.allocation import ranks_from_probe
 from lorakit.allocation.redistribution import allowed_parameters, matched, redistribute, shuffled_at_equal_cost
+from lorakit.calibration import LossFn
 from lorakit.errors import AllocationError
 from lorakit.experiments._marginal_gains import (
     GroupBy,
@@ -57,6 +58,7 @@ def select_ranks(
     seeds: Sequence[int] = (0, 1, 2),
     alpha: float = 0.05,
     num_examples: int = 16,
+    loss_fn: LossFn | None = None,
     weight_decay: float = 0.0,
     warmup_steps: int | None = None,
     schedule: Schedule = "cosine",
@@ -96,7 +98,7 @@ def select_ranks(
         by: what shares a gain: "role", "layer", or "module", which takes a training for each module and seed.
         cheap: probe and prior only; `not_checked` says what that leaves open.
         seeds: one, or at least three. With one, bounds count documents only.
-        num_examples: of the probe.
+        num_examples, loss_fn: of the probe, as in `lorakit.fisher.probe`.
         stop_every, patience: compare each training on the shifted sets after so many steps, end it after `patience`
             comparisons without a better one, and keep its best parameters. None: no early stopping.
         tokenizer: of tasks and `train`; None: the one beside `base`.
@@ -137,7 +139,7 @@ def select_ranks(
                 f"{allowed}. Raise it, or target fewer modules."
             )
         probed = probe(
-            stages.model, batches_for(stages), target_modules=list(stages.costs), num_examples=num_examples,
+            stages.model, batches_for(stages), target_modules=list(stages.costs), num_examples=num_examples, loss_fn=loss_fn,
             progress=progress,
         )  # fmt: skip
         selection = _Selection(stages, probed, allowed, tolerance, alpha, by)
@@ -268,7 +270,8 @@ class _Selection:
 
     def _sweep(self, arms: dict[str, Arm]) -> tuple[ComparedArm, ...]:
         """Each rank against the best of each set, in order of rank."""
-        best = {name: max(arms.values(), key=lambda arm, n=name: arm.means()[n]).name for name in self._names()}
+        means = {arm.name: arm.means() for arm in arms.values()}
+        best = {name: max(means, key=lambda arm: means[arm][name]) for name in self._names()}
         rows = [self._against(arm, arms, best) for arm in arms.values()]
         return tuple(sorted(rows, key=lambda row: row.rank or 0))
 
