@@ -19,6 +19,7 @@ from lorakit.cli.fleet import fleet
 from lorakit.cli.inspect import alignment, audit, compare, weights
 from lorakit.cli.probe import probe
 from lorakit.cli.rewrite import compress, export, merge
+from lorakit.cli.select import select
 from lorakit.cli.servable import servable
 from lorakit.cli.surgery import surgery
 
@@ -50,6 +51,7 @@ for _command in (
     export,
     servable,
     probe,
+    select,
     surgery,
     evaluate,
     certify,

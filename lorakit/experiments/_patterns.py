@@ -13,13 +13,15 @@ FLAT = 0.1  # the share of the whole improvement that a saturated curve's last s
 ERRORS = 2.0  # how many standard errors a larger rank must be worse by, for the curve to be unstable
 
 
-def pattern_of(losses: Sequence[float], stderr: Callable[[int, int], float | None]) -> Pattern | None:
+def pattern_of(
+    losses: Sequence[float], stderr: Callable[[int, int], float | None], *, least: float = 0.0
+) -> Pattern | None:
     """The pattern of mean held-out losses in increasing order of rank; None for fewer than three, or no errors.
 
-    `stderr(i, j)` is the standard error of losses[i] − losses[j], paired. Unstable: a larger rank is worse than a smaller
-    one by more than 2 standard errors. Saturating: else, if the last step adds at most a tenth of the improvement from
-    the first rank to the best, or nothing improves. Gradual: else. The rule depends neither on the losses' unit nor on
-    their level.
+    `stderr(i, j)` is the standard error of losses[i] − losses[j], paired. `least` is a difference that does not matter.
+    Unstable: a larger rank is worse than a smaller one by more than 2 standard errors and more than `least`.
+    Saturating: else, if the last step adds at most a tenth of the improvement from the first rank to the best, or at
+    most `least`. Gradual: else. The rule does not depend on the losses' level, nor on their unit if `least` has it too.
 
     Example:
         >>> pattern_of([3.0, 2.0, 1.99], lambda i, j: 0.01), pattern_of([3.0, 2.0, 1.0], lambda i, j: 0.01)
@@ -32,7 +34,7 @@ def pattern_of(losses: Sequence[float], stderr: Callable[[int, int], float | Non
             error = stderr(larger, smaller)
             if error is None:
                 return None
-            if losses[larger] - losses[smaller] > ERRORS * error:
+            if losses[larger] - losses[smaller] > max(ERRORS * error, least):
                 return "unstable"
     whole = losses[0] - min(losses)
-    return "saturating" if losses[-2] - losses[-1] <= FLAT * whole else "gradual"
+    return "saturating" if losses[-2] - losses[-1] <= max(FLAT * whole, least) else "gradual"

@@ -139,8 +139,8 @@ def select_ranks(
                 f"{allowed}. Raise it, or target fewer modules."
             )
         probed = probe(
-            stages.model, batches_for(stages), target_modules=list(stages.costs), num_examples=num_examples, loss_fn=loss_fn,
-            progress=progress,
+            stages.model, batches_for(stages), target_modules=list(stages.costs), num_examples=num_examples,
+            loss_fn=loss_fn, progress=progress,
         )  # fmt: skip
         selection = _Selection(stages, probed, allowed, tolerance, alpha, by)
         try:
@@ -292,7 +292,7 @@ class _Selection:
         def stderr(i: int, j: int) -> float | None:
             return getattr(gain(rows[i], rows[j], name, self.alpha), "standard_error", None)
 
-        return pattern_of([-arm.means()[name] for arm in rows], stderr)
+        return pattern_of([-arm.means()[name] for arm in rows], stderr, least=self._margin(name))
 
     def _prior(self, params: int) -> dict[str, int]:
         return ranks_from_probe(self.probed, params=params, rule="prior", r=self.stages.template.r).ranks
