@@ -6,6 +6,7 @@ import random
 from collections.abc import Mapping
 
 from lorakit._checks import check_integer, check_number
+from lorakit.allocation.budget import read_budget
 from lorakit.allocation.masks import shuffled
 from lorakit.allocation.rules import allocate
 from lorakit.errors import AllocationError
@@ -101,14 +102,12 @@ def shuffled_at_equal_cost(
 
 def allowed_parameters(budget: int | float | str, uniform: int, bytes_each: int) -> int:
     """A budget (`2M`, `4MB`, or a fraction in (0, 1] of `uniform` parameters) as parameters of `bytes_each` bytes."""
-    from lorakit.allocation.budget import read_budget
-
     if isinstance(budget, str):
         try:
             number = float(budget)
         except ValueError:
             number = 2.0
-        budget = number if 0 < number <= 1 and "." in budget else budget
+        budget = int(budget) if budget.isdigit() else number if 0 < number <= 1 and "." in budget else budget
     if isinstance(budget, float):
         check_number("budget", budget, above=0, most=1)
         return int(budget * uniform + 1e-6)

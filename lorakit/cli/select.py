@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from lorakit import evaluation, experiments
+from lorakit.adapters.atomic import replaced_directory
 from lorakit.cli._data import DATA_HELP, BatchSize, Length, NumExamples, named_targets, read_examples
 from lorakit.cli._executors import Backend, ShardOf, Workers, executor_of
 from lorakit.cli._models import Device, Dtype, FourBit, Revision, Trust, load_options
 from lorakit.cli._output import EXIT_CODES, print_json, print_lines, show
+from lorakit.evaluation._models import load_tokenizer
+from lorakit.lens.render.html import write_html
 
 Model = Annotated[str, typer.Argument(help="A causal language model: a path or Hub id, with its tokenizer.")]
 DataSource = Annotated[str, typer.Argument(help=DATA_HELP)]
 Tasks = Annotated[list[str], typer.Option("--task", help="An in-domain set, as in `lorakit evaluate`.")]
 Shifted = Annotated[list[str] | None, typer.Option("--shifted", help="A set under shift, as in `lorakit evaluate`.")]
-Budget = Annotated[
-    str, typer.Option(help="Parameters (2M), bytes (4MB), or a fraction of uniform rank --rank (0.625).")
-]
+Budget = Annotated[str, typer.Option(help="Parameters (2M), bytes (4MB), or a fraction of rank --rank (0.625).")]
 Tolerance = Annotated[float, typer.Option(help="How much worse than the best a rank may be, in the scores' units.")]
 Steps = Annotated[int, typer.Option(min=1, help="Steps of each training.")]
 LearningRate = Annotated[float, typer.Option(help="Of each training.")]
@@ -72,68 +73,56 @@ def select(
     trust_remote_code: Trust = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
 ) -> None:
-    """Choose ranks by training and comparing: exit code 0 a rank is enough, 1 none in the budget, 2 bad input, 3 else."""
-    numbers = _ranks(ranks)
+    """Choose ranks by training: exit code 0 a rank is enough, 1 none in the budget, 2 bad input, 3 else."""
     options = load_options(device, dtype, load_in_4bit, revision, trust_remote_code)
-    elsewhere = backend == "ray" or (workers or 1) > 1
-    if elsewhere and options != evaluation.LoadOptions():
-        raise typer.BadParameter(
-            "other processes load the model as it is stored: leave out options of the model, or --backend and "
-            "--workers.",
-            param_hint="--workers",
-        )
-    from peft import LoraConfig
-
-    from lorakit.evaluation._models import load_tokenizer
-
+    elsewhere = _elsewhere(backend, workers, options)
     tokenizer = load_tokenizer(model, options=options)
-    template = LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank if lora_alpha is None else lora_alpha,
-        target_modules=named_targets(target_modules),
-        task_type="CAUSAL_LM",
-    )
     examples = read_examples(data, tokenizer, columns, length=length, batch_size=batch_size)
     with executor_of(backend, workers) as executor:
         found = experiments.select_ranks(
             model if elsewhere else evaluation.load_base(model, options),
-            template,
-            examples,
-            tasks=task,
-            shifted=shifted or (),
-            budget=int(budget) if budget.isdigit() else budget,
-            tolerance=tolerance,
-            steps=steps,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            ranks=numbers,
-            by=by,
-            cheap=cheap,
-            seeds=tuple(range(seeds)),
-            alpha=alpha,
-            num_examples=num_examples,
-            stop_every=stop_every,
-            tokenizer=tokenizer,
-            records=records,
-            executor=executor,
-            shard=shard,
-        )
+            _template(rank, lora_alpha, target_modules), examples, tasks=task, shifted=shifted or (),
+            budget=budget, tolerance=tolerance, steps=steps, batch_size=batch_size, learning_rate=learning_rate,
+            ranks=_ranks(ranks), by=by, cheap=cheap, seeds=tuple(range(seeds)), alpha=alpha, num_examples=num_examples,
+            stop_every=stop_every, tokenizer=tokenizer, records=records, executor=executor, shard=shard,
+        )  # fmt: skip
     if not isinstance(found, experiments.RankSelection):
         if as_json:
             print_json({"verdict": "INCONCLUSIVE", "missing": list(found.missing)})
         else:
             print_lines(f"{len(found.missing)} trainings are missing: run the other shards, then this one again.")
         raise typer.Exit(EXIT_CODES["INCONCLUSIVE"])
+    _write(found, model, out, html)
+    show(found, as_json)
+    raise typer.Exit(EXIT_CODES[found.verdict])
+
+
+def _elsewhere(backend: str, workers: int | None, options: evaluation.LoadOptions) -> bool:
+    """Whether other processes train, which load the model as it is stored."""
+    elsewhere = backend == "ray" or (workers or 1) > 1
+    if elsewhere and options != evaluation.LoadOptions():
+        raise typer.BadParameter(
+            "other processes load the model as it is stored: leave out the model's options, or this one.",
+            param_hint="--backend, --workers",
+        )
+    return elsewhere
+
+
+def _template(rank: int, lora_alpha: int | None, targets: str) -> Any:
+    from peft import LoraConfig
+
+    alpha = 2 * rank if lora_alpha is None else lora_alpha
+    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=named_targets(targets), task_type="CAUSAL_LM")
+
+
+def _write(found: experiments.RankSelection, model: str, out: Path | None, html: str | None) -> None:
     if out is not None:
         config = found.to_config()
         config.base_model_name_or_path = model
-        config.save_pretrained(str(out))
+        with replaced_directory(out) as directory:
+            config.save_pretrained(str(directory))
     if html is not None:
-        from lorakit.lens.render.html import write_html
-
         write_html(found, html)
-    show(found, as_json)
-    raise typer.Exit(EXIT_CODES[found.verdict])
 
 
 def _ranks(text: str) -> tuple[int, ...]:

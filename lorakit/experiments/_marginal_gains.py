@@ -19,7 +19,7 @@ from lorakit._figures import escape_mathtext, new_figure
 from lorakit._report import Report, Table
 from lorakit.experiments._plan import PlanResults, Shard
 from lorakit.experiments._select_plan import Arm, MissingTrainingsError, Stages, gain
-from lorakit.experiments._select_setup import stages_of
+from lorakit.experiments._select_setup import SetOptions, stages_of
 from lorakit.experiments._settings import RunSettings, Schedule
 from lorakit.experiments._work import Source
 from lorakit.statistics import Interval
@@ -149,13 +149,11 @@ def marginal_gains(
     check_integer("delta", delta)
     training = {
         "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "weight_decay": weight_decay,
-        "warmup_steps": warmup_steps, "schedule": schedule,
+        "warmup_steps": warmup_steps, "schedule": schedule, "collate_fn": collate_fn,
     }  # fmt: skip
-    with stages_of(
-        base, template, train, tasks=tasks, shifted=shifted, collate_fn=collate_fn, tokenizer=tokenizer,
-        stop_every=stop_every, patience=patience, training=training,
-        where=RunSettings(seeds, records, executor, shard, progress),
-    ) as stages:  # fmt: skip
+    options = SetOptions(tasks, shifted, tokenizer, stop_every, patience)
+    where = RunSettings(seeds, records, executor, shard, progress)
+    with stages_of(base, template, train, options, training, where) as stages:
         try:
             return measured_gains(stages, by, r, delta, alpha)
         except MissingTrainingsError as waiting:

@@ -28,7 +28,7 @@ from lorakit.experiments._plan import PlanResults, Shard
 from lorakit.experiments._select_advice import advice_of
 from lorakit.experiments._select_plan import Arm, MissingTrainingsError, Ranks, Stages, gain
 from lorakit.experiments._select_report import ArmVerdict, ComparedArm, RankSelection, SelectedModule
-from lorakit.experiments._select_setup import batches_for, estimate_of, stages_of
+from lorakit.experiments._select_setup import SetOptions, batches_for, estimate_of, stages_of
 from lorakit.experiments._settings import RunSettings, Schedule, distinct_integers
 from lorakit.experiments._work import Source
 from lorakit.fisher import FisherReport, probe
@@ -123,13 +123,11 @@ def select_ranks(
     check_number("alpha", alpha, above=0, most=0.5)
     training = {
         "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "weight_decay": weight_decay,
-        "warmup_steps": warmup_steps, "schedule": schedule,
+        "warmup_steps": warmup_steps, "schedule": schedule, "collate_fn": collate_fn,
     }  # fmt: skip
-    with stages_of(
-        base, template, train, tasks=tasks, shifted=shifted, collate_fn=collate_fn, tokenizer=tokenizer,
-        stop_every=stop_every, patience=patience, training=training,
-        where=RunSettings(seeds, records, executor, shard, progress),
-    ) as stages:  # fmt: skip
+    options = SetOptions(tasks, shifted, tokenizer, stop_every, patience)
+    where = RunSettings(seeds, records, executor, shard, progress)
+    with stages_of(base, template, train, options, training, where) as stages:
         whole = sum(stages.costs.values())
         element = max(module.bytes_each for module in stages.modules)
         allowed = allowed_parameters(budget, stages.template.r * whole, element)

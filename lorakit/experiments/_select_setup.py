@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from lorakit._checks import check_integer
 from lorakit.cost import accounting
 from lorakit.data import loader
 from lorakit.data._sources import is_source
@@ -52,46 +53,50 @@ class CostEstimate:
         )
 
 
+@dataclass(frozen=True)
+class SetOptions:
+    """What trainings are scored on, as `select_ranks` is given it."""
+
+    tasks: Any
+    shifted: Any
+    tokenizer: Any
+    stop_every: int | None
+    patience: int
+
+    def named(self, tokenizer: Any) -> NamedSets:
+        """The tasks. Raises: ValueError, TypeError, EvaluationError."""
+        within = tuple(tasks_of(self.tasks))
+        none = isinstance(self.shifted, Sequence) and not self.shifted
+        beyond = () if none else tuple(tasks_of(self.shifted))
+        names = [task.name for task in (*within, *beyond)]
+        if len(set(names)) < len(names):
+            raise EvaluationError(f"`tasks` and `shifted` must have different names; got {names}. Pass `name` to one.")
+        check_integer("patience", self.patience)
+        if self.stop_every is not None:
+            check_integer("stop_every", self.stop_every)
+            if not beyond:
+                raise ValueError("`stop_every` needs `shifted`: trainings are compared on the shifted sets.")
+        return NamedSets(within, beyond, tokenizer, self.stop_every, self.patience)
+
+
 @contextlib.contextmanager
 def stages_of(
-    base: Any,
-    template: Any,
-    train: Any,
-    *,
-    tasks: Any,
-    shifted: Any,
-    collate_fn: Callable[[list[Any]], Any] | None,
-    tokenizer: Any,
-    stop_every: int | None,
-    patience: int,
-    training: Mapping[str, Any],
-    where: RunSettings,
+    base: Any, template: Any, train: Any, options: SetOptions, training: Mapping[str, Any], where: RunSettings
 ) -> Iterator[Stages]:
-    """What trains the arms of a selection. Raises: ValueError, TypeError, EvaluationError for invalid arguments."""
+    """What trains the arms of a selection; `training` has the fields of `TrainSettings` but `train`.
+
+    Raises: ValueError, TypeError, EvaluationError for invalid arguments.
+    """
     if len(where.seeds) == 2:
         raise EvaluationError("`seeds` must be one, or at least 3: the spread of two cannot be told. Add a seed.")
-    within = tuple(tasks_of(tasks))
-    beyond = (
-        ()
-        if isinstance(shifted, Sequence) and not shifted and not isinstance(shifted, str)
-        else tuple(tasks_of(shifted))
-    )
-    names = [task.name for task in (*within, *beyond)]
-    if len(set(names)) < len(names):
-        raise EvaluationError(f"`tasks` and `shifted` must have different names; got {names}. Pass `name` to one.")
-    if stop_every is not None and not beyond:
-        raise ValueError("`stop_every` needs `shifted`: early stopping compares a training on the shifted sets.")
-    if stop_every is not None and (stop_every < 1 or patience < 1):
-        raise ValueError(f"`stop_every` and `patience` must be positive integers; got {stop_every}, {patience}.")
     check_source(base, len)
-    if tokenizer is None:
-        tokenizer = load_tokenizer(base)
-    data, collate = _data_of(train, tokenizer, collate_fn)
+    tokenizer = load_tokenizer(base) if options.tokenizer is None else options.tokenizer
+    sets: Any = options.named(tokenizer)
+    data, collate = _data_of(train, tokenizer, training["collate_fn"])
     check_data(data)
-    settings = TrainSettings(**training, collate_fn=collate, train=None)
+    settings = TrainSettings(**{**training, "collate_fn": collate}, train=None)
     model = model_of(base)
     modules = tuple(target_modules(model, template))
-    sets: Any = NamedSets(within, beyond, tokenizer, stop_every, patience)
     work = Work(model if where.executor is None else base, data, sets, settings, where.progress)
     with contextlib.ExitStack() as stack:
         directory = where.records or stack.enter_context(tempfile.TemporaryDirectory())

@@ -272,7 +272,7 @@ def test_redistribution_and_its_control_have_equal_parameters(costs, data):
     assert abs(total - params) <= 0.01 * params
     assert all(1 <= value <= rank // 2 + rank for value in found.values())
     assert gains["q"] <= 0 or found == redistribute(
-        {g: 7 * value for g, value in gains.items()}, groups, named, r=rank // 2, delta=rank, budget=params
+        {g: 8 * value for g, value in gains.items()}, groups, named, r=rank // 2, delta=rank, budget=params
     )
     if len(set(found.values())) == 1:
         with pytest.raises(AllocationError, match="all are equal"):
