@@ -32,6 +32,7 @@ ON_DISK = [
 ]
 WITH_BASE = [
     ["probe", "{base}", "{data}", "--num-examples", "2", "--json"],
+    "select {base} {data} --task {data} --budget 0.5 --tolerance 1 --steps 1 --cheap --json".split(),
     [
         "surgery",
         "--base",
