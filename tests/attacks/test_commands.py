@@ -32,7 +32,6 @@ ON_DISK = [
 ]
 WITH_BASE = [
     ["probe", "{base}", "{data}", "--num-examples", "2", "--json"],
-    "select {base} {data} --task {data} --budget 0.5 --tolerance 1 --steps 1 --cheap --json".split(),
     [
         "surgery",
         "--base",
@@ -52,6 +51,7 @@ WITH_BASE = [
     ["evaluate", "{a}", "--base", "{base}", "--task", "{data}", "--json"],
     ["export", "{a}", "{exported}", "--base", "{base}"],
     ["export", "{a}", "{out}/a.gguf", "--format", "gguf", "--base", "{base}"],
+    "select {base} {data} --task {data} --budget 0.5 --tolerance 1 --steps 1 --cheap --json".split(),
 ]
 
 
@@ -96,7 +96,7 @@ def test_base_models(run, write, fill, case, base_model):
     (base_model / "config.json").unlink()
     if text is not None:
         (base_model / "config.json").write_text(text)
-    for command in (WITH_BASE[0], WITH_BASE[1], WITH_BASE[5]):
+    for command in (WITH_BASE[0], WITH_BASE[1], WITH_BASE[5], WITH_BASE[6]):
         run(*fill(command))
 
 
