@@ -13,6 +13,7 @@ from lorakit.cli._data import DATA_HELP, BatchSize, Length, NumExamples, named_t
 from lorakit.cli._executors import Backend, ShardOf, Workers, executor_of
 from lorakit.cli._models import Device, Dtype, FourBit, Revision, Trust, load_options
 from lorakit.cli._output import EXIT_CODES, print_json, print_lines, show
+from lorakit.errors import EvaluationError
 from lorakit.evaluation._models import load_tokenizer
 from lorakit.lens.render.html import write_html
 
@@ -76,14 +77,15 @@ def select(
     """Choose ranks by training: exit code 0 a rank is enough, 1 none in the budget, 2 bad input, 3 else."""
     options = load_options(device, dtype, load_in_4bit, revision, trust_remote_code)
     elsewhere = _elsewhere(backend, workers, options)
-    tokenizer = load_tokenizer(model, options=options)
+    sweep = _ranks(ranks)
+    base: Any = model if elsewhere else evaluation.load_base(model, options)
+    tokenizer = _tokenizer(model, options)
     examples = read_examples(data, tokenizer, columns, length=length, batch_size=batch_size)
     with executor_of(backend, workers) as executor:
         found = experiments.select_ranks(
-            model if elsewhere else evaluation.load_base(model, options),
-            _template(rank, lora_alpha, target_modules), examples, tasks=task, shifted=shifted or (),
+            base, _template(rank, lora_alpha, target_modules), examples, tasks=task, shifted=shifted or (),
             budget=budget, tolerance=tolerance, steps=steps, batch_size=batch_size, learning_rate=learning_rate,
-            ranks=_ranks(ranks), by=by, cheap=cheap, seeds=tuple(range(seeds)), alpha=alpha, num_examples=num_examples,
+            ranks=sweep, by=by, cheap=cheap, seeds=tuple(range(seeds)), alpha=alpha, num_examples=num_examples,
             stop_every=stop_every, tokenizer=tokenizer, records=records, executor=executor, shard=shard,
         )  # fmt: skip
     if not isinstance(found, experiments.RankSelection):
@@ -106,6 +108,13 @@ def _elsewhere(backend: str, workers: int | None, options: evaluation.LoadOption
             param_hint="--backend, --workers",
         )
     return elsewhere
+
+
+def _tokenizer(model: str, options: evaluation.LoadOptions) -> Any:
+    found = load_tokenizer(model, options=options)
+    if found is None:
+        raise EvaluationError(f"The model {model!r} has no tokenizer, which training on text needs.")
+    return found
 
 
 def _template(rank: int, lora_alpha: int | None, targets: str) -> Any:
