@@ -173,7 +173,7 @@ class Stages:
     def without_adapter(self) -> Arm:
         """The base model on every set; it shows what is wrong with a task before anything is trained."""
         arguments = {"work": self.sent, "name": "without adapter", "config": None, "seed": 0}
-        trial = Trial("without adapter", selection_trial, arguments, name_of(self.work.model) | self._sets())
+        trial = Trial("without adapter", selection_trial, arguments, name_of(self.work.model) | self._scored)
         return _arm("without adapter", [self.run([trial], whole=True)[trial.key]])
 
     def run(self, trials: Sequence[Trial], *, whole: bool = False) -> PlanResults:
@@ -188,7 +188,7 @@ class Stages:
 
     def _trial(self, ranks: Ranks, seed: int) -> Trial:
         name, config = label_of(ranks), with_ranks(self.template, ranks)
-        shared = name_of(self.work.model) | self.work.settings.record(self.work.train_data) | self._sets()
+        shared = name_of(self.work.model) | self.work.settings.record(self.work.train_data) | self._scored
         return Trial(
             key=f"{name} with seed {seed}",
             function=selection_trial,
@@ -196,12 +196,14 @@ class Stages:
             settings=shared | {"seed": seed, "config": plain_config(config)},
         )
 
-    def _sets(self) -> dict[str, Any]:
+    @cached_property
+    def _scored(self) -> dict[str, Any]:
+        """What records say about the sets: names, and hashes of the data of tasks that have one."""
         named = {"tasks": self.sets.tasks, "shifted": self.sets.shifted}
-        return {key: [task.name for task in tasks] for key, tasks in named.items()} | {
-            "stop_every": self.sets.stop_every,
-            "patience": self.sets.patience,
-        }
+        return {
+            key: {task.name: task.fingerprint() if task.cacheable else None for task in tasks}
+            for key, tasks in named.items()
+        } | {"stop_every": self.sets.stop_every, "patience": self.sets.patience}
 
 
 def label_of(ranks: Ranks) -> str:

@@ -20,7 +20,7 @@ from lorakit.allocation.redistribution import (
     redistribute,
     shuffled_at_equal_cost,
 )
-from lorakit.errors import AllocationError, EvaluationError, TrialError
+from lorakit.errors import AllocationError, EvaluationError, PlanError, TrialError
 from lorakit.experiments import _select_plan
 from lorakit.experiments._patterns import pattern_of
 
@@ -323,3 +323,28 @@ def test_patterns_need_three_ranks_and_errors():
     assert pattern_of([1.0, 1.0, 1.0], lambda i, j: 0.0) == "saturating"
     assert pattern_of([3.0, 1.0, 1.1], flat) == "unstable"
     assert pattern_of([3.0, 1.0, 1.1], flat, least=0.2) == "saturating"
+
+
+@pytest.mark.slow
+def test_other_processes_find_the_same(tiny_llama, data, tmp_path):
+    ids = torch.randint(1, 64, (4, 6), generator=torch.Generator().manual_seed(7))
+    template = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    settings = {
+        "budget": 1.0, "tolerance": 1.0, "ranks": (2, 4), "seeds": (0,), "steps": 2, "batch_size": 2,
+        "learning_rate": 1e-2, "progress": False,
+    }  # fmt: skip
+
+    def chosen(**where):
+        task = evaluation.loss([{"input_ids": ids, "labels": ids}], name="held-out")
+        return experiments.select_ranks(tiny_llama(), template, data, tasks=task, **settings, **where)
+
+    here = chosen()
+    with experiments.process_pool(1) as executor:
+        there = chosen(executor=executor, records=tmp_path)
+    assert there.ranks == here.ranks
+    for ours, theirs in zip(here.confirmation, there.confirmation, strict=True):
+        assert theirs.scores == pytest.approx(ours.scores, rel=1e-5)
+    assert here.estimate.memory_bytes > 0
+    changed = evaluation.loss([{"input_ids": ids + 0, "labels": ids.flip(0)}], name="held-out")
+    with pytest.raises(PlanError, match="other settings: tasks.held-out"):
+        experiments.select_ranks(tiny_llama(), template, data, tasks=changed, **settings, records=tmp_path)
