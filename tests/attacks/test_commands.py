@@ -51,7 +51,21 @@ WITH_BASE = [
     ["evaluate", "{a}", "--base", "{base}", "--task", "{data}", "--json"],
     ["export", "{a}", "{exported}", "--base", "{base}"],
     ["export", "{a}", "{out}/a.gguf", "--format", "gguf", "--base", "{base}"],
-    "select {base} {data} --task {data} --budget 0.5 --tolerance 1 --steps 1 --cheap --json".split(),
+    [
+        "select",
+        "{base}",
+        "{data}",
+        "--task",
+        "{data}",
+        "--budget",
+        "0.5",
+        "--tolerance",
+        "1",
+        "--steps",
+        "1",
+        "--cheap",
+        "--json",
+    ],
 ]
 
 
