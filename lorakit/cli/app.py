@@ -19,6 +19,7 @@ from lorakit.cli.fleet import fleet
 from lorakit.cli.inspect import alignment, audit, compare, report, weights
 from lorakit.cli.probe import probe
 from lorakit.cli.rewrite import compress, export, merge
+from lorakit.cli.select import select
 from lorakit.cli.servable import servable
 from lorakit.cli.surgery import surgery
 
@@ -51,6 +52,7 @@ for _command in (
     export,
     servable,
     probe,
+    select,
     surgery,
     evaluate,
     certify,

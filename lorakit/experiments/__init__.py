@@ -26,12 +26,21 @@ if TYPE_CHECKING:
     from lorakit.experiments._layer_sensitivity import layer_sensitivity as layer_sensitivity
     from lorakit.experiments._losses import MeanLoss as MeanLoss
     from lorakit.experiments._losses import PairedDifference as PairedDifference
+    from lorakit.experiments._marginal_gains import GroupGain as GroupGain
+    from lorakit.experiments._marginal_gains import MarginalGains as MarginalGains
+    from lorakit.experiments._marginal_gains import marginal_gains as marginal_gains
     from lorakit.experiments._plan import PlanResults as PlanResults
     from lorakit.experiments._plan import Trial as Trial
     from lorakit.experiments._plan import run_plan as run_plan
     from lorakit.experiments._rank_sweep import RankSweep as RankSweep
     from lorakit.experiments._rank_sweep import SweptRank as SweptRank
     from lorakit.experiments._rank_sweep import rank_sweep as rank_sweep
+    from lorakit.experiments._select_ranks import select_ranks as select_ranks
+    from lorakit.experiments._select_report import Advice as Advice
+    from lorakit.experiments._select_report import ComparedArm as ComparedArm
+    from lorakit.experiments._select_report import RankSelection as RankSelection
+    from lorakit.experiments._select_report import SelectedModule as SelectedModule
+    from lorakit.experiments._select_setup import CostEstimate as CostEstimate
     from lorakit.experiments._training import SweepRun as SweepRun
 else:
     __getattr__, __dir__, __all__ = attach(__name__)

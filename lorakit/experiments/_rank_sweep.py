@@ -20,6 +20,7 @@ from lorakit._format import count
 from lorakit._report import Report
 from lorakit.experiments._configs import named_configs
 from lorakit.experiments._losses import Evaluate, MeanLoss, PairedDifference, mean_of, paired
+from lorakit.experiments._patterns import Pattern, pattern_of
 from lorakit.experiments._plan import PlanResults, Shard
 from lorakit.experiments._settings import RunSettings, Schedule, Train, TrainSettings, check_data
 from lorakit.experiments._training import SweepRun, Trained, train_each
@@ -85,9 +86,26 @@ class RankSweep(Report):
         return min(within, key=lambda row: (row.params, row.loss.value))
 
     @property
+    def pattern(self) -> Pattern | None:
+        """Whether the loss over rank is "saturating", "gradual" or "unstable".
+
+        Unstable: a larger rank is worse than a smaller one by more than 2 paired standard errors. Saturating: else, if
+        the last step adds at most a tenth of the improvement from the first rank to the best, or nothing improves.
+        Gradual: else. None for fewer than three ranks, configs that are not ranks, and without standard errors.
+        """
+        if any(row.rank is None for row in self.ranks):
+            return None
+        rows = sorted(self.ranks, key=lambda row: row.rank or 0)
+        return pattern_of(
+            [row.loss.value for row in rows], lambda i, j: self.difference(rows[i].name, rows[j].name).stderr
+        )
+
+    @property
     def headline(self) -> str:
         best, smallest = self.best, self.smallest
         text = f"lowest loss at {best.name}: {best.loss}, without adapter {self.base}"
+        if self.pattern is not None:
+            text += f"; {self.pattern}"
         if smallest is None:
             return f"{text}; no standard error, so that no smaller config can be compared with it"
         if smallest is best:
@@ -111,11 +129,12 @@ class RankSweep(Report):
         return _difference(self.runs, str(first), str(second), self.seeds)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain data for JSON, with `best` and `smallest` by name."""
+        """All fields as plain data for JSON, with `best` and `smallest` by name, and the `pattern`."""
         smallest = self.smallest
         return super().to_dict() | {
             "best": self.best.name,
             "smallest": None if smallest is None else smallest.name,
+            "pattern": self.pattern,
         }
 
     def rows(self) -> list[dict[str, Any]]:

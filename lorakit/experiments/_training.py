@@ -76,7 +76,7 @@ def train_each(work: Work, configs: Mapping[str, PeftConfig], where: RunSettings
             key=_key(name, seed),
             function=train_trial,
             arguments={"work": sent, "name": name, "config": config, "seed": seed},
-            settings=identity | shared | {"seed": seed, "config": _plain(config)},
+            settings=identity | shared | {"seed": seed, "config": plain_config(config)},
         )
         for seed in where.seeds
         for name, config in configs.items()
@@ -195,7 +195,7 @@ def _minimize(model: Any, batches: Iterator[Any], settings: TrainSettings, what:
     return torch.stack(losses).double()
 
 
-def _plain(config: PeftConfig) -> dict[str, Any]:
+def plain_config(config: PeftConfig) -> dict[str, Any]:
     """A config as JSON gives it back."""
 
     def plain(value: Any) -> Any:

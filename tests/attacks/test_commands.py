@@ -51,6 +51,21 @@ WITH_BASE = [
     ["evaluate", "{a}", "--base", "{base}", "--task", "{data}", "--json"],
     ["export", "{a}", "{exported}", "--base", "{base}"],
     ["export", "{a}", "{out}/a.gguf", "--format", "gguf", "--base", "{base}"],
+    [
+        "select",
+        "{base}",
+        "{data}",
+        "--task",
+        "{data}",
+        "--budget",
+        "0.5",
+        "--tolerance",
+        "1",
+        "--steps",
+        "1",
+        "--cheap",
+        "--json",
+    ],
 ]
 
 
@@ -95,7 +110,7 @@ def test_base_models(run, write, fill, case, base_model):
     (base_model / "config.json").unlink()
     if text is not None:
         (base_model / "config.json").write_text(text)
-    for command in (WITH_BASE[0], WITH_BASE[1], WITH_BASE[5]):
+    for command in (WITH_BASE[0], WITH_BASE[1], WITH_BASE[5], WITH_BASE[6]):
         run(*fill(command))
 
 

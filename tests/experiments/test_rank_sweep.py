@@ -185,6 +185,7 @@ def test_statistics(tiny_llama, data):
         found.difference(16, 4)
     read = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert (read["best"], read["smallest"]) == ("8", "4")
+    assert found.pattern == read["pattern"] == "saturating"  # the last step is 0.017 of 0.87
     assert read["runs"][0] == {"name": "4", "seed": 0, "params": 896, "losses": LOSSES["4", 0], "train_loss": None}
     assert found.headline.startswith("lowest loss at 8: 2.217 ± 0.050, without adapter 9 ± 0;")
     assert found.headline.endswith("smallest within one standard error: 4")
@@ -209,6 +210,7 @@ def test_one_number_and_one_seed_have_no_standard_error(tiny_llama, data):
     assert found.best.name == "4"
     assert found.smallest is None
     assert "no standard error" in found.headline
+    assert found.pattern is None
     json.dumps(found.to_dict(), allow_nan=False)
     assert found.plot().axes
 
