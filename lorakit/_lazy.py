@@ -136,6 +136,7 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "static.recommendation": ("Recommendation",),
         "static.compare": ("compare",),
         "static.comparison_report": ("ComparedGroup", "ComparedModule", "ComparisonReport"),
+        "static.forecast_report": ("MergeForecast", "MethodForecast"),
         "static.alignment": ("alignment",),
         "static.alignment_report": ("AlignedGroup", "AlignedPair", "AlignmentReport"),
         "static.weights": ("compare_weights",),

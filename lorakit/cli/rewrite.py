@@ -29,6 +29,7 @@ from lorakit.cli._output import (
     Overwrite,
     check_share,
     fail_if_errors,
+    numbers_of,
     print_folded,
     print_json,
     print_lines,
@@ -248,11 +249,13 @@ def _merge_options(
         raise typer.BadParameter("is for ties and dare, which need it.", param_hint="--density")
     check_share("--energy", energy)
     check_share("--density", density)
-    try:
-        chosen = None if weights is None else [float(weight) for weight in weights.split(",")]
-    except ValueError:
-        raise typer.BadParameter("must be numbers with commas between.", param_hint="--weights") from None
-    return {"weights": chosen, "method": method.value, "rank": rank, "energy": energy, "density": density}
+    return {
+        "weights": numbers_of("--weights", weights),
+        "method": method.value,
+        "rank": rank,
+        "energy": energy,
+        "density": density,
+    }
 
 
 def export(

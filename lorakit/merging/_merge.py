@@ -6,31 +6,23 @@ are defined entry by entry of ΔW, so each module's ΔWs are formed, one module 
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import math
 import os
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import torch
-from tqdm import tqdm
-
 from lorakit._checks import check_integer, check_number
-from lorakit._signals import restoring
 from lorakit.adapters import Adapter, AdapterModule, open_saved_adapter
 from lorakit.adapters.companions import check_overwrite, companions_of, label_of
 from lorakit.adapters.lora_config import minimal_config
-from lorakit.adapters.rewritable import check_finite, check_rewritable, contents_of, finite_tensor, planned_tensor
+from lorakit.adapters.rewritable import check_rewritable, contents_of, finite_tensor, planned_tensor
 from lorakit.adapters.whole import with_whole_updates
 from lorakit.adapters.write_lora import Piece, PlainLora, plain_lora, planned_update, stored_update, write_lora
-from lorakit.merging._combine import DENSE, METHODS, Items, Merged, Method, combiner, least_rank, merged
+from lorakit.merging._combine import DENSE, METHODS, Merged, Method
 from lorakit.merging._report import MergedModule, MergeReport
 from lorakit.merging._together import Beside, Present, config_of, findings_about, layouts_of, modules_of, tensors_beside
+from lorakit.merging._updates import Merging, Recipe, checked_weights
 from lorakit.serving._needs import Needs, needs_of
 from lorakit.serving._written import Before, compact_finding, summary
-from lorakit.spectral import LowRank
 
 if TYPE_CHECKING:
     from torch import nn
@@ -96,17 +88,17 @@ def merge(
         >>> merge([model, model], tempfile.mkdtemp(), weights=[0.6, 0.4]).r
         4
     """
-    chosen = _checked_weights(adapters, weights)
+    chosen = checked_weights(adapters, weights)
     _check_options(method, rank, energy, density)
     check_overwrite(out, adapters, overwrite=overwrite)
     needs = needs_of(for_server, pad=pad)
     views = _opened(adapters, base, needs)
-    recipe = _Recipe(method, rank, energy, density, seed, pad, needs)
+    recipe = Recipe(method, rank, energy, density, seed, pad, needs)
     present = modules_of(views)
     beside, findings = tensors_beside(views)
     findings += findings_about(views, present)
     layouts = layouts_of(present)
-    merging = _Merging(views, present, chosen, recipe)
+    merging = Merging(views, present, chosen, recipe)
     lora = _plan(layouts, merging.ranks, recipe)
     config, about_config = minimal_config(config_of(views, present), **lora.fields)
     companions = companions_of(adapters)
@@ -150,7 +142,7 @@ def _opened(
     return views
 
 
-def _plan(layouts: Mapping[str, AdapterModule], ranks: Mapping[str, int], recipe: _Recipe) -> PlainLora:
+def _plan(layouts: Mapping[str, AdapterModule], ranks: Mapping[str, int], recipe: Recipe) -> PlainLora:
     """What will be written, before it is computed."""
     needs = recipe.needs
     lora = plain_lora(
@@ -164,7 +156,7 @@ def _plan(layouts: Mapping[str, AdapterModule], ranks: Mapping[str, int], recipe
 
 
 def _pieces(
-    merging: _Merging,
+    merging: Merging,
     layouts: Mapping[str, AdapterModule],
     lora: PlainLora,
     beside: Beside,
@@ -180,90 +172,6 @@ def _pieces(
 def _energy_kept(merges: Mapping[str, Merged]) -> float:
     total = sum(one.total for one in merges.values())
     return sum(one.kept for one in merges.values()) / total if total > 0 else 1.0
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    """How to merge; see `merge`."""
-
-    method: Method
-    rank: int | None
-    energy: float | None
-    density: float | None
-    seed: int
-    pad: bool
-    needs: Needs
-
-
-@dataclass(frozen=True, eq=False)
-class _Merging:
-    """The merges of all modules, computed when they are asked for, one module in memory at a time."""
-
-    views: Sequence[Adapter]
-    present: Present
-    weights: Sequence[float]
-    recipe: _Recipe
-
-    @functools.cached_property
-    @torch.no_grad()
-    def ranks(self) -> dict[str, int]:
-        """The rank of every module's merge, without padding: one for all if it is chosen here and padding is on."""
-        recipe = self.recipe
-        full = {name: self._full_rank(list(modules.values())) for name, modules in self.present.items()}
-        if recipe.rank is not None:
-            return {name: min(recipe.rank, rank) for name, rank in full.items()}
-        if recipe.energy is not None:
-            combine = combiner(recipe.method, recipe.density)
-            with _seeded(recipe):
-                items = self._items("choosing the rank")
-                least = {name: least_rank(each, combine, recipe.energy) for name, each in items}
-            if not recipe.pad:
-                return least
-            rank = recipe.needs.rank_at_least(max(least.values()))
-            return {name: min(rank, most) for name, most in full.items()}
-        if recipe.method == "linear":
-            return full
-        own = {name: max(module.rank for module in modules.values()) for name, modules in self.present.items()}
-        if recipe.pad:
-            own = dict.fromkeys(own, recipe.needs.rank_at_least(max(own.values())))
-        return {name: min(own[name], most) for name, most in full.items()}
-
-    def _full_rank(self, modules: Sequence[AdapterModule]) -> int:
-        """The rank of a module's merge that is not cut."""
-        side = min(modules[0].d_out, modules[0].d_in)
-        return side if self.recipe.method in DENSE else min(side, sum(module.rank for module in modules))
-
-    @torch.no_grad()
-    def updates(self) -> Iterator[tuple[str, LowRank, Merged]]:
-        """Module by module the merge of its rank, with its numbers."""
-        recipe = self.recipe
-        combine = combiner(recipe.method, recipe.density)
-        exact = recipe.method == "linear" and recipe.rank is None and recipe.energy is None
-        with _seeded(recipe):
-            for name, each in self._items("merging"):
-                yield name, *merged(each, combine, None if exact else self.ranks[name])
-
-    def _items(self, progress: str) -> Iterator[tuple[str, Items]]:
-        """Module by module, the updates of the adapters that have it, with their weights."""
-        bar = tqdm(self.present.items(), desc=progress, delay=1.0, unit="module", leave=False, disable=None)
-        with contextlib.ExitStack() as stack:
-            reads = [stack.enter_context(view.source.reader()) for view in self.views]
-            for name, modules in bar:
-                items = []
-                for i, module in modules.items():
-                    update = module.update(reads[i])
-                    check_finite(self.views[i], module, update)
-                    items.append((update, self.weights[i]))
-                yield name, items
-
-
-@restoring
-def _seeded(recipe: _Recipe) -> Iterator[None]:
-    """The same random numbers for `dare` each time, and torch's global state as it was afterwards."""
-    with torch.random.fork_rng(enabled=recipe.method == "dare"):
-        if recipe.method == "dare":
-            torch.manual_seed(recipe.seed)
-        yield
 
 
 def _rows(
@@ -290,19 +198,6 @@ def _rows(
         )
         for name, one in merges.items()
     )
-
-
-def _checked_weights(adapters: object, weights: Sequence[float] | None) -> list[float]:
-    if isinstance(adapters, str | os.PathLike) or not isinstance(adapters, Sequence):
-        raise TypeError(f"`adapters` must be a list of adapters; got {type(adapters).__name__}.")
-    if not adapters:
-        raise ValueError("`adapters` must have at least one adapter; got none.")
-    chosen = [1 / len(adapters)] * len(adapters) if weights is None else [float(weight) for weight in weights]
-    if len(chosen) != len(adapters):
-        raise ValueError(f"`weights` must have one weight for each of {len(adapters)} adapters; got {len(chosen)}.")
-    if not all(math.isfinite(weight) for weight in chosen):
-        raise ValueError(f"`weights` must be finite; got {chosen}.")
-    return chosen
 
 
 def _check_options(method: str, rank: int | None, energy: float | None, density: float | None) -> None:

@@ -1,0 +1,203 @@
+"""Whether lorakit.lens.compare's forecast of a merge agrees with what the merge keeps, on SmolLM2-135M-Instruct.
+
+    python benchmarks/merge_forecast.py STAGE --data DIR --out DIR
+
+The DIR of `--data` holds JSON lines files: arc_easy and openbookqa with `question`, `choices` and `answer` (the right
+one's index), and cola with `sentence` and `label`, each as NAME_train.jsonl and NAME_test.jsonl or NAME_dev.jsonl. The
+fourth set of texts is the documentation that comes with Python.
+
+Stages, in order: `train`, `merge`, and `page`, which writes docs/evidence. What an earlier call has finished is not
+done again. Nothing is tuned: the settings stand below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+RANK, ALPHA, LEARNING_RATE, STEPS, BATCH_SIZE, LENGTH, SEED = 8, 16, 5e-4, 40, 4, 64, 0
+DOCUMENTS = 40
+TASKS = ("arc_easy", "openbookqa", "cola", "documentation")
+RECIPES: dict[str, dict[str, Any]] = {
+    "linear-half": {"method": "linear", "weights": (0.5, 0.5)},
+    "linear-uneven": {"method": "linear", "weights": (0.8, 0.2)},
+    "linear-full": {"method": "linear", "weights": (1.0, 1.0)},
+    "ties": {"method": "ties", "weights": (0.5, 0.5), "density": 0.5},
+}
+FORECASTS = ("strength", "directions")
+TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
+
+
+def write_json(path: Path, text: str) -> None:
+    """Write a file beside its place, then move it there."""
+    unfinished = path.with_suffix(".partial")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+
+
+def example(row: dict[str, Any]) -> dict[str, str]:
+    """A document as a prompt and its completion."""
+    if "sentence" in row:
+        prompt = f"Sentence: {row['sentence']}\nIs this sentence grammatical?"
+        return {"prompt": prompt, "completion": " yes" if row["label"] else " no"}
+    return {"prompt": f"Question: {row['question']}\nAnswer:", "completion": " " + row["choices"][row["answer"]]}
+
+
+def documents(data: Path, task: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """The training and held-out documents of a task, in the order of their hashes, with nothing in both."""
+    if task == "documentation":
+        texts = dict.fromkeys(" ".join(text.split())[:400] for _, text in sorted(topics.items()))
+        rows = ordered([{"text": text} for text in texts])
+        return rows[DOCUMENTS:], rows[:DOCUMENTS]
+    files = [data / f"{task}_{part}.jsonl" for part in ("train", "test", "dev")]
+    train, held_out = (
+        ordered([example(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()])
+        for file in files
+        if file.exists()
+    )
+    return train, [row for row in held_out if row not in train][:DOCUMENTS]
+
+
+def ordered(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Rows in the order of their hashes."""
+    return sorted(rows, key=lambda row: hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest())
+
+
+def train(data: Path, out: Path) -> None:
+    """The base model, the documents and one LoRA for each task."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from tqdm import tqdm
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from lorakit.data import loader
+    from lorakit.demo import load_model
+
+    base = out / "base"
+    if not (base / "config.json").exists():
+        model, tokenizer = load_model(None)
+        model.save_pretrained(base)
+        tokenizer.save_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    for task in TASKS:
+        if (out / task / "adapter_model.safetensors").exists():
+            continue
+        rows, held_out = documents(data, task)
+        for name, content in ((f"{task}-train", rows[: STEPS * BATCH_SIZE]), (f"{task}-test", held_out)):
+            write_json(out / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in content))
+        torch.manual_seed(SEED)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
+        tuned = get_peft_model(model, config)
+        optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=LEARNING_RATE)
+        batches = list(loader(str(out / f"{task}-train.jsonl"), tokenizer, length=LENGTH, batch_size=BATCH_SIZE))
+        losses = []
+        for step in tqdm(range(STEPS), desc=task):
+            loss = tuned(**batches[step % len(batches)], use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+        write_json(out / f"{task}-training.json", json.dumps(losses))
+        tuned.save_pretrained(out / task)
+
+
+def score(out: Path, adapter: Path | None, tasks: Sequence[str]) -> dict[str, list[float]]:
+    """The score of every held-out document of some tasks: minus its loss, in nats a token."""
+    from lorakit import evaluation
+    from lorakit.data import tokenizer_for
+
+    base = _base(str(out / "base"))
+    held_out = [evaluation.loss(str(out / f"{task}-test.jsonl"), name=task, length=LENGTH) for task in tasks]
+    options: dict[str, Any] = {"tokenizer": tokenizer_for(str(out / "base")), "progress": False}
+    if adapter is None:
+        found = evaluation.evaluate(base, held_out, **options)
+    else:
+        (found,) = evaluation.evaluate_adapters(base, [str(adapter)], held_out, **options).values()
+    return {name: list(scores.scores) for name, scores in found.items()}
+
+
+@cache
+def _base(path: str) -> Any:
+    from lorakit import evaluation
+
+    return evaluation.load_base(path)
+
+
+def kept(path: Path, make: Callable[[], Any]) -> Any:
+    """What a JSON file holds, made first where it is not there."""
+    if not path.exists():
+        write_json(path, json.dumps(make()))
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def merge(out: Path) -> list[dict[str, Any]]:
+    """For each merge the forecast, and the scores of base, adapters and merge on both tasks."""
+    records = out / "records"
+    records.mkdir(exist_ok=True)
+    base = kept(records / "base.json", lambda: score(out, None, TASKS))
+    single = {task: kept(records / f"{task}.json", partial(score, out, out / task, [task]))[task] for task in TASKS}
+    found = []
+    for pair in combinations(TASKS, 2):
+        for name, recipe in RECIPES.items():
+            record = kept(records / f"{'-'.join(pair)}-{name}.json", partial(_one, out, pair, recipe))
+            both = {
+                task: {"base": base[task], "single": single[task], "merge": record["scores"][task]} for task in pair
+            }
+            found.append({"pair": pair, "recipe": name, "forecast": record["forecast"], "scores": both})
+            print(pair, name, [row["retention"] for row in points([found[-1]])], flush=True)
+    return found
+
+
+def _one(out: Path, pair: tuple[str, str], recipe: dict[str, Any]) -> dict[str, Any]:
+    from lorakit.lens import compare
+    from lorakit.merging import merge as merge_adapters
+
+    paths = [str(out / task) for task in pair]
+    methods = [recipe["method"]]
+    report = compare(*paths, weights=recipe["weights"], methods=methods, density=recipe.get("density", 0.5))
+    assert report.forecast is not None
+    with tempfile.TemporaryDirectory() as directory:
+        merge_adapters(paths, directory, **recipe)
+        scores = score(out, Path(directory), pair)
+    return {"forecast": asdict(report.forecast.methods[0]), "cosine": report.total.cosine, "scores": scores}
+
+
+def points(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each task of each merge the forecast and the retention, (merge − base) / (adapter − base) in mean score."""
+    found = []
+    for number, record in enumerate(records):
+        for task, letter in zip(record["pair"], "ab", strict=True):
+            scores = {side: fmean(values) for side, values in record["scores"][task].items()}
+            gain = scores["single"] - scores["base"]
+            found.append(
+                {
+                    "merge": number,
+                    "pair": record["pair"],
+                    "recipe": record["recipe"],
+                    "task": task,
+                    "gain": gain,
+                    "retention": (scores["merge"] - scores["base"]) / gain,
+                    **{name: record["forecast"][f"{name}_{letter}"] for name in FORECASTS},
+                }
+            )
+    return found
+
+
+def main() -> None:
+    stages: dict[str, Callable[..., Any]] = {"train": train, "merge": lambda data, out: merge(out)}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=list(stages))
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    stages[options.stage](options.data, options.out)
+
+
+if __name__ == "__main__":
+    main()
