@@ -15,8 +15,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import cache, partial
+from itertools import combinations
 from pathlib import Path
 from pydoc_data.topics import topics
+from statistics import fmean
 from typing import Any
 
 RANK, ALPHA, LEARNING_RATE, STEPS, BATCH_SIZE, LENGTH, SEED = 8, 16, 5e-4, 40, 4, 64, 0
