@@ -158,7 +158,11 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "render.html": ("write_html",),
         "render.plots": ("write_plots",),
     },
-    "lorakit.merging": {"_merge": ("merge",), "_report": ("MergeReport", "MergedModule")},
+    "lorakit.merging": {
+        "_merge": ("merge",),
+        "_report": ("MergeReport", "MergedModule"),
+        "_retention": ("ScoreDifference", "TaskRetention"),
+    },
     "lorakit.naming": {
         "patterns": (
             "alpha_of",

@@ -35,6 +35,7 @@ from lorakit.cli._output import (
     print_lines,
     show,
 )
+from lorakit.cli._retained import Retain, retained
 
 if TYPE_CHECKING:
     from lorakit._report import Report
@@ -205,6 +206,7 @@ def merge(
     compact: Compact = False,
     for_server: For = None,
     base: TaskBase = None,
+    retain: Retain = None,
     task: Task = None,
     margin: Margin = None,
     alpha: Alpha = None,
@@ -220,13 +222,15 @@ def merge(
     verify: Verify = True,
     as_json: Json = False,
 ) -> None:
-    """Merge adapters into one plain LoRA; with --task, each of them is a reference that the merge must not be below."""
+    """Merge adapters into one plain LoRA; with --task, each of them is a reference for the merge."""
     options = _merge_options(weights, method, rank, energy, density)
     certification = Certification(task, margin, alpha, guard, limit, cache)
     loaded = (device, dtype, load_in_4bit, revision, trust_remote_code)
-    asked = certification.asked(base, only=loading(*loaded))
+    measured = retained(retain, certification, base, load_options(*loaded)) if retain else {}
+    asked = not measured and certification.asked(base, only=loading(*loaded))
     settings = certification.settings(load_options(*loaded), base=base, overwrite=overwrite)
     options |= {"seed": seed, "base": base, "pad": not compact, "for_server": for_server, "verify": verify}
+    options |= measured
     from lorakit.merging import merge as merge_adapters
 
     _write(

@@ -7,8 +7,11 @@ are defined entry by entry of ΔW, so each module's ΔWs are formed, one module 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lorakit._checks import check_integer, check_number
 from lorakit.adapters import Adapter, AdapterModule, open_saved_adapter
@@ -19,6 +22,7 @@ from lorakit.adapters.whole import with_whole_updates
 from lorakit.adapters.write_lora import Piece, PlainLora, plain_lora, planned_update, stored_update, write_lora
 from lorakit.merging._combine import DENSE, METHODS, Merged, Method
 from lorakit.merging._report import MergedModule, MergeReport
+from lorakit.merging._retention import Retaining, place, places_of
 from lorakit.merging._together import Beside, Present, config_of, findings_about, layouts_of, modules_of, tensors_beside
 from lorakit.merging._updates import Merging, Recipe, checked_weights
 from lorakit.serving._needs import Needs, needs_of
@@ -26,6 +30,8 @@ from lorakit.serving._written import Before, compact_finding, summary
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from lorakit.evaluation import LoadOptions
 
 
 def merge(
@@ -41,8 +47,15 @@ def merge(
     pad: bool = True,
     for_server: str | Iterable[str] | None = None,
     base: str | os.PathLike[str] | nn.Module | None = None,
+    tasks: Mapping[Any, Any] | None = None,
+    alpha: float = 0.05,
+    limit: int | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    options: LoadOptions | None = None,
+    tokenizer: Any = None,
     overwrite: bool = False,
     verify: bool = True,
+    progress: bool = True,
 ) -> MergeReport:
     """Merge adapters of one base model, and write the merge as a plain LoRA that PEFT and servers load.
 
@@ -61,22 +74,31 @@ def merge(
     Tensors beside the updates (modules_to_save and the like) are carried over from those that have them, if they agree;
     tokenizer, chat template and model card come from the first adapter that has them.
 
+    With `tasks`, what the merge keeps of each adapter's tasks is measured before `out` is touched: on the same
+    documents the scores of the base model, of the adapter by itself, of the merge, and of a random adapter with the
+    merge's norm in every module, with paired intervals. The report has them as `retention`, and the merge is written
+    whatever they are.
+
     Args:
         weights: one for each adapter, not normalised; None is 1/n each.
         rank, energy: one at most; `energy` chooses the smallest rank that keeps that share of ‖ΔW‖_F² in every module.
         density: for ``ties`` and ``dare``, in (0, 1].
-        seed: of ``dare``'s choice.
+        seed: of ``dare``'s choice, and of the random adapter.
         pad: False writes each module at its own rank, and chooses it module by module: for PEFT ≥ 0.15 and
             vLLM ≥ 0.33 only.
         for_server: servers that the file is for, as in `lorakit.compress.truncate`.
         base: the base model's weights (a directory or file of safetensors, or the model): DoRA and SPECLORA are then
-            merged by their whole updates.
+            merged by their whole updates. With `tasks` the model that is scored, which may also be a Hub id.
+        tasks: from each adapter, as it is in `adapters`, to its task or tasks: as in `lorakit.evaluation.certify`.
+        alpha: the level of each one-sided bound.
+        limit, cache, options, tokenizer, progress: of the scoring; as in `lorakit.evaluation.certify`.
         overwrite: allow `out` to be one of the adapters, or to hold an adapter that lorakit did not write.
         verify: read back what was written, and compare it with what was meant, before it takes its place.
     Raises: ValueError for weights, ranks and densities that make no sense, shapes that differ and tensors beside the
-        updates that disagree; TypeError for options that the method has no use for; UnsupportedModelError for
-        `lora_bias`, for DoRA and SPECLORA without `base`, and what else a sum of updates is not one adapter of;
-        AdapterFileError; OverwriteError (a FileExistsError); OSError. `out` is then as it was.
+        updates that disagree; TypeError for options that the method has no use for, and `tasks` without `base`;
+        UnsupportedModelError for `lora_bias`, for DoRA and SPECLORA without `base`, and what else a sum of updates is
+        not one adapter of; EvaluationError for tasks that cannot be scored; AdapterFileError; OverwriteError (a
+        FileExistsError); OSError. `out` is then as it was.
     References: Yadav et al., "TIES-Merging", NeurIPS 2023; Yu et al., "Language Models are Super Mario" (DARE),
         ICML 2024.
 
@@ -92,8 +114,38 @@ def merge(
     _check_options(method, rank, energy, density)
     check_overwrite(out, adapters, overwrite=overwrite)
     needs = needs_of(for_server, pad=pad)
-    views = _opened(adapters, base, needs)
     recipe = Recipe(method, rank, energy, density, seed, pad, needs)
+    if tasks is None:
+        return _merge(adapters, out, chosen, recipe, base, verify)
+    retaining = Retaining(
+        places_of(tasks, adapters), adapters, base, alpha, limit, cache, options, tokenizer, seed, progress
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        written = Path(directory, "merged")
+        report = _merge(adapters, written, chosen, recipe, _weights_of(base, adapters), verify)
+        retention = retaining.measure(written, Path(directory, "random"))
+        place(written, out)
+    return replace(report, path=os.fspath(out), retention=retention)
+
+
+def _weights_of(base: Any, adapters: Sequence[Any]) -> Any:
+    """`base`, where an update needs its weights; it may otherwise be a Hub id, which is for scoring alone."""
+    views = [open_saved_adapter(adapter) for adapter in adapters]
+    parts = [module for view in views for module in view.modules]
+    return base if any(module.magnitude is not None or module.mask is not None for module in parts) else None
+
+
+def _merge(
+    adapters: Sequence[str | os.PathLike[str] | nn.Module | Adapter],
+    out: str | os.PathLike[str],
+    chosen: Sequence[float],
+    recipe: Recipe,
+    base: str | os.PathLike[str] | nn.Module | None,
+    verify: bool,
+) -> MergeReport:
+    """Write the merge."""
+    needs, method, pad = recipe.needs, recipe.method, recipe.pad
+    views = _opened(adapters, base, needs)
     present = modules_of(views)
     beside, findings = tensors_beside(views)
     findings += findings_about(views, present)
@@ -121,8 +173,8 @@ def merge(
         sources=tuple(view.path for view in views),
         weights=tuple(chosen),
         method=method,
-        density=density,
-        seed=seed if method == "dare" else None,
+        density=recipe.density,
+        seed=recipe.seed if method == "dare" else None,
         energy_kept=_energy_kept(merges),
         verified=verify,
         modules=_rows(present, layouts, merges, lora.r if pad else None, errors),
