@@ -194,8 +194,162 @@ def points(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def rank_correlation(rows: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
+    """Spearman's correlation of a forecast with the retention, and a 95 % interval from 2,000 resamples of merges."""
+    import numpy as np
+    from scipy.stats import bootstrap, spearmanr
+
+    merges = sorted({row["merge"] for row in rows})
+    x, y = (np.array([row[key] for row in rows]) for key in (name, "retention"))
+    places = [np.array([i for i, row in enumerate(rows) if row["merge"] == merge]) for merge in merges]
+
+    def statistic(sample: Any) -> float:
+        chosen = np.concatenate([places[int(i)] for i in sample])
+        return float(spearmanr(x[chosen], y[chosen]).statistic)
+
+    found = bootstrap(
+        (np.arange(len(merges)),),
+        statistic,
+        vectorized=False,
+        n_resamples=2000,
+        method="percentile",
+        rng=np.random.default_rng(SEED),
+    ).confidence_interval
+    rho = float(spearmanr(x, y).statistic)
+    return {"rho": rho, "lower": float(found.low), "upper": float(found.high), "n": len(rows), "merges": len(merges)}
+
+
+def says(found: dict[str, float]) -> str:
+    """What an interval says for a user."""
+    if found["lower"] > 0:
+        return "ranked retention better than chance"
+    if found["upper"] < 0:
+        return "ranked retention worse than chance: more of it went with less retention"
+    return "is not shown to rank retention at all: the interval includes 0"
+
+
+def page(out: Path) -> None:
+    """docs/evidence/merges.md with its records and figure."""
+    records = merge(out)
+    rows = points(records)
+    directory = Path(__file__).resolve().parents[1] / "docs" / "evidence"
+    (directory / "merges").mkdir(exist_ok=True)
+    parts = {
+        "all merges": rows,
+        **{recipe: [row for row in rows if row["recipe"] == recipe] for recipe in RECIPES},
+        "weights that sum to 1, linear": [row for row in rows if row["recipe"] in ("linear-half", "linear-uneven")],
+    }
+    found = {part: {name: rank_correlation(some, name) for name in FORECASTS} for part, some in parts.items() if some}
+    summary = [{key: value for key, value in row.items() if key != "merge"} for row in rows]
+    write_json(directory / "merges" / "records.json", json.dumps({"records": records, "correlations": found}))
+    _figure(rows, found["all merges"]["strength"]).savefig(directory / "merges" / "forecast.png", dpi=110)
+    write_json(directory / "merges.md", _page(summary, found))
+
+
+def _page(rows: Sequence[dict[str, Any]], found: dict[str, dict[str, dict[str, float]]]) -> str:
+    def cell(one: dict[str, float]) -> str:
+        return f"{one['rho']:+.2f} [{one['lower']:+.2f}, {one['upper']:+.2f}]"
+
+    correlations = [
+        f"| {part} | {both['strength']['merges']} | {cell(both['strength'])} | {cell(both['directions'])} |"
+        for part, both in found.items()
+    ]
+    merges = [
+        f"| {row['recipe']} | {' + '.join(row['pair'])} | {row['task']} | {row['strength']:.3f} | "
+        f"{row['directions']:.3f} | {row['retention']:.0%} |"
+        for row in rows
+    ]
+    gains = {row["task"]: row["gain"] for row in rows}
+    strength, directions = (found["all merges"][name] for name in FORECASTS)
+    kept = sorted(row["retention"] for row in rows)
+    return TEMPLATE.format(
+        merges_n=strength["merges"],
+        points=strength["n"],
+        strength=cell(strength),
+        directions=cell(directions),
+        strength_says=says(strength),
+        directions_says=says(directions),
+        lowest=f"{kept[0]:.0%}",
+        middle=f"{kept[len(kept) // 2]:.0%}",
+        highest=f"{kept[-1]:.0%}",
+        gains=", ".join(f"{task} {gain:.3f}" for task, gain in gains.items()),
+        rank=RANK,
+        steps=STEPS,
+        batch=BATCH_SIZE,
+        length=LENGTH,
+        rate=LEARNING_RATE,
+        documents=DOCUMENTS,
+        correlations="\n".join(correlations),
+        table="\n".join(merges),
+    )
+
+
+def _figure(rows: Sequence[dict[str, Any]], found: dict[str, float]) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for recipe, marker in zip(RECIPES, "osD^", strict=True):
+        some = [row for row in rows if row["recipe"] == recipe]
+        axes.scatter([r["strength"] for r in some], [r["retention"] for r in some], label=recipe, marker=marker)
+    axes.set_xlabel("forecast: strength of the adapter's update in the merge")
+    axes.set_ylabel("measured: share of the adapter's gain kept")
+    axes.set_title(f"Spearman {found['rho']:+.2f} [{found['lower']:+.2f}, {found['upper']:+.2f}]")
+    axes.axhline(1, color="grey", linewidth=0.8)
+    axes.legend()
+    return figure
+
+
+TEMPLATE = """# What a forecast of a merge is worth
+
+Over all {merges_n} merges, the forecast strength of an adapter's update {strength_says} (Spearman {strength}); the
+share of its directions that is left {directions_says} (Spearman {directions}).
+
+![Forecast strength against measured retention](merges/forecast.png)
+
+Four LoRA adapters of rank {rank} were trained on SmolLM2-135M-Instruct, each in {steps} steps of {batch} short texts
+(at most {length} tokens, AdamW, learning rate {rate:g}), one for each task: ARC-Easy, OpenBookQA, CoLA, and Python's
+documentation. Every pair was merged in four ways. Before each merge `lorakit.lens.compare` forecast what is left of
+both adapters; then merge, single adapters and base model were scored on {documents} held-out documents of both tasks.
+Retention is (merge − base) / (adapter − base) in mean loss. It ranged from {lowest} to {highest}, with {middle} in the
+middle. Gains of the adapters in nats a token: {gains}.
+
+## For a user
+
+* Strength is not retention. A half of an update can keep nearly all of a gain in loss, and a merge at full weights can
+  lose some of it. Read the forecast as how much of an update is applied, and measure what matters: `tasks` of
+  `lorakit.merging.merge`, or `--retain`.
+* Most of the spread in strength comes from the weights, and so does a correlation over all merges. The rows of single
+  recipes below say what the forecast adds at given weights.
+* This is one small model, with short trainings and {points} pairs of a merge and a task. Merges that share an adapter
+  are not independent, so the true intervals are wider than these.
+
+## Rank correlation with retention
+
+Intervals are at 95 %, from 2,000 bootstrap resamples of whole merges.
+
+| merges | n | strength | directions |
+| --- | --- | --- | --- |
+{correlations}
+
+## All merges
+
+linear-half: weights ½ and ½. linear-uneven: 0.8 and 0.2. linear-full: 1 and 1. ties: weights ½ and ½, density ½.
+
+| recipe | pair | task | strength | directions | retention |
+| --- | --- | --- | --- | --- | --- |
+{table}
+
+Written by `benchmarks/merge_forecast.py`; [all scores by document](merges/records.json).
+"""
+
+
 def main() -> None:
-    stages: dict[str, Callable[..., Any]] = {"train": train, "merge": lambda data, out: merge(out)}
+    stages: dict[str, Callable[..., Any]] = {
+        "train": train,
+        "merge": lambda _, out: merge(out),
+        "page": lambda _, out: page(out),
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=list(stages))
     parser.add_argument("--data", type=Path, required=True)
