@@ -240,10 +240,9 @@ def page(out: Path) -> None:
         "weights that sum to 1, linear": [row for row in rows if row["recipe"] in ("linear-half", "linear-uneven")],
     }
     found = {part: {name: rank_correlation(some, name) for name in FORECASTS} for part, some in parts.items() if some}
-    summary = [{key: value for key, value in row.items() if key != "merge"} for row in rows]
     write_json(directory / "merges" / "records.json", json.dumps({"records": records, "correlations": found}))
     _figure(rows, found["all merges"]["strength"]).savefig(directory / "merges" / "forecast.png", dpi=110)
-    write_json(directory / "merges.md", _page(summary, found))
+    write_json(directory / "merges.md", _page(rows, found))
 
 
 def _page(rows: Sequence[dict[str, Any]], found: dict[str, dict[str, dict[str, float]]]) -> str:
