@@ -18,7 +18,6 @@ ON_DISK = [
     ["audit", "{a}", "--suggest-ranks"],
     ["compare", "{a}", "{good}", "--json"],
     ["compare", "{a}", "{a}"],
-    ["compare", "{a}", "{good}", "--weights", "0.6,0.4", "--methods", "linear,svd,ties,dare", "--json"],
     ["alignment", "{a}"],
     ["compress", "{a}", "{out}", "--max-rank", "2", "--json"],
     ["compress", "{a}", "{out}", "--energy", "0.5", "--overwrite"],
@@ -30,6 +29,7 @@ ON_DISK = [
     ["export", "{a}", "{out}/a.gguf", "--format", "gguf"],
     ["servable", "{a}"],
     ["servable", "{a}", "--json"],
+    ["compare", "{a}", "{good}", "--weights", "0.6,0.4", "--methods", "linear,svd,ties,dare", "--json"],
 ]
 WITH_BASE = [
     ["probe", "{base}", "{data}", "--num-examples", "2", "--json"],
@@ -48,11 +48,11 @@ WITH_BASE = [
         "--modules",
         "all-linear",
     ],
-    ["merge", "{a}", "{good}", "{merged}", "--base", "{base}", "--retain", "{good}={data}"],
     ["agree", "{a}", "{good}", "--base", "{base}", "--data", "{data}", "--json"],
     ["evaluate", "{a}", "--base", "{base}", "--task", "{data}", "--json"],
     ["export", "{a}", "{exported}", "--base", "{base}"],
     ["export", "{a}", "{out}/a.gguf", "--format", "gguf", "--base", "{base}"],
+    ["merge", "{a}", "{good}", "{merged}", "--base", "{base}", "--retain", "{good}={data}"],
 ]
 
 
