@@ -6,7 +6,7 @@ The DIR of `--data` holds JSON lines files: arc_easy and openbookqa with `questi
 one's index), and cola with `sentence` and `label`, each as NAME_train.jsonl and NAME_test.jsonl or NAME_dev.jsonl. The
 fourth set of texts is the documentation that comes with Python.
 
-Stages, in order: `train`, `merge`, and `page`, which writes docs/evidence. What an earlier call has finished is not
+Stages, in order: `train`, `merge`, and `page`, which writes docs/evidence from the merges that are finished. What an earlier call has finished is not
 done again. Nothing is tuned: the settings stand below.
 """
 
@@ -141,21 +141,23 @@ def kept(path: Path, make: Callable[[], Any]) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def merge(out: Path) -> list[dict[str, Any]]:
+def merge(out: Path, *, only_finished: bool = False) -> list[dict[str, Any]]:
     """For each merge the forecast, and the scores of base, adapters and merge on both tasks."""
     records = out / "records"
     records.mkdir(exist_ok=True)
     base = kept(records / "base.json", lambda: score(out, None, TASKS))
     single = {task: kept(records / f"{task}.json", partial(score, out, out / task, [task]))[task] for task in TASKS}
     found = []
-    for pair in combinations(TASKS, 2):
-        for name, recipe in RECIPES.items():
-            record = kept(records / f"{'-'.join(pair)}-{name}.json", partial(_one, out, pair, recipe))
-            both = {
-                task: {"base": base[task], "single": single[task], "merge": record["scores"][task]} for task in pair
-            }
+    for name, recipe in RECIPES.items():
+        for pair in combinations(TASKS, 2):
+            file = records / f"{'-'.join(pair)}-{name}.json"
+            if only_finished and not file.exists():
+                continue
+            record = kept(file, partial(_one, out, pair, recipe))
+            merged = record["scores"]
+            both = {task: {"base": base[task], "single": single[task], "merge": merged[task]} for task in pair}
             found.append({"pair": pair, "recipe": name, "forecast": record["forecast"], "scores": both})
-            print(pair, name, [row["retention"] for row in points([found[-1]])], flush=True)
+            print(pair, name, [round(row["retention"], 3) for row in points([found[-1]])], flush=True)
     return found
 
 
@@ -230,7 +232,7 @@ def says(found: dict[str, float]) -> str:
 
 def page(out: Path) -> None:
     """docs/evidence/merges.md with its records and figure."""
-    records = merge(out)
+    records = merge(out, only_finished=True)
     rows = points(records)
     directory = Path(__file__).resolve().parents[1] / "docs" / "evidence"
     (directory / "merges").mkdir(exist_ok=True)
@@ -264,6 +266,7 @@ def _page(rows: Sequence[dict[str, Any]], found: dict[str, dict[str, dict[str, f
     return TEMPLATE.format(
         merges_n=strength["merges"],
         points=strength["n"],
+        planned=len(RECIPES) * len(list(combinations(TASKS, 2))),
         strength=cell(strength),
         directions=cell(directions),
         strength_says=says(strength),
@@ -308,7 +311,7 @@ share of its directions that is left {directions_says} (Spearman {directions}).
 
 Four LoRA adapters of rank {rank} were trained on SmolLM2-135M-Instruct, each in {steps} steps of {batch} short texts
 (at most {length} tokens, AdamW, learning rate {rate:g}), one for each task: ARC-Easy, OpenBookQA, CoLA, and Python's
-documentation. Every pair was merged in four ways. Before each merge `lorakit.lens.compare` forecast what is left of
+documentation. {merges_n} of the {planned} merges of a pair in four ways were made. Before each merge `lorakit.lens.compare` forecast what is left of
 both adapters; then merge, single adapters and base model were scored on {documents} held-out documents of both tasks.
 Retention is (merge − base) / (adapter − base) in mean loss. It ranged from {lowest} to {highest}, with {middle} in the
 middle. Gains of the adapters in nats a token: {gains}.

@@ -22,6 +22,7 @@ from lorakit.cli._certified import (
     refuse_without_base,
     with_certificate,
 )
+from lorakit.cli._merging import MethodName, Retain, merge_options, retained
 from lorakit.cli._models import Device, Dtype, FourBit, Revision, Trust, load_options
 from lorakit.cli._output import (
     EXIT_CODES,
@@ -29,13 +30,11 @@ from lorakit.cli._output import (
     Overwrite,
     check_share,
     fail_if_errors,
-    numbers_of,
     print_folded,
     print_json,
     print_lines,
     show,
 )
-from lorakit.cli._retained import Retain, retained
 
 if TYPE_CHECKING:
     from lorakit._report import Report
@@ -56,15 +55,6 @@ TaskBase = Annotated[
 For = Annotated[
     str | None, typer.Option("--for", help="Servers that the file is for, with commas between: lorax,tgi,ollama.")
 ]
-
-
-class MethodName(StrEnum):
-    """The ways to merge."""
-
-    linear = "linear"
-    svd = "svd"
-    ties = "ties"
-    dare = "dare"
 
 
 class FormatName(StrEnum):
@@ -223,7 +213,7 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Merge adapters into one plain LoRA; with --task, each of them is a reference for the merge."""
-    options = _merge_options(weights, method, rank, energy, density)
+    options = merge_options(weights, method, rank, energy, density)
     certification = Certification(task, margin, alpha, guard, limit, cache)
     loaded = (device, dtype, load_in_4bit, revision, trust_remote_code)
     measured = retained(retain, certification, base, load_options(*loaded)) if retain else {}
@@ -241,25 +231,6 @@ def merge(
         as_json,
         _columns("merged"),
     )
-
-
-def _merge_options(
-    weights: str | None, method: MethodName, rank: int | None, energy: float | None, density: float | None
-) -> dict[str, Any]:
-    if rank is not None and energy is not None:
-        raise typer.BadParameter("give one of them.", param_hint="--rank, --energy")
-    dense = method in (MethodName.ties, MethodName.dare)
-    if dense != (density is not None):
-        raise typer.BadParameter("is for ties and dare, which need it.", param_hint="--density")
-    check_share("--energy", energy)
-    check_share("--density", density)
-    return {
-        "weights": numbers_of("--weights", weights),
-        "method": method.value,
-        "rank": rank,
-        "energy": energy,
-        "density": density,
-    }
 
 
 def export(

@@ -126,23 +126,7 @@ def compare(
         for label, view in (("A", one), ("B", other))
         for finding in view.findings
     ]
-    pairs = _pairs(one, other, findings)
-    compared: list[ComparedModule] = []
-    found: list[Finding] = []
-    progress = tqdm(pairs, desc="compare", delay=1.0, unit="module", leave=False, disable=None)
-    with one.source.reader() as read_one, other.source.reader() as read_other:
-        for mine, yours in progress:
-            updates = mine.update(read_one), yours.update(read_other)
-            compared += _rows(mine, yours, updates, energy, thresholds, found)
-    findings += merged_findings(found, [mine for mine, _ in pairs])
-    rows = compared if by == "expert" else groups_of(compared)
-    partial = sum(row.low_rank_part_only for row in rows)
-    if partial:
-        message = (
-            f"In {partial} modules only the low-rank part is compared; for the whole update, give the base weights "
-            f"(`base`, --base)."
-        )
-        findings.append(Finding("info", "low_rank_part_only", None, message))
+    rows = _compared(one, other, energy, thresholds, by, findings)
     groups, layers = grouped(rows)
     total = summarize("all", rows)
     expected, no_forecast = _forecast((one, other), options, energy, findings)
@@ -168,6 +152,30 @@ def compare(
         layers=tuple(summarize(name, group) for name, group in layers.items()),
         findings=ordered(findings),
     )
+
+
+def _compared(
+    one: Adapter, other: Adapter, energy: float, thresholds: Thresholds, by: str, findings: list[Finding]
+) -> Sequence[ComparedModule]:
+    """The rows of all pairs of modules; adds to the findings."""
+    pairs = _pairs(one, other, findings)
+    compared: list[ComparedModule] = []
+    found: list[Finding] = []
+    progress = tqdm(pairs, desc="compare", delay=1.0, unit="module", leave=False, disable=None)
+    with one.source.reader() as read_one, other.source.reader() as read_other:
+        for mine, yours in progress:
+            updates = mine.update(read_one), yours.update(read_other)
+            compared += _rows(mine, yours, updates, energy, thresholds, found)
+    findings += merged_findings(found, [mine for mine, _ in pairs])
+    rows = compared if by == "expert" else groups_of(compared)
+    partial = sum(row.low_rank_part_only for row in rows)
+    if partial:
+        message = (
+            f"In {partial} modules only the low-rank part is compared; for the whole update, give the base weights "
+            f"(`base`, --base)."
+        )
+        findings.append(Finding("info", "low_rank_part_only", None, message))
+    return rows
 
 
 def _forecast(

@@ -1,15 +1,27 @@
-"""The option by which `lorakit merge` measures what is kept of each adapter's own task."""
+"""The options of `lorakit merge`: how to merge, and what is kept of each adapter's own task."""
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lorakit.cli._certified import Certification
+from lorakit.cli._output import check_share, numbers_of
 
 if TYPE_CHECKING:
     from lorakit.evaluation import LoadOptions
+
+
+class MethodName(StrEnum):
+    """The ways to merge."""
+
+    linear = "linear"
+    svd = "svd"
+    ties = "ties"
+    dare = "dare"
+
 
 Retain = Annotated[
     list[str] | None,
@@ -38,4 +50,24 @@ def retained(retain: list[str], certification: Certification, base: str | None, 
         "limit": certification.limit,
         "cache": certification.cache,
         "options": options,
+    }
+
+
+def merge_options(
+    weights: str | None, method: MethodName, rank: int | None, energy: float | None, density: float | None
+) -> dict[str, Any]:
+    """The arguments of `lorakit.merging.merge` about how. Raises: typer.BadParameter."""
+    if rank is not None and energy is not None:
+        raise typer.BadParameter("give one of them.", param_hint="--rank, --energy")
+    dense = method in (MethodName.ties, MethodName.dare)
+    if dense != (density is not None):
+        raise typer.BadParameter("is for ties and dare, which need it.", param_hint="--density")
+    check_share("--energy", energy)
+    check_share("--density", density)
+    return {
+        "weights": numbers_of("--weights", weights),
+        "method": method.value,
+        "rank": rank,
+        "energy": energy,
+        "density": density,
     }
