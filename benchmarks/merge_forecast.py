@@ -6,8 +6,8 @@ The DIR of `--data` holds JSON lines files: arc_easy and openbookqa with `questi
 one's index), and cola with `sentence` and `label`, each as NAME_train.jsonl and NAME_test.jsonl or NAME_dev.jsonl. The
 fourth set of texts is the documentation that comes with Python.
 
-Stages, in order: `train`, `merge`, and `page`, which writes docs/evidence from the merges that are finished. What an earlier call has finished is not
-done again. Nothing is tuned: the settings stand below.
+Stages, in order: `train`, `merge`, and `page`, which writes docs/evidence from the merges that are finished. What an
+earlier call has finished is not done again. Nothing is tuned: the settings stand below.
 """
 
 from __future__ import annotations
@@ -311,10 +311,10 @@ share of its directions that is left {directions_says} (Spearman {directions}).
 
 Four LoRA adapters of rank {rank} were trained on SmolLM2-135M-Instruct, each in {steps} steps of {batch} short texts
 (at most {length} tokens, AdamW, learning rate {rate:g}), one for each task: ARC-Easy, OpenBookQA, CoLA, and Python's
-documentation. {merges_n} of the {planned} merges of a pair in four ways were made. Before each merge `lorakit.lens.compare` forecast what is left of
-both adapters; then merge, single adapters and base model were scored on {documents} held-out documents of both tasks.
-Retention is (merge − base) / (adapter − base) in mean loss. It ranged from {lowest} to {highest}, with {middle} in the
-middle. Gains of the adapters in nats a token: {gains}.
+documentation. Of {planned} planned merges (six pairs, four recipes) {merges_n} were made. Before each merge
+`lorakit.lens.compare` forecast what is left of both adapters; then merge, single adapters and base model were scored on
+{documents} held-out documents of both tasks. Retention is (merge − base) / (adapter − base) in mean loss. It ranged
+from {lowest} to {highest}, with {middle} in the middle. Gains of the adapters in nats a token: {gains}.
 
 ## For a user
 

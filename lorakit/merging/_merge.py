@@ -22,7 +22,6 @@ from lorakit.adapters.whole import with_whole_updates
 from lorakit.adapters.write_lora import Piece, PlainLora, plain_lora, planned_update, stored_update, write_lora
 from lorakit.merging._combine import DENSE, METHODS, Merged, Method
 from lorakit.merging._report import MergedModule, MergeReport
-from lorakit.merging._retention import Retaining, place, places_of
 from lorakit.merging._together import Beside, Present, config_of, findings_about, layouts_of, modules_of, tensors_beside
 from lorakit.merging._updates import Merging, Recipe, checked_weights
 from lorakit.serving._needs import Needs, needs_of
@@ -117,6 +116,8 @@ def merge(
     recipe = Recipe(method, rank, energy, density, seed, pad, needs)
     if tasks is None:
         return _merge(adapters, out, chosen, recipe, base, verify)
+    from lorakit.merging._retention import Retaining, place, places_of
+
     retaining = Retaining(
         places_of(tasks, adapters), adapters, base, alpha, limit, cache, options, tokenizer, seed, progress
     )

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorakit._format import size
-from lorakit.merging._retention import TaskRetention
 from lorakit.naming.roles import Role
 from lorakit.serving._written import WrittenReport, plot_energy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from lorakit.merging._retention import TaskRetention
 
 
 @dataclass(frozen=True)
