@@ -241,7 +241,11 @@ def page(out: Path) -> None:
         **{recipe: [row for row in rows if row["recipe"] == recipe] for recipe in RECIPES},
         "weights that sum to 1, linear": [row for row in rows if row["recipe"] in ("linear-half", "linear-uneven")],
     }
-    found = {part: {name: rank_correlation(some, name) for name in FORECASTS} for part, some in parts.items() if some}
+    found = {
+        part: {name: rank_correlation(some, name) for name in FORECASTS}
+        for part, some in parts.items()
+        if len(some) >= 10
+    }
     write_json(directory / "merges" / "records.json", json.dumps({"records": records, "correlations": found}))
     _figure(rows, found["all merges"]["strength"]).savefig(directory / "merges" / "forecast.png", dpi=110)
     write_json(directory / "merges.md", _page(rows, found))
@@ -271,6 +275,7 @@ def _page(rows: Sequence[dict[str, Any]], found: dict[str, dict[str, dict[str, f
         directions=cell(directions),
         strength_says=says(strength),
         directions_says=says(directions),
+        ranges=_ranges(rows),
         lowest=f"{kept[0]:.0%}",
         middle=f"{kept[len(kept) // 2]:.0%}",
         highest=f"{kept[-1]:.0%}",
@@ -284,6 +289,16 @@ def _page(rows: Sequence[dict[str, Any]], found: dict[str, dict[str, dict[str, f
         correlations="\n".join(correlations),
         table="\n".join(merges),
     )
+
+
+def _ranges(rows: Sequence[dict[str, Any]]) -> str:
+    """The ranges of retention at low, middle and high strengths."""
+    parts = []
+    for low, high, text in ((0.0, 0.45, "below 0.45"), (0.45, 0.9, "from 0.45 to 0.9"), (0.9, 99.0, "above 0.9")):
+        kept_there = [row["retention"] for row in rows if low <= row["strength"] < high]
+        if kept_there:
+            parts.append(f"{min(kept_there):.0%} to {max(kept_there):.0%} at strengths {text}")
+    return f"Retention was {', '.join(parts)}."
 
 
 def _figure(rows: Sequence[dict[str, Any]], found: dict[str, float]) -> Any:
@@ -304,8 +319,8 @@ def _figure(rows: Sequence[dict[str, Any]], found: dict[str, float]) -> Any:
 
 TEMPLATE = """# What a forecast of a merge is worth
 
-Over all {merges_n} merges, the forecast strength of an adapter's update {strength_says} (Spearman {strength}); the
-share of its directions that is left {directions_says} (Spearman {directions}).
+Over all {merges_n} merges, the forecast strength of an adapter's update {strength_says} (Spearman {strength}).
+The share of its directions that is left {directions_says} (Spearman {directions}).
 
 ![Forecast strength against measured retention](merges/forecast.png)
 
@@ -318,17 +333,16 @@ from {lowest} to {highest}, with {middle} in the middle. Gains of the adapters i
 
 ## For a user
 
-* Strength is not retention. A half of an update can keep nearly all of a gain in loss, and a merge at full weights can
-  lose some of it. Read the forecast as how much of an update is applied, and measure what matters: `tasks` of
-  `lorakit.merging.merge`, or `--retain`.
-* Most of the spread in strength comes from the weights, and so does a correlation over all merges. The rows of single
-  recipes below say what the forecast adds at given weights.
+* Strength is not retention. {ranges} Read the forecast as how much of an update is applied, and measure what
+  matters: `tasks` of `lorakit.merging.merge`, or `--retain`.
+* Much of the spread in strength comes from weights and methods, and so does a correlation over all merges. The rows of
+  single recipes below say what the forecast adds at given weights.
 * This is one small model, with short trainings and {points} pairs of a merge and a task. Merges that share an adapter
   are not independent, so the true intervals are wider than these.
 
 ## Rank correlation with retention
 
-Intervals are at 95 %, from 2,000 bootstrap resamples of whole merges.
+Intervals are at 95 %, from 2,000 bootstrap resamples of whole merges; with few merges they are rough. `n` counts merges.
 
 | merges | n | strength | directions |
 | --- | --- | --- | --- |
