@@ -333,8 +333,9 @@ from {lowest} to {highest}, with {middle} in the middle. Gains of the adapters i
 
 ## For a user
 
-* Strength is not retention. {ranges} Read the forecast as how much of an update is applied, and measure what
-  matters: `tasks` of `lorakit.merging.merge`, or `--retain`.
+* Strength is not retention. {ranges}
+  Read the forecast as how much of an update is applied, and measure what matters: `tasks` of `lorakit.merging.merge`,
+  or `--retain`.
 * Much of the spread in strength comes from weights and methods, and so does a correlation over all merges. The rows of
   single recipes below say what the forecast adds at given weights.
 * This is one small model, with short trainings and {points} pairs of a merge and a task. Merges that share an adapter
@@ -342,9 +343,9 @@ from {lowest} to {highest}, with {middle} in the middle. Gains of the adapters i
 
 ## Rank correlation with retention
 
-Intervals are at 95 %, from 2,000 bootstrap resamples of whole merges; with few merges they are rough. `n` counts merges.
+Intervals are at 95 %, from 2,000 bootstrap resamples of whole merges; those from few merges are rough.
 
-| merges | n | strength | directions |
+| merges | number | strength | directions |
 | --- | --- | --- | --- |
 {correlations}
 

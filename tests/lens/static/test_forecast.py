@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from shell import run
 
 from lorakit.adapters import open_adapter
 from lorakit.errors import UnsupportedModelError
@@ -175,3 +176,18 @@ def test_table_json_and_next_step(tmp_path):
     assert [row[0] for row in table.rows] == ["linear", "ties"]
     assert table.rows[0][2] == f"{report.forecast.methods[0].strength_a:.3f}"
     assert report.next_steps[0].endswith("-merged --weights=0.75,0.25")
+
+
+@pytest.mark.slow
+def test_in_a_shell(tmp_path):
+    for name, seed in (("a", 1), ("b", 2)):
+        adapter(seed).save_pretrained(tmp_path / name)
+    page = tmp_path / "page.html"
+    pair = ("compare", tmp_path / "a", tmp_path / "b")
+    done = run(*pair, "--weights", "0.7,0.3", "--methods", "linear,dare", "--density", "0.9", "--html", page, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["summary"]["forecast"]
+    assert (found["weights"], [one["density"] for one in found["methods"]]) == ([0.7, 0.3], [None, 0.9])
+    assert "Forecast of the merge with weights 0.7, 0.3" in page.read_text()
+    assert "Forecast of the merge with weights 0.5, 0.5" in run(*pair).stdout
+    assert run(*pair, "--weights", "0.7").returncode == 2
