@@ -74,9 +74,9 @@ def forecast(views: tuple[Adapter, Adapter], options: ForecastOptions, energy: f
         recipe = options.recipe(method)
         with views[0].source.reader() as read_one, views[1].source.reader() as read_other:
             for name, merge, numbers in Merging(views, present, options.chosen, recipe).updates():
-                norm = math.hypot(norm, float(torch.linalg.vector_norm(merge.frobenius_norm().double())))
-                rank = max(rank, numbers.kept_rank)
                 bases = _Bases(merge)
+                norm = math.hypot(norm, bases.norm)
+                rank = max(rank, numbers.kept_rank)
                 for i, module in present[name].items():
                     left[i].add(module.update((read_one, read_other)[i]), merge, bases, energy)
         found.append(_method(method, recipe, left, norm, rank))
@@ -89,6 +89,7 @@ class _Bases:
     def __init__(self, merge: LowRank) -> None:
         U, S, Vh = merge.svd()
         inside = _leading(S, merge.numerical_rank())
+        self.norm = float(torch.linalg.vector_norm(S.double()))
         self.sides = U.double() * inside[..., None, :], Vh.mT.double() * inside[..., None, :]
 
 
