@@ -19,7 +19,8 @@ class MethodForecast:
     With all modules of an update as one vector, and M at the rank as it would be written (`merge`'s defaults):
 
     * `strength_a` = ⟨M, ΔW_a⟩ / ‖ΔW_a‖²: how strongly ΔW_a is still applied, the coefficient of M regressed on ΔW_a.
-      1: as by itself; 0: not; negative: its opposite. For linear it is w_a + w_b ⟨ΔW_b, ΔW_a⟩ / ‖ΔW_a‖².
+      1: as by itself; above 1: more than that; 0: not; negative: its opposite. For linear it is
+      w_a + w_b ⟨ΔW_b, ΔW_a⟩ / ‖ΔW_a‖².
     * `energy_a` = ‖P_a M‖² / ‖ΔW_a‖² = strength_a², with P_a the projection onto the line of ΔW_a.
     * `directions_a`: the share of ΔW_a's leading directions that M's column and row spaces hold:
       ½ (‖U_Mᵀ U_a‖² / k + ‖V_Mᵀ V_a‖² / k), the mean cos² of the principal angles where M has at least k directions,
