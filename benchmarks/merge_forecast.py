@@ -196,18 +196,24 @@ def points(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def rank_correlation(rows: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
-    """Spearman's correlation of a forecast with the retention, and a 95 % interval from 2,000 resamples of merges."""
+def rank_correlation(rows: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
+    """Spearman's correlation of a forecast with the retention, and a 95 % interval from 2,000 resamples of merges.
+
+    None where all forecasts are equal.
+    """
     import numpy as np
     from scipy.stats import bootstrap, spearmanr
 
     merges = sorted({row["merge"] for row in rows})
-    x, y = (np.array([row[key] for row in rows]) for key in (name, "retention"))
+    x, y = (np.array([row[key] for row in rows]).round(4) for key in (name, "retention"))  # rounding noise is no rank
+    counts: dict[str, Any] = {"n": len(rows), "merges": len(merges)}
+    if np.ptp(x) == 0:
+        return {"rho": None, "lower": None, "upper": None, **counts}
     places = [np.array([i for i, row in enumerate(rows) if row["merge"] == merge]) for merge in merges]
 
     def statistic(sample: Any) -> float:
         chosen = np.concatenate([places[int(i)] for i in sample])
-        return float(spearmanr(x[chosen], y[chosen]).statistic)
+        return float(spearmanr(x[chosen], y[chosen]).statistic) if np.ptp(x[chosen]) else 0.0
 
     found = bootstrap(
         (np.arange(len(merges)),),
@@ -218,10 +224,10 @@ def rank_correlation(rows: Sequence[dict[str, Any]], name: str) -> dict[str, flo
         rng=np.random.default_rng(SEED),
     ).confidence_interval
     rho = float(spearmanr(x, y).statistic)
-    return {"rho": rho, "lower": float(found.low), "upper": float(found.high), "n": len(rows), "merges": len(merges)}
+    return {"rho": rho, "lower": float(found.low), "upper": float(found.high), **counts}
 
 
-def says(found: dict[str, float]) -> str:
+def says(found: dict[str, Any]) -> str:
     """What an interval says for a user."""
     if found["lower"] > 0:
         return "ranked retention better than chance"
@@ -251,8 +257,10 @@ def page(out: Path) -> None:
     write_json(directory / "merges.md", _page(rows, found))
 
 
-def _page(rows: Sequence[dict[str, Any]], found: dict[str, dict[str, dict[str, float]]]) -> str:
-    def cell(one: dict[str, float]) -> str:
+def _page(rows: Sequence[dict[str, Any]], found: dict[str, dict[str, dict[str, Any]]]) -> str:
+    def cell(one: dict[str, Any]) -> str:
+        if one["rho"] is None:
+            return "all equal"
         return f"{one['rho']:+.2f} [{one['lower']:+.2f}, {one['upper']:+.2f}]"
 
     correlations = [
@@ -301,7 +309,7 @@ def _ranges(rows: Sequence[dict[str, Any]]) -> str:
     return f"Retention was {', '.join(parts)}."
 
 
-def _figure(rows: Sequence[dict[str, Any]], found: dict[str, float]) -> Any:
+def _figure(rows: Sequence[dict[str, Any]], found: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
