@@ -140,6 +140,7 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "static.recommendation": ("Recommendation",),
         "static.compare": ("compare",),
         "static.comparison_report": ("ComparedGroup", "ComparedModule", "ComparisonReport"),
+        "static.forecast_report": ("MergeForecast", "MethodForecast"),
         "static.alignment": ("alignment",),
         "static.alignment_report": ("AlignedGroup", "AlignedPair", "AlignmentReport"),
         "static.weights": ("compare_weights",),
@@ -162,7 +163,11 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "render.html": ("write_html",),
         "render.plots": ("write_plots",),
     },
-    "lorakit.merging": {"_merge": ("merge",), "_report": ("MergeReport", "MergedModule")},
+    "lorakit.merging": {
+        "_merge": ("merge",),
+        "_report": ("MergeReport", "MergedModule"),
+        "_retention": ("ScoreDifference", "TaskRetention"),
+    },
     "lorakit.naming": {
         "patterns": (
             "alpha_of",

@@ -54,6 +54,14 @@ def check_share(option: str, value: float | None) -> None:
         raise typer.BadParameter("must be a share in (0, 1].", param_hint=option)
 
 
+def numbers_of(option: str, given: str | None) -> list[float] | None:
+    """The numbers of an option; a usage error for anything else."""
+    try:
+        return None if given is None else [float(number) for number in given.split(",")]
+    except ValueError:
+        raise typer.BadParameter("must be numbers with commas between.", param_hint=option) from None
+
+
 def print_folded(title: str, modules: Iterable[Any], columns: Sequence[Column]) -> None:
     """One line for each role, or last component of a name where there is none, and one for all."""
     from rich import box

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, cast
 
 import typer
 
 from lorakit import lens
-from lorakit.cli._output import check_share, show
+from lorakit.cli._output import check_share, numbers_of, show
 
 
 class By(StrEnum):
@@ -58,14 +58,38 @@ def compare(
     a: Annotated[str, typer.Argument(help="A directory, a .safetensors or .bin file, or a Hub id.")],
     b: Annotated[str, typer.Argument(help="The other one.")],
     energy: Annotated[float, typer.Option(help="Share of each update's energy in the directions compared.")] = 1.0,
+    weights: Annotated[
+        str | None, typer.Option(help="Weights of the merge, with a comma between; default: 1/2.")
+    ] = None,
+    methods: Annotated[
+        str, typer.Option(help="Merges to forecast, of linear,svd,ties,dare; ties and dare form each ΔW: slow.")
+    ] = "linear,svd",
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of those merges that are cut.")] = None,
+    density: Annotated[float, typer.Option(help="Share of entries that ties and dare keep.")] = 0.5,
+    seed: Annotated[int, typer.Option(help="Seed of dare.")] = 0,
     by: _By = By.group,
     base: _Base = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
+    html: Annotated[str | None, typer.Option(help="Also write the report as one HTML file.")] = None,
     plots: Annotated[str | None, typer.Option(help="Also write figures into this directory.")] = None,
 ) -> None:
-    """Shared directions, agreement and balance of two adapters; exit code 1 if one of the findings is an error."""
+    """Two adapters' shared directions and agreement, and their merge's forecast; exit code 1 for findings of errors."""
     check_share("--energy", energy)
-    report = lens.compare(a, b, energy=energy, by=_literal(by), base=base)
+    check_share("--density", density)
+    report = lens.compare(
+        a,
+        b,
+        energy=energy,
+        weights=numbers_of("--weights", weights),
+        methods=cast(Any, methods.split(",")),
+        rank=rank,
+        density=density,
+        seed=seed,
+        by=_literal(by),
+        base=base,
+    )
+    if html is not None:
+        lens.write_html(report, html)
     if plots is not None:
         lens.write_plots(report, plots)
     show(report, as_json)

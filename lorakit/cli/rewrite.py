@@ -22,6 +22,7 @@ from lorakit.cli._certified import (
     refuse_without_base,
     with_certificate,
 )
+from lorakit.cli._merging import MethodName, Retain, merge_options, retained
 from lorakit.cli._models import Device, Dtype, FourBit, Revision, Trust, load_options
 from lorakit.cli._output import (
     EXIT_CODES,
@@ -54,15 +55,6 @@ TaskBase = Annotated[
 For = Annotated[
     str | None, typer.Option("--for", help="Servers that the file is for, with commas between: lorax,tgi,ollama.")
 ]
-
-
-class MethodName(StrEnum):
-    """The ways to merge."""
-
-    linear = "linear"
-    svd = "svd"
-    ties = "ties"
-    dare = "dare"
 
 
 class FormatName(StrEnum):
@@ -204,6 +196,7 @@ def merge(
     compact: Compact = False,
     for_server: For = None,
     base: TaskBase = None,
+    retain: Retain = None,
     task: Task = None,
     margin: Margin = None,
     alpha: Alpha = None,
@@ -219,13 +212,15 @@ def merge(
     verify: Verify = True,
     as_json: Json = False,
 ) -> None:
-    """Merge adapters into one plain LoRA; with --task, each of them is a reference that the merge must not be below."""
-    options = _merge_options(weights, method, rank, energy, density)
+    """Merge adapters into one plain LoRA; with --task, each of them is a reference for the merge."""
+    options = merge_options(weights, method, rank, energy, density)
     certification = Certification(task, margin, alpha, guard, limit, cache)
     loaded = (device, dtype, load_in_4bit, revision, trust_remote_code)
-    asked = certification.asked(base, only=loading(*loaded))
+    measured = retained(retain, certification, base, load_options(*loaded)) if retain else {}
+    asked = not measured and certification.asked(base, only=loading(*loaded))
     settings = certification.settings(load_options(*loaded), base=base, overwrite=overwrite)
     options |= {"seed": seed, "base": base, "pad": not compact, "for_server": for_server, "verify": verify}
+    options |= measured
     from lorakit.merging import merge as merge_adapters
 
     _write(
@@ -236,23 +231,6 @@ def merge(
         as_json,
         _columns("merged"),
     )
-
-
-def _merge_options(
-    weights: str | None, method: MethodName, rank: int | None, energy: float | None, density: float | None
-) -> dict[str, Any]:
-    if rank is not None and energy is not None:
-        raise typer.BadParameter("give one of them.", param_hint="--rank, --energy")
-    dense = method in (MethodName.ties, MethodName.dare)
-    if dense != (density is not None):
-        raise typer.BadParameter("is for ties and dare, which need it.", param_hint="--density")
-    check_share("--energy", energy)
-    check_share("--density", density)
-    try:
-        chosen = None if weights is None else [float(weight) for weight in weights.split(",")]
-    except ValueError:
-        raise typer.BadParameter("must be numbers with commas between.", param_hint="--weights") from None
-    return {"weights": chosen, "method": method.value, "rank": rank, "energy": energy, "density": density}
 
 
 def export(

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from lorakit.lens.static.comparison_report import ComparedGroup as ComparedGroup
     from lorakit.lens.static.comparison_report import ComparedModule as ComparedModule
     from lorakit.lens.static.comparison_report import ComparisonReport as ComparisonReport
+    from lorakit.lens.static.forecast_report import MergeForecast as MergeForecast
+    from lorakit.lens.static.forecast_report import MethodForecast as MethodForecast
     from lorakit.lens.static.groups import GroupSummary as GroupSummary
     from lorakit.lens.static.recommendation import Recommendation as Recommendation
     from lorakit.lens.static.report import AuditReport as AuditReport

@@ -6,34 +6,31 @@ are defined entry by entry of ΔW, so each module's ΔWs are formed, one module 
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import math
 import os
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import torch
-from tqdm import tqdm
+import tempfile
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lorakit._checks import check_integer, check_number
-from lorakit._signals import restoring
 from lorakit.adapters import Adapter, AdapterModule, open_saved_adapter
 from lorakit.adapters.companions import check_overwrite, companions_of, label_of
 from lorakit.adapters.lora_config import minimal_config
-from lorakit.adapters.rewritable import check_finite, check_rewritable, contents_of, finite_tensor, planned_tensor
+from lorakit.adapters.rewritable import check_rewritable, contents_of, finite_tensor, planned_tensor
 from lorakit.adapters.whole import with_whole_updates
 from lorakit.adapters.write_lora import Piece, PlainLora, plain_lora, planned_update, stored_update, write_lora
-from lorakit.merging._combine import DENSE, METHODS, Items, Merged, Method, combiner, least_rank, merged
+from lorakit.merging._combine import DENSE, METHODS, Merged, Method
 from lorakit.merging._report import MergedModule, MergeReport
 from lorakit.merging._together import Beside, Present, config_of, findings_about, layouts_of, modules_of, tensors_beside
+from lorakit.merging._updates import Merging, Recipe, checked_weights
 from lorakit.serving._needs import Needs, needs_of
 from lorakit.serving._written import Before, compact_finding, summary
-from lorakit.spectral import LowRank
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from lorakit.evaluation import LoadOptions
 
 
 def merge(
@@ -49,8 +46,15 @@ def merge(
     pad: bool = True,
     for_server: str | Iterable[str] | None = None,
     base: str | os.PathLike[str] | nn.Module | None = None,
+    tasks: Mapping[Any, Any] | None = None,
+    alpha: float = 0.05,
+    limit: int | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    options: LoadOptions | None = None,
+    tokenizer: Any = None,
     overwrite: bool = False,
     verify: bool = True,
+    progress: bool = True,
 ) -> MergeReport:
     """Merge adapters of one base model, and write the merge as a plain LoRA that PEFT and servers load.
 
@@ -69,22 +73,31 @@ def merge(
     Tensors beside the updates (modules_to_save and the like) are carried over from those that have them, if they agree;
     tokenizer, chat template and model card come from the first adapter that has them.
 
+    With `tasks`, what the merge keeps of each adapter's tasks is measured before `out` is touched: on the same
+    documents the scores of the base model, of the adapter by itself, of the merge, and of a random adapter with the
+    merge's norm in every module, with paired intervals. The report has them as `retention`, and the merge is written
+    whatever they are.
+
     Args:
         weights: one for each adapter, not normalised; None is 1/n each.
         rank, energy: one at most; `energy` chooses the smallest rank that keeps that share of ‖ΔW‖_F² in every module.
         density: for ``ties`` and ``dare``, in (0, 1].
-        seed: of ``dare``'s choice.
+        seed: of ``dare``'s choice, and of the random adapter.
         pad: False writes each module at its own rank, and chooses it module by module: for PEFT ≥ 0.15 and
             vLLM ≥ 0.33 only.
         for_server: servers that the file is for, as in `lorakit.compress.truncate`.
         base: the base model's weights (a directory or file of safetensors, or the model): DoRA and SPECLORA are then
-            merged by their whole updates.
+            merged by their whole updates. With `tasks` the model that is scored, which may also be a Hub id.
+        tasks: from each adapter, as it is in `adapters`, to its task or tasks: as in `lorakit.evaluation.certify`.
+        alpha: the level of each one-sided bound.
+        limit, cache, options, tokenizer, progress: of the scoring; as in `lorakit.evaluation.certify`.
         overwrite: allow `out` to be one of the adapters, or to hold an adapter that lorakit did not write.
         verify: read back what was written, and compare it with what was meant, before it takes its place.
     Raises: ValueError for weights, ranks and densities that make no sense, shapes that differ and tensors beside the
-        updates that disagree; TypeError for options that the method has no use for; UnsupportedModelError for
-        `lora_bias`, for DoRA and SPECLORA without `base`, and what else a sum of updates is not one adapter of;
-        AdapterFileError; OverwriteError (a FileExistsError); OSError. `out` is then as it was.
+        updates that disagree; TypeError for options that the method has no use for, and `tasks` without `base`;
+        UnsupportedModelError for `lora_bias`, for DoRA and SPECLORA without `base`, and what else a sum of updates is
+        not one adapter of; EvaluationError for tasks that cannot be scored; AdapterFileError; OverwriteError (a
+        FileExistsError); OSError. `out` is then as it was.
     References: Yadav et al., "TIES-Merging", NeurIPS 2023; Yu et al., "Language Models are Super Mario" (DARE),
         ICML 2024.
 
@@ -96,17 +109,49 @@ def merge(
         >>> merge([model, model], tempfile.mkdtemp(), weights=[0.6, 0.4]).r
         4
     """
-    chosen = _checked_weights(adapters, weights)
+    chosen = checked_weights(adapters, weights)
     _check_options(method, rank, energy, density)
     check_overwrite(out, adapters, overwrite=overwrite)
     needs = needs_of(for_server, pad=pad)
+    recipe = Recipe(method, rank, energy, density, seed, pad, needs)
+    if tasks is None:
+        return _merge(adapters, out, chosen, recipe, base, verify)
+    from lorakit.merging._retention import Retaining, place, places_of
+
+    retaining = Retaining(
+        places_of(tasks, adapters), adapters, base, alpha, limit, cache, options, tokenizer, seed, progress
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        written = Path(directory, "merged")
+        report = _merge(adapters, written, chosen, recipe, _weights_of(base, adapters), verify)
+        retention = retaining.measure(written, Path(directory, "random"))
+        place(written, out)
+    return replace(report, path=os.fspath(out), retention=retention)
+
+
+def _weights_of(base: Any, adapters: Sequence[Any]) -> Any:
+    """`base`, where an update needs its weights; it may otherwise be a Hub id, which is for scoring alone."""
+    views = [open_saved_adapter(adapter) for adapter in adapters]
+    parts = [module for view in views for module in view.modules]
+    return base if any(module.magnitude is not None or module.mask is not None for module in parts) else None
+
+
+def _merge(
+    adapters: Sequence[str | os.PathLike[str] | nn.Module | Adapter],
+    out: str | os.PathLike[str],
+    chosen: Sequence[float],
+    recipe: Recipe,
+    base: str | os.PathLike[str] | nn.Module | None,
+    verify: bool,
+) -> MergeReport:
+    """Write the merge."""
+    needs, method, pad = recipe.needs, recipe.method, recipe.pad
     views = _opened(adapters, base, needs)
-    recipe = _Recipe(method, rank, energy, density, seed, pad, needs)
     present = modules_of(views)
     beside, findings = tensors_beside(views)
     findings += findings_about(views, present)
     layouts = layouts_of(present)
-    merging = _Merging(views, present, chosen, recipe)
+    merging = Merging(views, present, chosen, recipe)
     lora = _plan(layouts, merging.ranks, recipe)
     config, about_config = minimal_config(config_of(views, present), **lora.fields)
     companions = companions_of(adapters)
@@ -129,8 +174,8 @@ def merge(
         sources=tuple(view.path for view in views),
         weights=tuple(chosen),
         method=method,
-        density=density,
-        seed=seed if method == "dare" else None,
+        density=recipe.density,
+        seed=recipe.seed if method == "dare" else None,
         energy_kept=_energy_kept(merges),
         verified=verify,
         modules=_rows(present, layouts, merges, lora.r if pad else None, errors),
@@ -150,7 +195,7 @@ def _opened(
     return views
 
 
-def _plan(layouts: Mapping[str, AdapterModule], ranks: Mapping[str, int], recipe: _Recipe) -> PlainLora:
+def _plan(layouts: Mapping[str, AdapterModule], ranks: Mapping[str, int], recipe: Recipe) -> PlainLora:
     """What will be written, before it is computed."""
     needs = recipe.needs
     lora = plain_lora(
@@ -164,7 +209,7 @@ def _plan(layouts: Mapping[str, AdapterModule], ranks: Mapping[str, int], recipe
 
 
 def _pieces(
-    merging: _Merging,
+    merging: Merging,
     layouts: Mapping[str, AdapterModule],
     lora: PlainLora,
     beside: Beside,
@@ -180,90 +225,6 @@ def _pieces(
 def _energy_kept(merges: Mapping[str, Merged]) -> float:
     total = sum(one.total for one in merges.values())
     return sum(one.kept for one in merges.values()) / total if total > 0 else 1.0
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    """How to merge; see `merge`."""
-
-    method: Method
-    rank: int | None
-    energy: float | None
-    density: float | None
-    seed: int
-    pad: bool
-    needs: Needs
-
-
-@dataclass(frozen=True, eq=False)
-class _Merging:
-    """The merges of all modules, computed when they are asked for, one module in memory at a time."""
-
-    views: Sequence[Adapter]
-    present: Present
-    weights: Sequence[float]
-    recipe: _Recipe
-
-    @functools.cached_property
-    @torch.no_grad()
-    def ranks(self) -> dict[str, int]:
-        """The rank of every module's merge, without padding: one for all if it is chosen here and padding is on."""
-        recipe = self.recipe
-        full = {name: self._full_rank(list(modules.values())) for name, modules in self.present.items()}
-        if recipe.rank is not None:
-            return {name: min(recipe.rank, rank) for name, rank in full.items()}
-        if recipe.energy is not None:
-            combine = combiner(recipe.method, recipe.density)
-            with _seeded(recipe):
-                items = self._items("choosing the rank")
-                least = {name: least_rank(each, combine, recipe.energy) for name, each in items}
-            if not recipe.pad:
-                return least
-            rank = recipe.needs.rank_at_least(max(least.values()))
-            return {name: min(rank, most) for name, most in full.items()}
-        if recipe.method == "linear":
-            return full
-        own = {name: max(module.rank for module in modules.values()) for name, modules in self.present.items()}
-        if recipe.pad:
-            own = dict.fromkeys(own, recipe.needs.rank_at_least(max(own.values())))
-        return {name: min(own[name], most) for name, most in full.items()}
-
-    def _full_rank(self, modules: Sequence[AdapterModule]) -> int:
-        """The rank of a module's merge that is not cut."""
-        side = min(modules[0].d_out, modules[0].d_in)
-        return side if self.recipe.method in DENSE else min(side, sum(module.rank for module in modules))
-
-    @torch.no_grad()
-    def updates(self) -> Iterator[tuple[str, LowRank, Merged]]:
-        """Module by module the merge of its rank, with its numbers."""
-        recipe = self.recipe
-        combine = combiner(recipe.method, recipe.density)
-        exact = recipe.method == "linear" and recipe.rank is None and recipe.energy is None
-        with _seeded(recipe):
-            for name, each in self._items("merging"):
-                yield name, *merged(each, combine, None if exact else self.ranks[name])
-
-    def _items(self, progress: str) -> Iterator[tuple[str, Items]]:
-        """Module by module, the updates of the adapters that have it, with their weights."""
-        bar = tqdm(self.present.items(), desc=progress, delay=1.0, unit="module", leave=False, disable=None)
-        with contextlib.ExitStack() as stack:
-            reads = [stack.enter_context(view.source.reader()) for view in self.views]
-            for name, modules in bar:
-                items = []
-                for i, module in modules.items():
-                    update = module.update(reads[i])
-                    check_finite(self.views[i], module, update)
-                    items.append((update, self.weights[i]))
-                yield name, items
-
-
-@restoring
-def _seeded(recipe: _Recipe) -> Iterator[None]:
-    """The same random numbers for `dare` each time, and torch's global state as it was afterwards."""
-    with torch.random.fork_rng(enabled=recipe.method == "dare"):
-        if recipe.method == "dare":
-            torch.manual_seed(recipe.seed)
-        yield
 
 
 def _rows(
@@ -290,19 +251,6 @@ def _rows(
         )
         for name, one in merges.items()
     )
-
-
-def _checked_weights(adapters: object, weights: Sequence[float] | None) -> list[float]:
-    if isinstance(adapters, str | os.PathLike) or not isinstance(adapters, Sequence):
-        raise TypeError(f"`adapters` must be a list of adapters; got {type(adapters).__name__}.")
-    if not adapters:
-        raise ValueError("`adapters` must have at least one adapter; got none.")
-    chosen = [1 / len(adapters)] * len(adapters) if weights is None else [float(weight) for weight in weights]
-    if len(chosen) != len(adapters):
-        raise ValueError(f"`weights` must have one weight for each of {len(adapters)} adapters; got {len(chosen)}.")
-    if not all(math.isfinite(weight) for weight in chosen):
-        raise ValueError(f"`weights` must be finite; got {chosen}.")
-    return chosen
 
 
 def _check_options(method: str, rank: int | None, energy: float | None, density: float | None) -> None:

@@ -12,6 +12,8 @@ from lorakit.serving._written import WrittenReport, plot_energy
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from lorakit.merging._retention import TaskRetention
+
 
 @dataclass(frozen=True)
 class MergedModule:
@@ -39,7 +41,8 @@ class MergedModule:
 class MergeReport(WrittenReport):
     """What `merge` wrote; `energy_kept` is of all modules together, Σ ‖ΔW‖_F².
 
-    What was before are the sums of all adapters, and the largest of their ranks.
+    What was before are the sums of all adapters, and the largest of their ranks. `retention`: what is kept of each
+    task that was measured.
     """
 
     sources: tuple[str, ...]
@@ -50,6 +53,7 @@ class MergeReport(WrittenReport):
     energy_kept: float
     verified: bool
     modules: tuple[MergedModule, ...]
+    retention: tuple[TaskRetention, ...] = ()
 
     @property
     def headline(self) -> str:
@@ -60,6 +64,10 @@ class MergeReport(WrittenReport):
             f"{self.method} of {terms} → {self.path}: rank {self.r}, {size(self.size_bytes)}, "
             f"{self.energy_kept:.2%} of the merge's energy kept"
         )
+
+    @property
+    def details(self) -> tuple[str, ...]:
+        return (*(row.line for row in self.retention), *super().details)
 
     def plot(self) -> Figure:
         """The share of each module's energy that was kept."""

@@ -29,6 +29,7 @@ ON_DISK = [
     ["export", "{a}", "{out}/a.gguf", "--format", "gguf"],
     ["servable", "{a}"],
     ["servable", "{a}", "--json"],
+    ["compare", "{a}", "{good}", "--weights", "0.6,0.4", "--methods", "linear,svd,ties,dare", "--json"],
 ]
 WITH_BASE = [
     ["probe", "{base}", "{data}", "--num-examples", "2", "--json"],
@@ -66,6 +67,7 @@ WITH_BASE = [
         "--cheap",
         "--json",
     ],
+    ["merge", "{a}", "{good}", "{merged}", "--base", "{base}", "--retain", "{good}={data}"],
 ]
 
 

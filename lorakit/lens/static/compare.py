@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,12 +21,15 @@ from lorakit._report import ordered
 from lorakit.adapters import Adapter, AdapterModule, open_adapter
 from lorakit.adapters.experts import expert_name
 from lorakit.adapters.whole import with_whole_updates
-from lorakit.errors import Finding
+from lorakit.errors import AdapterFileError, Finding, UnsupportedModelError
 from lorakit.lens._rows import grouped
 from lorakit.lens.static.compared_experts import groups as groups_of
-from lorakit.lens.static.comparison_report import ComparedModule, ComparisonReport, summarize
+from lorakit.lens.static.comparison_report import ComparedGroup, ComparedModule, ComparisonReport, summarize
+from lorakit.lens.static.forecast import ForecastOptions, forecast
+from lorakit.lens.static.forecast_report import MergeForecast
 from lorakit.lens.static.stacks import merged_findings
-from lorakit.lens.static.verdicts import Thresholds, judge
+from lorakit.lens.static.verdicts import Reason, Thresholds, Verdict, judge
+from lorakit.merging._combine import Method
 from lorakit.spectral import (
     LowRank,
     dominance,
@@ -55,6 +58,11 @@ def compare(
     redundant_above: float = 0.5,
     contested_above: float = 0.5,
     imbalanced_above: float = 5.0,
+    weights: Sequence[float] | None = None,
+    methods: Sequence[Method] = ("linear", "svd"),
+    rank: int | None = None,
+    density: float = 0.5,
+    seed: int = 0,
     by: Literal["group", "expert"] = "group",
     base: str | os.PathLike[str] | nn.Module | None = None,
     adapter_name_a: str | None = None,
@@ -73,17 +81,27 @@ def compare(
     * redundant: the cosine is above `redundant_above`;
     * safe.
 
+    The overall verdict is by the same rules, on the updates of all modules as one vector each, mean overlaps, and for
+    imbalance the Frobenius norms times `weights`. Then what is left of each adapter in their merge, by each of
+    `methods`; see `lorakit.lens.MethodForecast` for the formulas. It is computed as `lorakit.merging.merge` merges:
+    "linear" and "svd" from the factors; "ties" and "dare" form every ΔW, so they are forecast only if asked for, and
+    take as long as their merge. Nothing is forecast for adapters that cannot be merged; the report says why.
+
     Args:
         a, b: directories, .safetensors or .bin files, Hub ids, PeftModels, or open adapters.
         energy: compare the fewest directions that keep this share of ‖ΔW‖_F²; at 1, all that are not numerically zero.
         conflicting_below, redundant_above, contested_above, imbalanced_above: thresholds of the verdicts.
+        weights: the weights of the merge, as for `lorakit.merging.merge`; None is 1/2 each.
+        methods: whose merges to forecast, of "linear", "svd", "ties" and "dare".
+        rank, density, seed: of those merges; `rank` is of all methods but "linear", None as in `merge`.
         by: "expert" gives every expert a row; otherwise the experts of one parameter, or of one name and layer, are
             one row, with the verdict of most of them.
         base: the base model's weights (a directory or file of safetensors, or the model): DoRA and SPECLORA are then
             compared by their whole updates.
         adapter_name_a, adapter_name_b: which adapter of a PeftModel; `a` and `b` may be the same model.
     Raises: AdapterFileError, UnsupportedModelError for an adapter that cannot be read; ValueError for an `energy`
-        outside (0, 1], a threshold outside its range or an unknown `by`.
+        outside (0, 1], a threshold outside its range, an unknown `by` or method, and weights that are not two finite
+        numbers.
 
     Example:
         >>> import lorakit, torch
@@ -93,11 +111,14 @@ def compare(
         >>> report = lorakit.lens.compare(model, model)
         >>> report.modules[0].verdict, round(report.modules[0].cosine, 4)
         ('redundant', 1.0)
+        >>> report.forecast.recommended.method, round(report.forecast.recommended.strength_a, 4)
+        ('linear', 1.0)
     """
     check_number("energy", energy, above=0, most=1)
     if by not in ("group", "expert"):
         raise ValueError(f"`by` must be 'group' or 'expert'; got {by!r}.")
     thresholds = Thresholds(conflicting_below, redundant_above, contested_above, imbalanced_above)
+    options = ForecastOptions(weights, methods, rank, density, seed)
     stored = open_adapter(a, adapter_name=adapter_name_a), open_adapter(b, adapter_name=adapter_name_b)
     one, other = (with_whole_updates(view, base) for view in stored)
     findings = [
@@ -105,6 +126,38 @@ def compare(
         for label, view in (("A", one), ("B", other))
         for finding in view.findings
     ]
+    rows = _compared(one, other, energy, thresholds, by, findings)
+    groups, layers = grouped(rows)
+    total = summarize("all", rows)
+    expected, no_forecast = _forecast((one, other), options, energy, findings)
+    verdict, reason = _overall(total, options.chosen, thresholds)
+    names_a, names_b = ({module.name for module in view.modules} for view in (one, other))
+    return ComparisonReport(
+        path_a=one.path,
+        path_b=other.path,
+        peft_type_a=stored[0].settings.peft_type,
+        peft_type_b=stored[1].settings.peft_type,
+        base=os.fspath(base) if isinstance(base, str | os.PathLike) else None,
+        energy=energy,
+        thresholds=thresholds,
+        modules=tuple(rows),
+        only_a=tuple(module.name for module in one.modules if module.name not in names_b),
+        only_b=tuple(module.name for module in other.modules if module.name not in names_a),
+        verdict=verdict,
+        reason=reason,
+        forecast=expected,
+        no_forecast=no_forecast,
+        total=total,
+        roles=tuple(summarize(name, group) for name, group in groups.items()),
+        layers=tuple(summarize(name, group) for name, group in layers.items()),
+        findings=ordered(findings),
+    )
+
+
+def _compared(
+    one: Adapter, other: Adapter, energy: float, thresholds: Thresholds, by: str, findings: list[Finding]
+) -> Sequence[ComparedModule]:
+    """The rows of all pairs of modules; adds to the findings."""
     pairs = _pairs(one, other, findings)
     compared: list[ComparedModule] = []
     found: list[Finding] = []
@@ -122,24 +175,43 @@ def compare(
             f"(`base`, --base)."
         )
         findings.append(Finding("info", "low_rank_part_only", None, message))
-    groups, layers = grouped(rows)
-    names_a, names_b = ({module.name for module in view.modules} for view in (one, other))
-    return ComparisonReport(
-        path_a=one.path,
-        path_b=other.path,
-        peft_type_a=stored[0].settings.peft_type,
-        peft_type_b=stored[1].settings.peft_type,
-        base=os.fspath(base) if isinstance(base, str | os.PathLike) else None,
-        energy=energy,
-        thresholds=thresholds,
-        modules=tuple(rows),
-        only_a=tuple(module.name for module in one.modules if module.name not in names_b),
-        only_b=tuple(module.name for module in other.modules if module.name not in names_a),
-        total=summarize("all", rows),
-        roles=tuple(summarize(name, group) for name, group in groups.items()),
-        layers=tuple(summarize(name, group) for name, group in layers.items()),
-        findings=ordered(findings),
-    )
+    return rows
+
+
+def _forecast(
+    views: tuple[Adapter, Adapter], options: ForecastOptions, energy: float, findings: Sequence[Finding]
+) -> tuple[MergeForecast | None, str | None]:
+    """The forecast of the merge, or why there is none."""
+    errors = [finding.message for finding in findings if finding.severity == "error"]
+    if errors:
+        return None, errors[0]
+    try:
+        return forecast(views, options, energy), None
+    except (UnsupportedModelError, AdapterFileError, ValueError) as error:
+        return None, str(error)
+
+
+def _overall(
+    total: ComparedGroup, weights: tuple[float, float], thresholds: Thresholds
+) -> tuple[Verdict, Reason] | tuple[None, None]:
+    """The verdict on all modules together, merged with these weights; None without a finite module."""
+    if total.cosine is None or total.random_cosine is None:
+        return None, None
+    excess = [
+        (overlap - chance) / (1 - chance)
+        for overlap, chance in (
+            (total.output_overlap_mean, total.random_output_overlap_mean),
+            (total.input_overlap_mean, total.random_input_overlap_mean),
+        )
+        if overlap is not None and chance is not None and chance < 1
+    ]
+    sign = math.copysign(1, weights[0]) * math.copysign(1, weights[1])
+    norms = [
+        abs(w) * (n or 0.0) for w, n in zip(weights, (total.frobenius_norm_a, total.frobenius_norm_b), strict=True)
+    ]
+    ratio = 1.0 if norms[0] == norms[1] else math.inf if min(norms) == 0 else max(norms) / min(norms)
+    shared = min(excess) if len(excess) == 2 else 0.0
+    return judge(sign * total.cosine, total.random_cosine, shared, ratio, thresholds)
 
 
 def _pairs(a: Adapter, b: Adapter, findings: list[Finding]) -> list[tuple[AdapterModule, AdapterModule]]:

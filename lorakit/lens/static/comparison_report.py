@@ -13,6 +13,7 @@ from lorakit._report import Report, Table, counted, plain, shell_argument
 from lorakit.errors import Finding
 from lorakit.lens._rows import ModuleRow, mean
 from lorakit.lens.render.figures import Heatmap, heatmap, heatmaps_figure
+from lorakit.lens.static.forecast_report import MergeForecast
 from lorakit.lens.static.verdicts import VERDICTS, Reason, Thresholds, Verdict
 from lorakit.naming.roles import Role
 
@@ -106,7 +107,8 @@ class ComparisonReport(Report):
     """What `lorakit.lens.compare` found.
 
     `only_a` and `only_b`: the modules that the other adapter does not have. `base`: the path of the base weights, where
-    it was given.
+    it was given. `verdict` and `reason` are of all modules together, with the merge's weights; `forecast` says what is
+    left of each adapter in the merge, or is None, and `no_forecast` says why.
     """
 
     path_a: str
@@ -119,6 +121,10 @@ class ComparisonReport(Report):
     modules: tuple[ComparedModule, ...]
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
+    verdict: Verdict | None
+    reason: Reason | None
+    forecast: MergeForecast | None
+    no_forecast: str | None
     total: ComparedGroup
     roles: tuple[ComparedGroup, ...]
     layers: tuple[ComparedGroup, ...]
@@ -141,9 +147,24 @@ class ComparisonReport(Report):
     @property
     def details(self) -> tuple[str, ...]:
         return (
+            *self._merge_lines(),
             f"A: {self.path_a} ({self.peft_type_a}), {len(self.only_a)} modules in A only",
             f"B: {self.path_b} ({self.peft_type_b}), {len(self.only_b)} modules in B only",
         )
+
+    def _merge_lines(self) -> list[str]:
+        lines = [] if self.verdict is None else [f"Overall: {self.verdict} ({self.reason})."]
+        if self.forecast is not None:
+            best = self.forecast.recommended
+            strengths = " and ".join(
+                f"{label}'s update at {value:.3g}"
+                for label, value in (("A", best.strength_a), ("B", best.strength_b))
+                if value is not None
+            )
+            lines.append(f"Recommended: {best.method}, which leaves {strengths or 'nothing'} of its strength.")
+        elif self.no_forecast is not None and not self.has_errors:
+            lines.append(f"No forecast of the merge: {self.no_forecast}")
+        return lines
 
     @property
     def next_steps(self) -> tuple[str, ...]:
@@ -156,11 +177,33 @@ class ComparisonReport(Report):
         given = "" if self.base is None else f" --base {shell_argument(self.base)}"
         command = f"lorakit merge {' '.join(map(str, paths))}{given}"
         counts = self.total.verdicts
+        if self.forecast is not None and self._chosen:
+            return (f"{command}{self._merge_options(self.forecast)}",)
         if counts["conflicting"]:
             return (f"{command} --method ties --density 0.5",)
         if counts["imbalanced"] and self.total.share_a is not None and 0 < self.total.share_a < 1:
             return (f"{command} --weights {1 - self.total.share_a:.3g},{self.total.share_a:.3g}",)  # equal norms
         return (command,)
+
+    @property
+    def _chosen(self) -> bool:
+        """Whether other merges were forecast than those by default."""
+        expected = self.forecast
+        return expected is not None and (
+            expected.weights != (0.5, 0.5) or any(one.density is not None for one in expected.methods)
+        )
+
+    @staticmethod
+    def _merge_options(expected: MergeForecast) -> str:
+        best = expected.recommended
+        parts = [] if expected.weights == (0.5, 0.5) else [" --weights={:.6g},{:.6g}".format(*expected.weights)]
+        if best.method != "linear":
+            parts.append(f" --method {best.method} --rank {best.rank}")
+        if best.density is not None:
+            parts.append(f" --density {best.density:g}")
+        if best.seed:
+            parts.append(f" --seed {best.seed}")
+        return "".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
         """`modules`, `summary` and `findings` as JSON data."""
@@ -172,6 +215,10 @@ class ComparisonReport(Report):
             "base": self.base,
             "energy": self.energy,
             "thresholds": asdict(self.thresholds),
+            "verdict": self.verdict,
+            "reason": self.reason,
+            "forecast": None if self.forecast is None else asdict(self.forecast) | self.forecast.summary(),
+            "no_forecast": self.no_forecast,
             **{key: value for key, value in asdict(self.total).items() if key != "name"},
             "only_a": list(self.only_a),
             "only_b": list(self.only_b),
@@ -184,6 +231,8 @@ class ComparisonReport(Report):
 
     def tables(self) -> list[Table]:
         tables = [_role_table(self.roles, self.total), _unsafe_table(self.modules)]
+        if self.forecast is not None:
+            tables.insert(0, self.forecast.table())
         return [table for table in tables if table.rows and self.modules]
 
     def plot(self) -> Figure:
