@@ -23,13 +23,13 @@ def measure(rank: int, questions: Path) -> dict[str, Any]:
     """The scores of the adapter, of it cut to a rank, and of that healed, on the same documents; and the KL."""
     from lorakit import evaluation
     from lorakit.compress import truncate
-    from lorakit.compress._heal import prepare
+    from lorakit.compress._heal import HealSettings, prepare
     from lorakit.data import tokenizer_for
 
     base = evaluation.load_base("base")
     task = evaluation.loss("test_loss.jsonl", name="answers", length=LENGTH)
-    settings = {"steps": STEPS, "learning_rate": LEARNING_RATE, "length": LENGTH, "seed": 0, "progress": True}
-    healing = prepare(base, "adapter", str(questions), tokenizer_for("base"), **settings)
+    settings = HealSettings(steps=STEPS, learning_rate=LEARNING_RATE, length=LENGTH, seed=0)
+    healing = prepare(base, "adapter", str(questions), tokenizer_for("base"), settings, progress=True)
     scores: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as directory:
         cut = str(Path(directory, "cut"))

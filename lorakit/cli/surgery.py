@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -73,6 +73,14 @@ Aggregate = Annotated[
 ]
 
 
+Refine = Annotated[
+    bool, typer.Option("--refine", help="Try several policies; write the best only if it passes --task.")
+]
+Modules = Annotated[
+    str | None, typer.Option(help="Names with commas between, or all-linear; default: what writes the residual.")
+]
+
+
 def surgery(
     base: Annotated[str, typer.Option(help="The base model: a path or Hub id, with its tokenizer.")],
     adapter: Annotated[str, typer.Option(help="The adapter: a directory or Hub id.")],
@@ -80,9 +88,7 @@ def surgery(
     out: Annotated[str, typer.Option(help="Directory to write; may be that of the adapter.")],
     policy: Annotated[PolicyName, typer.Option(help="random_index is the control.")] = PolicyName.smooth_abs,
     layers: Annotated[str | None, typer.Option(help="A layer or a range of them: 12, 8-15, 8-; default: all.")] = None,
-    modules: Annotated[
-        str | None, typer.Option(help="Names with commas between, or all-linear; default: what writes the residual.")
-    ] = None,
+    modules: Modules = None,
     aggregate: Aggregate = None,
     preserve_energy: Annotated[EnergyName, typer.Option(help="Norm of the spectrum that is kept.")] = EnergyName.l1,
     num_examples: NumExamples = 128,
@@ -93,10 +99,7 @@ def surgery(
     columns: Columns = None,
     split: Split = None,
     seed: Annotated[int, typer.Option(help="Seed of policies that draw.")] = 0,
-    refine: Annotated[
-        bool,
-        typer.Option("--refine", help="Try several policies; write the best only if it passes --task."),
-    ] = False,
+    refine: Refine = False,
     controls: Annotated[int, typer.Option(min=19, help="With --refine: random edits that it must beat.")] = 19,
     num_selection: Annotated[int, typer.Option(min=1, help="With --refine: examples that choose among edits.")] = 128,
     task: Task = None,
@@ -118,7 +121,6 @@ def surgery(
     certification = Certification(task, margin, alpha, guard, limit, cache)
     asked = certification.asked(base) if not refine else _asked_to_refine(task, aggregate, policy)
     from lorakit.adapters.companions import check_overwrite
-    from lorakit.surgery import reweight
 
     check_overwrite(out, [adapter], overwrite=overwrite)  # before a model is loaded
     tokenizer = tokenizer_for(adapter, base, revision=revision, trust_remote_code=trust_remote_code)
@@ -127,42 +129,46 @@ def surgery(
     batches = read_examples(data, tokenizer, columns, shuffle_seed=shuffle_seed, start=start, **reading)
     options = load_options(device, dtype, load_in_4bit, revision, trust_remote_code)
     model = evaluation.load_adapted(base, adapter, options)
-    if refine:
-        from lorakit.surgery import refine as refine_adapter
-
-        decided = refine_adapter(
-            model,
-            batches,
-            task=task[0] if task else None,
-            guards=guard or (),
-            margin=0.01 if margin is None else margin,
-            alpha=0.05 if alpha is None else alpha,
-            controls=controls,
-            num_examples=num_examples,
-            num_selection=num_selection,
-            target_modules=_targets(model, modules, bounds),
-            preserve_energy=preserve_energy.value,
-            limit=limit,
-            tokenizer=tokenizer,
-            seed=seed,
-        )
-        if decided.kept:
-            decided.save(out, previous=read_edits(adapter), source=adapter, overwrite=overwrite)
-        show(decided, as_json)
-        raise typer.Exit(EXIT_CODES[decided.verdict])
-    how: dict[str, Any] = {"policy": policy.value, "preserve_energy": preserve_energy.value, "seed": seed}
-    how |= {"aggregate": None if aggregate is None else aggregate.value, "num_examples": num_examples}
-
-    def write(directory: str) -> SurgeryReport:
-        report = reweight(model, batches, target_modules=_targets(model, modules, bounds), **how)
-        report.save(directory, previous=read_edits(adapter), source=adapter, overwrite=overwrite)
-        return report
-
     settings = certification.settings(options, base=model.get_base_model(), references=adapter, overwrite=overwrite)
+    meant = {"target_modules": _targets(model, modules, bounds), "num_examples": num_examples}
+    meant |= {"preserve_energy": preserve_energy.value, "seed": seed}
+    if refine:
+        how = meant | {"controls": controls, "num_selection": num_selection, "tokenizer": tokenizer}
+        _refine(model, batches, adapter, out, how, settings, as_json)
+    how = meant | {"policy": policy.value, "aggregate": None if aggregate is None else aggregate.value}
     settings["used_documents"] = evaluation.document_hashes(batches) if asked else ()
-    report, certificate = evaluation.write_certified(write, out, **settings) if asked else (write(out), None)
+    report, certificate = _reweight(model, batches, adapter, out, how, settings, asked)
     _show(adapter, out, report, batches.report, certificate, as_json)
     finish(certificate, as_json=as_json)
+
+
+def _reweight(
+    model: Any, batches: Any, adapter: str, out: str, how: dict[str, Any], settings: dict[str, Any], asked: bool
+) -> tuple[SurgeryReport, Certificate | None]:
+    """Reweight and write the adapter, with a certificate if one is asked for."""
+    from lorakit.surgery import reweight
+
+    def write(directory: str) -> SurgeryReport:
+        report = reweight(model, batches, **how)
+        report.save(directory, previous=read_edits(adapter), source=adapter, overwrite=settings["overwrite"])
+        return report
+
+    return evaluation.write_certified(write, out, **settings) if asked else (write(out), None)
+
+
+def _refine(
+    model: Any, batches: Any, adapter: str, out: str, how: dict[str, Any], settings: dict[str, Any], as_json: bool
+) -> NoReturn:
+    """Refine, write the adapter if the edit is kept, print the report, and exit as its verdict says."""
+    from lorakit.surgery import refine
+
+    margin = 0.01 if settings["margin"] is None else settings["margin"]
+    asked = {key: settings[key] for key in ("guards", "alpha", "limit")}
+    report = refine(model, batches, task=settings["tasks"][0], margin=margin, **asked, **how)
+    if report.kept:
+        report.save(out, previous=read_edits(adapter), source=adapter, overwrite=settings["overwrite"])
+    show(report, as_json)
+    raise typer.Exit(EXIT_CODES[report.verdict])
 
 
 def _asked_to_refine(task: list[str] | None, aggregate: AggregateName | None, policy: PolicyName) -> bool:

@@ -19,7 +19,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm.auto import tqdm
 
-from lorakit._checks import check_integer, check_number
+from lorakit._checks import check_integer, check_number, check_seed
 from lorakit._signals import all_of
 from lorakit.adapters.atomic import WEIGHTS_NAME
 from lorakit.calibration.losses import IGNORED_LABEL
@@ -47,15 +47,30 @@ class Healed:
     kl_after: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class HealSettings:
+    """How long, how strongly and on texts of which length an adapter is healed."""
+
+    steps: int
+    learning_rate: float
+    length: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Raises: TypeError, ValueError."""
+        check_integer("heal_steps", self.steps)
+        check_number("heal_learning_rate", self.learning_rate, above=0)
+        check_integer("heal_length", self.length, least=2)
+        check_seed("heal_seed", self.seed)
+
+
 @dataclass(frozen=True, eq=False)
 class Healing:
     """How adapters are healed: the original, the texts, and how many steps of which size; all checked."""
 
     original: AttachedAdapter
     batches: Sequence[Mapping[str, Tensor]]
-    steps: int
-    learning_rate: float
-    seed: int
+    settings: HealSettings
     progress: bool
 
     @property
@@ -75,16 +90,18 @@ class Healing:
                 model.eval()  # as they are served: no dropout
                 self.original.model.eval()
                 parameters = _only_factors(model)
-                optimizer = AdamW(parameters, lr=self.learning_rate, weight_decay=0.0)
-                schedule = CosineAnnealingLR(optimizer, self.steps)
-                bar = tqdm(self._order(), total=self.steps, desc="healing", disable=not self.progress, delay=1.0)
+                optimizer = AdamW(parameters, lr=self.settings.learning_rate, weight_decay=0.0)
+                schedule = CosineAnnealingLR(optimizer, self.settings.steps)
+                bar = tqdm(
+                    self._order(), total=self.settings.steps, desc="healing", disable=not self.progress, delay=1.0
+                )
                 for batch in bar:
                     loss = self._loss(model, batch)
                     losses.append(loss.item())
                     if not math.isfinite(losses[-1]):
                         raise EvaluationError(
                             f"The loss of healing is not finite after {len(losses) - 1} steps. Lower the learning "
-                            f"rate, {self.learning_rate:g}."
+                            f"rate, {self.settings.learning_rate:g}."
                         )
                     optimizer.zero_grad()
                     torch.autograd.backward(loss)
@@ -92,16 +109,16 @@ class Healing:
                     optimizer.step()
                     schedule.step()
             _write(model, Path(directory, WEIGHTS_NAME))
-        part = max(1, self.steps // 10)
-        return Healed(
-            self.steps, self.learning_rate, sum(losses[:part]) / part, sum(losses[-part:]) / len(losses[-part:])
-        )
+        part = max(1, self.settings.steps // 10)
+        first, last = losses[:part], losses[-part:]
+        settings = self.settings
+        return Healed(settings.steps, settings.learning_rate, sum(first) / len(first), sum(last) / len(last))
 
     def _order(self) -> Iterator[Mapping[str, Tensor]]:
         """Batches, each once in a new order before any comes again."""
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(self.settings.seed)
         left: list[int] = []
-        for _ in range(self.steps):
+        for _ in range(self.settings.steps):
             left = left or torch.randperm(len(self.batches), generator=generator).tolist()
             yield self.batches[left.pop()]
 
@@ -114,28 +131,16 @@ class Healing:
 
 
 def prepare(
-    base: nn.Module,
-    original: Any,
-    text: Any,
-    tokenizer: Any,
-    *,
-    steps: int,
-    learning_rate: float,
-    length: int,
-    seed: int,
-    progress: bool,
+    base: nn.Module, original: Any, text: Any, tokenizer: Any, settings: HealSettings, *, progress: bool
 ) -> Healing:
-    """Read the texts and check all that is given. Raises: EvaluationError, DataError, TypeError, ValueError."""
-    check_integer("heal_steps", steps)
-    check_number("heal_learning_rate", learning_rate, above=0)
-    check_integer("heal_length", length, least=2)
+    """Read the texts. Raises: EvaluationError, DataError, TypeError."""
     if text is None:
         raise EvaluationError("`heal_text` is needed with `heal_steps`: texts like those that the adapter will see.")
-    read = Prompts(text, length, _BATCH_SIZE, None, {}).batches(tokenizer, progress=progress)
+    read = Prompts(text, settings.length, _BATCH_SIZE, None, {}).batches(tokenizer, progress=progress)
     batches = [batch for batch in read if bool((batch["labels"][:, 1:] != IGNORED_LABEL).any())]
     if not batches:
         raise EvaluationError("`heal_text` has no token that a model could predict.")
-    return Healing(AttachedAdapter(base, original), batches, steps, learning_rate, seed, progress)
+    return Healing(AttachedAdapter(base, original), batches, settings, progress)
 
 
 def _only_factors(model: nn.Module) -> list[nn.Parameter]:

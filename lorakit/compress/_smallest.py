@@ -9,7 +9,7 @@ from typing import Any
 
 from lorakit.adapters import open_adapter
 from lorakit.adapters.companions import check_overwrite
-from lorakit.compress._heal import prepare
+from lorakit.compress._heal import HealSettings, prepare
 from lorakit.compress._truncate import truncate
 from lorakit.compress.ladder import LADDER, Rung, SmallestReport, descend
 from lorakit.errors import EvaluationError
@@ -111,9 +111,8 @@ def smallest(
     comparison = Comparison(base, question, reference=adapter)
     healing = None
     if heal_steps or heal_text is not None:
-        settings: dict[str, Any] = {"learning_rate": heal_learning_rate, "length": heal_length, "seed": heal_seed}
-        text = (heal_text, comparison.tokenizer)
-        healing = prepare(comparison.model, adapter, *text, steps=heal_steps, progress=progress, **settings)
+        settings = HealSettings(steps=heal_steps, learning_rate=heal_learning_rate, length=heal_length, seed=heal_seed)
+        healing = prepare(comparison.model, adapter, heal_text, comparison.tokenizer, settings, progress=progress)
         comparison.question = replace(question, used_documents=[*used_documents, *healing.documents])
 
     def write(directory: str, rank: int) -> Rung:

@@ -28,7 +28,7 @@ from lorakit.statistics import Verdict, control_p_value
 from lorakit.surgery._edit import Backup, exchange
 from lorakit.surgery._policies import ENERGIES, Aggregate, Policy, resolve_policy
 from lorakit.surgery._refine_report import RefineCandidate, RefineReport
-from lorakit.surgery._restore import SCALES, restore
+from lorakit.surgery._restore import SCALES, RestoreSettings, restore
 from lorakit.surgery._restore_report import RestoreReport
 from lorakit.surgery._reweight import Plan, edit_report, plan_edit, plan_of
 from lorakit.surgery._scoring import Scoring, bar_of, selection_task, unused
@@ -133,62 +133,32 @@ def refine(
         >>> report = lorakit.surgery.refine(model, "train.jsonl", task="test.jsonl", guards=[other])  # doctest: +SKIP
         >>> report.kept or report.reasons  # doctest: +SKIP
     """
-    energy = "none" if preserve_energy is None else preserve_energy
-    if energy not in ENERGIES:
-        raise ValueError(f"`preserve_energy` must be one of {', '.join(ENERGIES)}; got {preserve_energy!r}.")
+    energy = _checked_energy(preserve_energy)
     check_integer("num_selection", num_selection)
-    check_integer("controls", controls)
-    if (1 / (controls + 1)) > alpha:
-        least = -(-1 // alpha) - 1
-        raise ValueError(f"`controls` must be at least {least:.0f} for p ≤ {alpha:g} to be possible; got {controls}.")
-    if objective not in ("improve", "restore"):
-        raise ValueError(f'`objective` must be "improve" or "restore"; got {objective!r}.')
+    _check_controls(controls, alpha)
+    _check_objective(objective)
     candidates = _candidates(policies, strengths)
     seed = check_seed("seed", seed)
-    question = Question(
-        tasks=task,
-        margin=margin,
-        alpha=alpha,
-        guards=guards,
-        groups=groups,
-        limit=limit,
-        used_documents=used_documents,
-        progress=False,
-    )
+    asked: dict[str, Any] = {"groups": groups, "limit": limit, "used_documents": used_documents, "progress": False}
+    question = Question(tasks=task, margin=margin, alpha=alpha, guards=guards, **asked)
     if len(question.wanted) - len(question.guarded) != 1:
         raise EvaluationError("`task` must be one task; pass what must not become worse as `guards`.")
     adapter = unwrapped(adapter)
     if objective == "restore":
-        return restore(
-            adapter,
-            resolve_adapter_name(adapter, adapter_name),
-            question,
-            tokenizer_of(adapter, tokenizer),
-            base_text=base_text,
-            scales=scales,
-            target_modules=target_modules,
-            top_k=top_k,
-            intruder_below=intruder_below,
-            progress=progress,
-        )
+        kinds: dict[str, Any] = {"target_modules": target_modules, "top_k": top_k, "intruder_below": intruder_below}
+        how = RestoreSettings(base_text=base_text, scales=scales, **kinds)
+        name = resolve_adapter_name(adapter, adapter_name)
+        return restore(adapter, name, question, tokenizer_of(adapter, tokenizer), how, progress=progress)
     counts = {"num_examples": num_examples, "num_selection": num_selection}
     parts = split(adapter, loader, selection, tokenizer, progress=progress, **counts)
-    measured = measure(
-        adapter,
-        parts.calibration,
-        target_modules=target_modules,
-        num_examples=num_examples,
-        loss_fn=loss_fn,
-        adapter_name=adapter_name,
-        progress=progress,
-    )
+    selected: dict[str, Any] = {"target_modules": target_modules, "adapter_name": adapter_name, "loss_fn": loss_fn}
+    measured = measure(adapter, parts.calibration, num_examples=num_examples, progress=progress, **selected)
     if not measured.modules:
         raise SurgeryError("No selected module has a singular component that affects the loss: nothing can be refined.")
-    scoring = Scoring(
-        adapter, measured.adapter_name, unused(question, parts.documents), tokenizer_of(adapter, tokenizer)
-    )
+    question = unused(question, parts.documents)
+    scoring = Scoring(adapter, measured.adapter_name, question, tokenizer_of(adapter, tokenizer))
+    search = _Search(measured, scoring, energy, seed, controls, alpha)
     with preserved_rng(adapter):
-        search = _Search(measured, scoring, energy, seed, controls, alpha)
         return search.run(candidates, selection_task(parts.selection, loss_fn), progress=progress)
 
 
@@ -234,7 +204,6 @@ class _Search:
                 tried.append(RefineCandidate(name, policy.strength, score, before.mean))
                 bar.update()
             best = max(range(len(tried)), key=lambda i: tried[i].score)
-            plan = self.plan(candidates[best])
             common: dict[str, Any] = {
                 "model_name": self.measured.model_name,
                 "adapter_name": self.measured.adapter_name,
@@ -248,48 +217,56 @@ class _Search:
                 "estimated_seconds": estimate,
             }
             if tried[best].gain <= 0:
-                gain = f"{tried[best].gain:+.4g}"
-                reason = f"no candidate has a lower loss than the adapter on the selection examples (best {gain})"
-                nothing: dict[str, Any] = {"task": None, "guards": (), "controls": (), "p_value": None, "edit": None}
-                nothing |= {"kept": False, "verdict": "INCONCLUSIVE", "reasons": (reason,)}
-                return RefineReport(**common, **nothing, seconds=scoring.spent + chooser.spent)
-            found = scoring([task, *guards], _backups(plan))
+                spent = scoring.spent + chooser.spent
+                return RefineReport(**common, **_nothing_chosen(tried[best].gain), seconds=spent)
+            plan = self.plan(candidates[best])
+            decided = self.certified(plan, candidates[best][1].aggregate, reference, bar)
+        return self.decided(plan, candidates[best], common | decided, scoring.spent + chooser.spent)
+
+    def certified(self, plan: Plan, aggregate: Aggregate, reference: Mapping[str, Scores], bar: Any) -> dict[str, Any]:
+        """The chosen edit, and its controls, on the documents of the task and of the guards."""
+        task, *guards = self.scoring.question.wanted
+        found = self.scoring([task, *guards], _backups(plan))
+        bar.update()
+        result, *guarded = (self._result(one, reference, found) for one in (task, *guards))
+        generator = torch.Generator().manual_seed(self.seed)
+        differences = []
+        for _ in range(self.controls):
+            control = self.scoring([task], _backups(self.permuted(plan, aggregate, generator)))
+            differences.append(self._result(task, reference, control).difference)
             bar.update()
-            result, *guarded = (self._result(one, reference, found) for one in (task, *guards))
-            generator = torch.Generator().manual_seed(self.seed)
-            aggregate = candidates[best][1].aggregate
-            differences = []
-            for _ in range(self.controls):
-                control = scoring([task], _backups(self.permuted(plan, aggregate, generator)))
-                differences.append(self._result(task, reference, control).difference)
-                bar.update()
         p = control_p_value(result.difference, differences)
         reasons = _reasons(result, guarded, p, self.alpha)
-        policy = candidates[best][1]
-        edit = edit_report(
-            scoring.adapter,
-            self.measured,
-            plan,
-            aggregate=aggregate,
-            edit_id=uuid.uuid4().hex,
-            policy=tried[best].policy,
-            policy_parameters={"strength": policy.strength},
-            preserve_energy=self.energy,
-            seed=self.seed,
-        )
-        report = RefineReport(
-            **common,
-            kept=not reasons,
-            verdict=_verdict(result, guarded, bool(reasons)),
-            reasons=tuple(reasons),
-            task=result,
-            guards=tuple(guarded),
-            controls=tuple(differences),
-            p_value=p,
-            seconds=scoring.spent + chooser.spent,
-            edit=None if reasons else edit,
-        )
-        if not reasons:
+        return {
+            "kept": not reasons,
+            "verdict": _verdict(result, guarded, bool(reasons)),
+            "reasons": tuple(reasons),
+            "task": result,
+            "guards": tuple(guarded),
+            "controls": tuple(differences),
+            "p_value": p,
+        }
+
+    def decided(
+        self, plan: Plan, candidate: tuple[str, Strengthened], found: dict[str, Any], seconds: float
+    ) -> RefineReport:
+        """The report, with the edit in the adapter if it is kept."""
+        name, policy = candidate
+        edit = None
+        if found["kept"]:
+            edit = edit_report(
+                self.scoring.adapter,
+                self.measured,
+                plan,
+                aggregate=policy.aggregate,
+                edit_id=uuid.uuid4().hex,
+                policy=name,
+                policy_parameters={"strength": policy.strength},
+                preserve_energy=self.energy,
+                seed=self.seed,
+            )
+        report = RefineReport(**found, seconds=seconds, edit=edit)
+        if report.kept:
             exchange(_backups(plan))
         return report
 
@@ -304,6 +281,31 @@ class _Search:
             groups=(question.groups or {}).get(task.name),
             guard=task.name in question.guarded,
         ).certified(self.alpha, None)
+
+
+def _nothing_chosen(gain: float) -> dict[str, Any]:
+    reason = f"no candidate has a lower loss than the adapter on the selection examples (best {gain:+.4g})"
+    nothing: dict[str, Any] = {"task": None, "guards": (), "controls": (), "p_value": None, "edit": None}
+    return nothing | {"kept": False, "verdict": "INCONCLUSIVE", "reasons": (reason,)}
+
+
+def _checked_energy(preserve_energy: str | None) -> str:
+    energy = "none" if preserve_energy is None else preserve_energy
+    if energy not in ENERGIES:
+        raise ValueError(f"`preserve_energy` must be one of {', '.join(ENERGIES)}; got {preserve_energy!r}.")
+    return energy
+
+
+def _check_objective(objective: str) -> None:
+    if objective not in ("improve", "restore"):
+        raise ValueError(f'`objective` must be "improve" or "restore"; got {objective!r}.')
+
+
+def _check_controls(controls: int, alpha: float) -> None:
+    check_integer("controls", controls)
+    if (1 / (controls + 1)) > alpha:
+        least = -(-1 // alpha) - 1
+        raise ValueError(f"`controls` must be at least {least:.0f} for p ≤ {alpha:g} to be possible; got {controls}.")
 
 
 def _candidates(policies: Sequence[str | Policy], strengths: Sequence[float]) -> list[tuple[str, Strengthened]]:

@@ -49,92 +49,122 @@ class _Intruded:
     Q: Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class RestoreSettings:
+    """What is shrunk, how far, and the texts by which it is judged."""
+
+    base_text: Any
+    scales: Sequence[float]
+    target_modules: str | Sequence[str] | None
+    top_k: int
+    intruder_below: float
+
+    def __post_init__(self) -> None:
+        """Raises: TypeError, ValueError."""
+        if self.base_text is None:
+            raise ValueError('`base_text` is needed with objective="restore": texts on which the base model is good.')
+        if not self.ladder or not 0 <= self.ladder[-1] <= self.ladder[0] < 1:
+            raise ValueError(f"`scales` must be in [0, 1); got {tuple(self.scales)}.")
+        check_integer("top_k", self.top_k)
+        check_number("intruder_below", self.intruder_below, above=0, most=1)
+
+    @property
+    def ladder(self) -> list[float]:
+        """The scales from mild to strong."""
+        return sorted({float(scale) for scale in self.scales}, reverse=True)
+
+
 def restore(
     adapter: PeftModel,
     adapter_name: str,
     question: Question,
     tokenizer: Any,
+    settings: RestoreSettings,
     *,
-    base_text: Any,
-    scales: Sequence[float],
-    target_modules: str | Sequence[str] | None,
-    top_k: int,
-    intruder_below: float,
     progress: bool,
 ) -> RestoreReport:
     """Shrink intruder directions as far as the task allows; see ``lorakit.surgery.refine(objective="restore")``."""
-    if base_text is None:
-        raise ValueError('`base_text` is needed with objective="restore": texts on which the base model is good.')
-    ladder = sorted({float(scale) for scale in scales}, reverse=True)
-    if not ladder or not 0 <= ladder[-1] <= ladder[0] < 1:
-        raise ValueError(f"`scales` must be in [0, 1); got {tuple(scales)}.")
-    check_integer("top_k", top_k)
-    check_number("intruder_below", intruder_below, above=0, most=1)
-    text: Task = base_text if hasattr(base_text, "fingerprint") else loss(base_text, name="base text")
+    given = settings.base_text
+    text: Task = given if hasattr(given, "fingerprint") else loss(given, name="base text")
     if text.name in question.margins:
         raise EvaluationError(f"`base_text` must have a name of its own; got {text.name!r}.")
-    modules = _intruded(adapter, adapter_name, target_modules, top_k, intruder_below)
-    scoring = Scoring(adapter, adapter_name, question, tokenizer)
-    tasks, alpha = [*question.wanted, text], question.alpha
+    modules = _intruded(adapter, adapter_name, settings)
+    frontier = _Frontier(Scoring(adapter, adapter_name, question, tokenizer), modules, text, settings.ladder)
+    if not modules:
+        return frontier.report((), "the tuned weights have no intruder direction in the selected modules", None)
+    with preserved_rng(adapter):
+        points = frontier.points(progress=progress)
+    return frontier.decided(points)
 
-    def result(task: Task, before: dict[str, Scores], after: dict[str, Scores]) -> CertifiedTask:
-        of_text = task is text
-        level = alpha / len(ladder) if of_text else alpha
+
+class _Frontier:
+    """Task and base text at every scale, and which of them is kept."""
+
+    def __init__(self, scoring: Scoring, modules: Sequence[_Intruded], text: Task, ladder: Sequence[float]) -> None:
+        self.scoring, self.modules, self.text, self.ladder = scoring, modules, text, ladder
+        self.estimate = 0.0
+
+    def points(self, *, progress: bool) -> list[FrontierPoint]:
+        tasks = [*self.scoring.question.wanted, self.text]
+        before = self.scoring(tasks)
+        _check_disjoint(before, self.text.name)
+        self.estimate = len(self.ladder) * self.scoring.spent
+        found = []
+        with bar_of(len(self.ladder), self.estimate, progress=progress) as bar:
+            for scale in self.ladder:
+                after = self.scoring(tasks, shrunk(self.modules, scale))
+                *own, text = (self._result(task, before, after) for task in tasks)
+                found.append(FrontierPoint(scale, tuple(own), text))
+                bar.update()
+        return found
+
+    def _result(self, task: Task, before: dict[str, Scores], after: dict[str, Scores]) -> CertifiedTask:
+        question = self.scoring.question
+        of_text = task is self.text
+        level = question.alpha / len(self.ladder) if of_text else question.alpha
         margin = question.margin if of_text else question.margins[task.name]
         pair = ([before[task.name]], [after[task.name]])
         guard = task.name in question.guarded
         return evidence_of(*pair, name=task.name, margin=margin, alpha=level, guard=guard).certified(level, None)
 
-    def report(points: Sequence[FrontierPoint], reason: str | None, kept: int | None, estimate: float) -> RestoreReport:
+    def decided(self, points: Sequence[FrontierPoint]) -> RestoreReport:
+        """The report, with the adapter at the scale that is kept, if one is."""
+        allowed = next((i for i, p in enumerate(points) if any(t.verdict != "PASS" for t in p.tasks)), len(points))
+        best = max(range(allowed), key=lambda i: points[i].base_text.lower, default=None)
+        if best is None:
+            return self.report(points, f"the task or a guard does not pass even at scale {points[0].scale:g}", None)
+        lower = points[best].base_text.lower
+        if lower <= 0:
+            reason = f"no allowed scale has a gain on base text with a lower bound above 0; the best is {lower:+.4g}"
+            return self.report(points, reason, None)
+        found = self.report(points, None, best)
+        exchange(shrunk(self.modules, points[best].scale))
+        return found
+
+    def report(self, points: Sequence[FrontierPoint], reason: str | None, kept: int | None) -> RestoreReport:
+        adapter, name = self.scoring.adapter, self.scoring.adapter_name
         failed = bool(points) and any(one.verdict == "FAIL" for one in points[0].tasks)
-        edit = None if kept is None else _report(adapter, adapter_name, modules, points[kept].scale)
+        edit = None if kept is None else _report(adapter, name, self.modules, points[kept].scale)
         return RestoreReport(
             model_name=_model_name(adapter),
-            adapter_name=adapter_name,
+            adapter_name=name,
             kept=edit is not None,
             verdict="PASS" if edit else "FAIL" if failed else "INCONCLUSIVE",
             reasons=() if reason is None else (reason,),
             rule=_RULE,
             scale=None if kept is None else points[kept].scale,
-            alpha=alpha,
-            intruders={one.module.name: one.Q.shape[1] for one in modules},
+            alpha=self.scoring.question.alpha,
+            intruders={one.module.name: one.Q.shape[1] for one in self.modules},
             frontier=tuple(points),
-            estimated_seconds=estimate,
-            seconds=scoring.spent,
+            estimated_seconds=self.estimate,
+            seconds=self.scoring.spent,
             edit=edit,
         )
 
-    if not modules:
-        return report((), "the tuned weights have no intruder direction in the selected modules", None, 0.0)
-    points: list[FrontierPoint] = []
-    with preserved_rng(adapter):
-        before = scoring(tasks)
-        _check_disjoint(before, text.name)
-        estimate = len(ladder) * scoring.spent
-        with bar_of(len(ladder), estimate, progress=progress) as bar:
-            for scale in ladder:
-                after = scoring(tasks, shrunk(modules, scale))
-                own = tuple(result(task, before, after) for task in question.wanted)
-                points.append(FrontierPoint(scale, own, result(text, before, after)))
-                bar.update()
-    allowed = next((i for i, p in enumerate(points) if any(t.verdict != "PASS" for t in p.tasks)), len(points))
-    best = max(range(allowed), key=lambda i: points[i].base_text.lower, default=None)
-    if best is None:
-        return report(points, f"the task or a guard does not pass even at scale {points[0].scale:g}", None, estimate)
-    lower = points[best].base_text.lower
-    if lower <= 0:
-        reason = f"no allowed scale has a gain on base text with a lower bound above 0; the best is {lower:+.4g}"
-        return report(points, reason, None, estimate)
-    found = report(points, None, best, estimate)
-    exchange(shrunk(modules, points[best].scale))
-    return found
 
-
-def _intruded(
-    model: Any, adapter_name: str, target_modules: str | Sequence[str] | None, top_k: int, below: float
-) -> list[_Intruded]:
+def _intruded(model: Any, adapter_name: str, settings: RestoreSettings) -> list[_Intruded]:
     """The selected modules that have intruder directions, in the outputs of W + ΔW."""
-    selected = select_modules(model, adapter_name, target_modules)
+    selected = select_modules(model, adapter_name, settings.target_modules)
     check_layers(model, adapter_name, selected)
     weights = open_module_weights(model, open_adapter(model, adapter_name=adapter_name).modules, dequantize=True)
     found = []
@@ -143,7 +173,8 @@ def _intruded(
             raise SurgeryError(f"The base weight of {module.name!r} cannot be read.")
         W = weights.read[module.name]().float()
         update = module.factors().dense().to(W)
-        Q = intruder_vectors(W, W + update, top_k=top_k, below=below) if bool(update.any()) else W[:, :0]
+        options: dict[str, Any] = {"top_k": settings.top_k, "below": settings.intruder_below}
+        Q = intruder_vectors(W, W + update, **options) if bool(update.any()) else W[:, :0]
         if Q.shape[1]:
             found.append(_Intruded(module, Q))
     return found

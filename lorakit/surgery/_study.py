@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -87,11 +88,7 @@ def study(
     named = [(p if isinstance(p, str) else repr(p), resolve_policy(p)) for p in policies]
     counts = sorted({check_integer("sizes", size) for size in sizes})
     drawn = [check_seed("seeds", seed) for seed in seeds]
-    if not (named and counts and drawn and energies):
-        raise ValueError("`policies`, `seeds`, `sizes` and `energies` must not be empty.")
-    for energy in energies:
-        if energy not in ENERGIES:
-            raise ValueError(f"`energies` must be of {', '.join(ENERGIES)}; got {energy!r}.")
+    _check_not_empty(named, counts, drawn, energies)
     question = Question(tasks=task, margin=1.0, alpha=alpha, guards=guards, limit=limit, progress=False)
     if len(question.wanted) - len(question.guarded) != 1:
         raise EvaluationError("`task` must be one task; pass the others as `guards`.")
@@ -102,47 +99,19 @@ def study(
     if not chosen:
         raise ValueError("`module_sets` must not be empty.")
     batches = batches_of(adapter, loader, tokenizer, num_examples=counts[-1], progress=progress)
-    measured = measure(
-        adapter,
-        batches,
-        target_modules=sorted(set().union(*chosen.values())),
-        num_examples=counts[-1],
-        loss_fn=loss_fn,
-        adapter_name=name,
-        progress=progress,
-    )
+    union = sorted(set().union(*chosen.values()))
+    how: dict[str, Any] = {"target_modules": union, "loss_fn": loss_fn, "adapter_name": name, "progress": progress}
+    measured = measure(adapter, batches, num_examples=counts[-1], **how)
     available = measured.collected.num_examples
     if available < counts[-1]:
         raise SurgeryError(f"`sizes` asks for {counts[-1]} examples with labels; `loader` has {available}.")
     scoring = Scoring(adapter, name, unused(question, hashes_of(batches)), tokenizer_of(adapter, tokenizer))
-    edits = [
-        _Cell(policy, rule, seed, size, key, energy, False)
-        for policy, rule in named
-        for seed in drawn
-        for size in counts
-        for key in chosen
-        for energy in energies
-    ]
-    edits += [
-        _Cell("random_index", RandomIndex(), seed, available, key, energy, True)
-        for key in chosen
-        for energy in energies
-        for seed in range(controls)
-    ]
+    asked = itertools.product(named, drawn, counts, chosen, energies)
+    edits = [_Cell(policy, rule, seed, size, key, energy, False) for (policy, rule), seed, size, key, energy in asked]
+    random = itertools.product(chosen, energies, range(controls))
+    edits += [_Cell("random_index", RandomIndex(), seed, available, key, norm, True) for key, norm, seed in random]
     with preserved_rng(adapter):
-        before = scoring(question.wanted)
-        estimate = len(edits) * scoring.spent
-        known: dict[Any, dict[str, Scores]] = {}
-        rows = []
-        with bar_of(len(edits), estimate, progress=progress) as bar:
-            for cell in edits:
-                examples = drawn_examples(cell.seed, cell.num_examples, available)
-                plan = _plan(measured, cell, examples, chosen[cell.modules])
-                key = tuple((row.module_name, tuple(row.edited_singular_values)) for row, _ in plan)
-                if key not in known:
-                    known[key] = scoring(question.wanted, [backup for _, backup in plan])
-                rows.append(_row(cell, examples, question, before, known[key], alpha))
-                bar.update()
+        rows, estimate = _scored(edits, measured, chosen, scoring, progress=progress)
     return StudyReport(
         model_name=measured.model_name,
         adapter_name=name,
@@ -154,6 +123,35 @@ def study(
         estimated_seconds=estimate,
         seconds=scoring.spent,
     )
+
+
+def _check_not_empty(policies: Any, sizes: Any, seeds: Any, energies: Sequence[str]) -> None:
+    if not (policies and sizes and seeds and energies):
+        raise ValueError("`policies`, `seeds`, `sizes` and `energies` must not be empty.")
+    for energy in energies:
+        if energy not in ENERGIES:
+            raise ValueError(f"`energies` must be of {', '.join(ENERGIES)}; got {energy!r}.")
+
+
+def _scored(
+    edits: Sequence[_Cell], measured: Measured, chosen: Mapping[str, set[str]], scoring: Scoring, *, progress: bool
+) -> tuple[list[StudiedEdit], float]:
+    """A row for each edit, and how many seconds that was said to take; equal edits are scored once."""
+    question, available = scoring.question, measured.collected.num_examples
+    before = scoring(question.wanted)
+    estimate = len(edits) * scoring.spent
+    known: dict[Any, dict[str, Scores]] = {}
+    rows = []
+    with bar_of(len(edits), estimate, progress=progress) as bar:
+        for cell in edits:
+            examples = drawn_examples(cell.seed, cell.num_examples, available)
+            plan = _plan(measured, cell, examples, chosen[cell.modules])
+            key = tuple((row.module_name, tuple(row.edited_singular_values)) for row, _ in plan)
+            if key not in known:
+                known[key] = scoring(question.wanted, [backup for _, backup in plan])
+            rows.append(_row(cell, examples, question, before, known[key], question.alpha))
+            bar.update()
+    return rows, estimate
 
 
 def drawn_examples(seed: int, size: int, available: int) -> list[int]:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from lorakit import evaluation
 from lorakit.compress import smallest, truncate
-from lorakit.compress._heal import prepare
+from lorakit.compress._heal import HealSettings, prepare
 from lorakit.errors import EvaluationError
 from lorakit.evaluation._attach import adapted
 
@@ -153,8 +153,9 @@ def test_padding_stays_zero(base, tmp_path):
     model.unload()
     truncate(tmp_path / "adapter", tmp_path / "cut", max_rank=4)
     before = load_file(tmp_path / "cut" / WEIGHTS)
-    settings = {"steps": 3, "learning_rate": 1e-3, "length": 16, "seed": 0, "progress": False}
-    prepare(base, tmp_path / "adapter", texts(0), None, **settings).heal(base, tmp_path / "cut")
+    settings = HealSettings(steps=3, learning_rate=1e-3, length=16, seed=0)
+    healing = prepare(base, tmp_path / "adapter", texts(0), None, settings, progress=False)
+    healing.heal(base, tmp_path / "cut")
     after = load_file(tmp_path / "cut" / WEIGHTS)
     for key in before:
         real = 1 if "q_proj" in key else 4
