@@ -194,9 +194,8 @@ class _Selection:
         rank = row.rank or 0
         patterns = {name: self._pattern(sweep, name) for name in base.sets}
         found = self._report(rank, self._prior(rank * whole), self.stages.uniform(rank), verdict=verdict)
-        found = replace(
-            found, without_adapter=base.means(), sweep=compared, patterns=patterns, estimate=estimate,
-        )  # fmt: skip
+        measured: dict[str, Any] = {"without_adapter": base.means(), "sweep": compared, "patterns": patterns}
+        found = replace(found, **measured, estimate=estimate)
         return self._redistributed(found, rank, rank * whole)
 
     def _redistributed(self, found: RankSelection, rank: int, params: int) -> RankSelection:
@@ -210,13 +209,16 @@ class _Selection:
             low, delta = rank // 2, rank
             gains = measured_gains(self.stages, self.by, low, delta, self.alpha)
             arms, unchecked = self._arms(gains, found, low + delta, params)
-            if "redistributed" in arms:
+            if len(arms) > 1:  # uniform alone is the sweep's
                 trained = self.stages.train(arms)
                 compared = tuple(self._compared(arm, trained, "uniform") for arm in trained.values())
+            if "redistributed" in arms:
                 status = self._judged(trained)
                 if status == "confirmed":
                     redistributed: Any = arms["redistributed"]
                     chosen = dict(redistributed)
+            elif unchecked:
+                status = "not done"
         advice = advice_of(self.stages.model, self.stages.template, list(self.stages.costs), found.patterns, gains)
         return replace(
             found,
