@@ -1,6 +1,6 @@
 """Singular values of every adapted module of Llama-3.1-8B, one module a call: `LowRank` against QR + SVD in float32.
 
-    python benchmarks/singular_values.py [--ranks 16 64] [--repeats 7] [--json]
+    python benchmarks/singular_values.py [--ranks 16 64] [--repeats 7] [--cpu-time] [--json]
 
 First both are checked against float64. Then, after a warm-up, passes over all 224 modules alternate between the two.
 Reported are medians, with minimum and maximum. The calls take turns with a few copies of each shape.
@@ -9,10 +9,13 @@ Reported are medians, with minimum and maximum. The calls take turns with a few 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -31,6 +34,7 @@ SHAPES = {  # (d_out, d_in)
 }
 COPIES = 4
 Factors = tuple[Tensor, Tensor]
+Clock = Callable[[], float]
 
 
 def qr_svd(B: Tensor, A: Tensor) -> Tensor:
@@ -68,29 +72,31 @@ def worst_error(data: dict[str, list[Factors]], method: Callable[[Tensor, Tensor
     return max(errors)
 
 
-def one_pass(data: dict[str, list[Factors]], method: Callable[[Tensor, Tensor], Tensor]) -> dict[str, float]:
+def one_pass(
+    data: dict[str, list[Factors]], method: Callable[[Tensor, Tensor], Tensor], clock: Clock
+) -> dict[str, float]:
     """Seconds per module type, over all layers."""
     spent = dict.fromkeys(data, 0.0)
     for layer in range(LAYERS):
         for name, copies in data.items():
             B, A = copies[layer % COPIES]
-            start = time.perf_counter()
+            start = clock()
             method(B, A)
-            spent[name] += time.perf_counter() - start
+            spent[name] += clock() - start
     return spent
 
 
-def measure(rank: int, repeats: int, *, graded: bool) -> dict[str, object]:
+def measure(rank: int, repeats: int, clock: Clock, *, graded: bool) -> dict[str, object]:
     data = modules(rank, graded=graded)
     errors = {name: worst_error(data, method) for name, method in METHODS.items()}
     if errors["lorakit"] > 1e-6:
         raise SystemExit(f"wrong singular values: error {errors['lorakit']:.1e} of the largest, at rank {rank}")
     for method in METHODS.values():
-        one_pass(data, method)
+        one_pass(data, method, clock)
     passes: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
     for _ in range(repeats):
         for name, method in METHODS.items():
-            passes[name].append(one_pass(data, method))
+            passes[name].append(one_pass(data, method, clock))
     totals = {name: [sum(spent.values()) for spent in runs] for name, runs in passes.items()}
     median = {name: statistics.median(times) for name, times in totals.items()}
     by_module = {name: {m: statistics.median(run[m] for run in runs) for m in SHAPES} for name, runs in passes.items()}
@@ -115,20 +121,44 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def processor() -> str:
+    """The processor's name, where the system says it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="instead of wall time: of all threads, on a busy machine"
+    )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    clock = time.process_time if options.cpu_time else time.perf_counter
     cases = [(rank, graded) for graded in (False, True) for rank in options.ranks]
-    results = [measure(rank, options.repeats, graded=graded) for rank, graded in cases]
+    results = [measure(rank, options.repeats, clock, graded=graded) for rank, graded in cases]
     if options.json:
-        print(json.dumps({"threads": torch.get_num_threads(), "torch": torch.__version__, "results": results}))
+        print(
+            json.dumps(
+                {
+                    "threads": torch.get_num_threads(),
+                    "torch": torch.__version__,
+                    "processor": processor(),
+                    "results": results,
+                }
+            )
+        )
         return
-    print(f"torch {torch.__version__}, torch.set_num_threads({torch.get_num_threads()}); median (min–max) of passes")
+    which = "CPU" if options.cpu_time else "wall"
+    print(f"{processor()}, torch {torch.__version__}, torch.set_num_threads({torch.get_num_threads()}), {which} time")
+    print("median (min–max) of passes")
     for result in results:
         print(table(result))
 

@@ -20,6 +20,7 @@ from lorakit.adapters import open_adapter
 from lorakit.calibration.state import in_eval_mode
 from lorakit.errors import EvaluationError, LorakitError
 from lorakit.evaluation._models import AdapterSource, LoadOptions, label_of, load_base
+from lorakit.naming._config_expressions import check_expressions
 
 _Places = list[tuple[nn.Module, str, nn.Module]]  # a module, the name of its child, and the child
 
@@ -155,6 +156,7 @@ def _applied_by_peft(base: Any, adapter: AdapterSource) -> PeftModel:
             f"The adapter {os.fspath(adapter)!r} was made for {named!r}; it is applied to {label_of(base)!r}.",
             stacklevel=3,
         )
+    check_expressions(view.settings.raw, (name for name, _ in base.named_modules()))
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")

@@ -47,7 +47,7 @@ class Expression:
             warnings.simplefilter("ignore")
             if len(key) > _MAX_LENGTH or _private.expanded_size(pattern) > _MAX_SIZE:
                 raise PatternError(
-                    f"The regular expression {_shown(key)} is too large. Write several, or a shorter one."
+                    f"The regular expression {shown(key)} is too large. Write several, or a shorter one."
                 )
             re.compile(pattern)  # `regex` knows more than `re`, which decides what is an error
             self._pattern = regex.compile(rf"(.*\.)?({_as_in_re(key)})$", regex.VERSION0)
@@ -62,7 +62,7 @@ class Expression:
         except TimeoutError:
             budget.left = 0.0
             raise PatternError(
-                f"The regular expression {_shown(self.key)} takes too long for the module name {_shown(name)}. Write "
+                f"The regular expression {shown(self.key)} takes too long for the module name {shown(name)}. Write "
                 f"it without repetitions inside repetitions."
             ) from None
         budget.left -= max(0.0, time.perf_counter() - started - _FREE)
@@ -89,9 +89,15 @@ def _as_in_re(key: str) -> str:
     return "".join(parts)
 
 
-def _shown(text: str) -> str:
-    shown = repr(text)
-    return shown if len(shown) <= 80 else f"{shown[:77]}..."
+def shown(text: str) -> str:
+    """An expression or a name for a message, cut where it is long."""
+    quoted = repr(text)
+    return quoted if len(quoted) <= 80 else f"{quoted[:77]}..."
+
+
+def is_literal(key: str) -> bool:
+    """Whether a key is a plain name, in which a dot may stand for any character; it is matched in no time."""
+    return _LITERAL.fullmatch(key) is not None
 
 
 class PatternMatcher:

@@ -2,8 +2,9 @@
 
     python tests/attacks/fuzz.py CORPUS_DIRECTORY -max_total_time=60
 
-The first byte of an input says what the rest is: a config, a weights file, or a pattern and a name. The only errors
-that may be raised are lorakit's own. The corpus directory is filled with the cases of this directory first.
+The first byte of an input says what the rest is: a config, a weights file, a pattern and a name, or which fields of a
+good config get which values (mutated text is seldom JSON, so that it says little of what comes after the parser). The
+only errors that may be raised are lorakit's own. The corpus directory is filled with the cases of this directory first.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from lorakit.errors import LorakitError
 
 HERE = Path(__file__).parent
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FIELDS = sorted(
+    {field for case in json.loads((HERE / "configs.json").read_text()) for field in case.get("changes", {})}
+)
 GOOD = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
 
 
@@ -38,6 +42,24 @@ def weights() -> bytes:
     return struct.pack("<Q", len(text)) + text + bytes(end)
 
 
+def value_of(data: atheris.FuzzedDataProvider, depth: int = 0) -> object:
+    """Anything that JSON can say."""
+    kind = data.ConsumeIntInRange(0, 4 if depth > 3 else 6)
+    if kind < 5:
+        text = data.ConsumeUnicode(12)
+        return (text, data.ConsumeInt(9), data.ConsumeFloat(), data.PickValueInList([None, True, False]), "q_proj")[
+            kind
+        ]
+    values = [value_of(data, depth + 1) for _ in range(data.ConsumeIntInRange(0, 3))]
+    return values if kind == 5 else {data.ConsumeUnicode(8): value for value in values}
+
+
+def changed_config(content: bytes) -> dict[str, object]:
+    data = atheris.FuzzedDataProvider(content)
+    count = data.ConsumeIntInRange(1, 3)
+    return {**GOOD, **{data.PickValueInList(FIELDS): value_of(data) for _ in range(count)}}
+
+
 def write_corpus(directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     inputs = [b"\1" + weights()]
@@ -46,6 +68,7 @@ def write_corpus(directory: Path) -> None:
             text = case["text"] if "text" in case else json.dumps({**GOOD, **case["changes"]})
             inputs.append(b"\0" + text.encode(errors="surrogatepass"))
     inputs += [b"\2" + name.encode() + b"\0q_proj" for name in json.loads((HERE / "names.json").read_text())]
+    inputs += [b"\3" + bytes([field, kind]) * 24 for field in range(len(FIELDS)) for kind in range(7)]
     for number, content in enumerate(inputs):
         (directory / f"case-{number}").write_bytes(content)
 
@@ -64,6 +87,8 @@ def main() -> None:
                 key, _, name = content.decode(errors="replace").partition("\0")
                 AdapterSettings.from_config({**GOOD, "rank_pattern": {key: 1}}).resolve([name])
                 return
+            if kind == b"\3":
+                content = json.dumps(changed_config(content)).encode(errors="surrogatepass")
             changed, good = (home / WEIGHTS, weights()) if kind == b"\1" else (home / CONFIG, json.dumps(GOOD).encode())
             changed.write_bytes(content)
             try:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from lorakit import SpecLoRAConfig, evaluation
-from lorakit.errors import EvaluationError, UnsupportedModelError
+from lorakit.errors import EvaluationError, PatternError, UnsupportedModelError
 from lorakit.evaluation._attach import AttachedAdapter, adapted, without_adapters
 from lorakit.evaluation._digests import base_digest
 
@@ -102,3 +105,14 @@ def test_the_loader_of_the_commands(home, tmp_path):
 def test_options_that_are_none(options, message):
     with pytest.raises(EvaluationError, match=message):
         evaluation.LoadOptions(**options)
+
+
+@pytest.mark.slow
+def test_an_endless_expression_in_the_config_never_reaches_peft(home, tmp_path, monkeypatch):
+    monkeypatch.setattr("lorakit.naming._config_expressions._SECONDS", 0.5)
+    shutil.copytree(home / "good", tmp_path / "endless")
+    config = json.loads((tmp_path / "endless" / "adapter_config.json").read_text())
+    config["exclude_modules"] = r"([\w.]|\w\w|\w)+\?"
+    (tmp_path / "endless" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(PatternError, match="takes too long for the names of the base model's modules"):
+        evaluation.load_adapted(home / "base", tmp_path / "endless")
