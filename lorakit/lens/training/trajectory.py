@@ -60,6 +60,8 @@ class Trajectory(Report):
         file = Path(path)
         if file.is_dir():
             file = file / FILE_NAME
+        if file.exists() and not file.is_file():
+            raise ValueError(f"{os.fspath(path)!r} is no file; give a trainer's output directory or its {FILE_NAME}.")
         lines = file.read_text(encoding="utf-8").splitlines()
         snapshots: dict[int | None, Snapshot] = {}
         logs: list[LoggedStep] = []
