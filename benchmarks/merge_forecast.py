@@ -35,6 +35,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "ties": {"method": "ties", "weights": (0.5, 0.5), "density": 0.5},
 }
 FORECASTS = ("strength", "directions")
+BASELINES = ("weight", "uncut")  # what is known without a forecast
 TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
 
 
@@ -191,21 +192,23 @@ def points(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                     "gain": gain,
                     "retention": (scores["merge"] - scores["base"]) / gain,
                     **{name: record["forecast"][f"{name}_{letter}"] for name in FORECASTS},
+                    "weight": RECIPES[record["recipe"]]["weights"]["ab".index(letter)],
+                    "uncut": float(RECIPES[record["recipe"]]["method"] == "linear"),
                 }
             )
     return found
 
 
-def rank_correlation(rows: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
+def rank_correlation(rows: Sequence[dict[str, Any]], name: str, *, digits: int = 4) -> dict[str, Any]:
     """Spearman's correlation of a forecast with the retention, and a 95 % interval from 2,000 resamples of merges.
 
-    None where all forecasts are equal.
+    Values are rounded to `digits` before they are ranked. None where all forecasts are equal.
     """
     import numpy as np
     from scipy.stats import bootstrap, spearmanr
 
     merges = sorted({row["merge"] for row in rows})
-    x, y = (np.array([row[key] for row in rows]).round(4) for key in (name, "retention"))  # rounding noise is no rank
+    x, y = (np.array([row[key] for row in rows]).round(digits) for key in (name, "retention"))
     counts: dict[str, Any] = {"n": len(rows), "merges": len(merges)}
     if np.ptp(x) == 0:
         return {"rho": None, "lower": None, "upper": None, **counts}
@@ -248,23 +251,29 @@ def page(out: Path) -> None:
         "weights that sum to 1, linear": [row for row in rows if row["recipe"] in ("linear-half", "linear-uneven")],
     }
     found = {
-        part: {name: rank_correlation(some, name) for name in FORECASTS}
+        part: {name: rank_correlation(some, name) for name in FORECASTS + BASELINES}
         for part, some in parts.items()
         if len(some) >= 10
     }
-    write_json(directory / "merges" / "records.json", json.dumps({"records": records, "correlations": found}))
+    unrounded = rank_correlation(rows, "directions", digits=15)
+    summary = {"records": records, "correlations": found, "directions_unrounded": unrounded}
+    write_json(directory / "merges" / "records.json", json.dumps(summary))
     _figure(rows, found["all merges"]["strength"]).savefig(directory / "merges" / "forecast.png", dpi=110)
-    write_json(directory / "merges.md", _page(rows, found))
+    write_json(directory / "merges.md", _page(rows, found, unrounded))
 
 
-def _page(rows: Sequence[dict[str, Any]], found: dict[str, dict[str, dict[str, Any]]]) -> str:
+def _page(
+    rows: Sequence[dict[str, Any]], found: dict[str, dict[str, dict[str, Any]]], unrounded: dict[str, Any]
+) -> str:
     def cell(one: dict[str, Any]) -> str:
         if one["rho"] is None:
             return "all equal"
         return f"{one['rho']:+.2f} [{one['lower']:+.2f}, {one['upper']:+.2f}]"
 
     correlations = [
-        f"| {part} | {both['strength']['merges']} | {cell(both['strength'])} | {cell(both['directions'])} |"
+        f"| {part} | {both['strength']['merges']} | "
+        + " | ".join(cell(both[name]) for name in ("strength", "weight", "directions"))
+        + " |"
         for part, both in found.items()
     ]
     merges = [
@@ -282,7 +291,10 @@ def _page(rows: Sequence[dict[str, Any]], found: dict[str, dict[str, dict[str, A
         strength=cell(strength),
         directions=cell(directions),
         strength_says=says(strength),
-        directions_says=says(directions),
+        weight=cell(found["all merges"]["weight"]),
+        uncut=cell(found["all merges"]["uncut"]),
+        unrounded=cell(unrounded),
+        recipes=_recipes(found),
         ranges=_ranges(rows),
         lowest=f"{kept[0]:.0%}",
         middle=f"{kept[len(kept) // 2]:.0%}",
@@ -297,6 +309,13 @@ def _page(rows: Sequence[dict[str, Any]], found: dict[str, dict[str, dict[str, A
         correlations="\n".join(correlations),
         table="\n".join(merges),
     )
+
+
+def _recipes(found: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """In which recipes the strength is shown to rank retention."""
+    shown = [recipe for recipe in RECIPES if recipe in found and found[recipe]["strength"]["lower"] > 0]
+    others = [recipe for recipe in RECIPES if recipe in found and recipe not in shown]
+    return f"shown in {', '.join(shown) or 'none'}, and not shown in {', '.join(others) or 'none'}"
 
 
 def _ranges(rows: Sequence[dict[str, Any]]) -> str:
@@ -328,7 +347,9 @@ def _figure(rows: Sequence[dict[str, Any]], found: dict[str, Any]) -> Any:
 TEMPLATE = """# What a forecast of a merge is worth
 
 Over all {merges_n} merges, the forecast strength of an adapter's update {strength_says} (Spearman {strength}).
-The share of its directions that is left {directions_says} (Spearman {directions}).
+The adapter's own weight, which needs no forecast, has {weight}. At one recipe, that strength ranks retention is
+{recipes}. The share of an adapter's directions that is left has {directions}; whether the merge is linear or TIES has
+{uncut} by itself.
 
 ![Forecast strength against measured retention](merges/forecast.png)
 
@@ -338,6 +359,7 @@ documentation. Of {planned} planned merges (six pairs, four recipes) {merges_n} 
 `lorakit.lens.compare` forecast what is left of both adapters; then merge, single adapters and base model were scored on
 {documents} held-out documents of both tasks. Retention is (merge − base) / (adapter − base) in mean loss. It ranged
 from {lowest} to {highest}, with {middle} in the middle. Gains of the adapters in nats a token: {gains}.
+Such gains in loss include the form of the answers, not only what is right.
 
 ## For a user
 
@@ -353,9 +375,14 @@ from {lowest} to {highest}, with {middle} in the middle. Gains of the adapters i
 
 Intervals are at 95 %, from 2,000 bootstrap resamples of whole merges; those from few merges are rough.
 
-| merges | number | strength | directions |
-| --- | --- | --- | --- |
+| merges | number | strength | weight | directions |
+| --- | --- | --- | --- | --- |
 {correlations}
+
+`weight` is the adapter's own weight in the merge. An uncut linear merge holds all directions of both adapters, so their
+share is 1 in each, but for the last bits. Values are therefore rounded to 4 digits before they are ranked. That was
+decided after the results were seen, as were the comparisons with weight and method. Unrounded, the correlation of
+directions over all merges is {unrounded}.
 
 ## All merges
 
