@@ -77,11 +77,11 @@ class Trajectory(Report):
                 else:
                     seen = Snapshot.from_dict(plain)
                     snapshots[seen.step] = seen
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 if line_number == len(lines) and isinstance(error, json.JSONDecodeError):
                     cut_off = True
                     break
-                raise ValueError(f"{file}, line {line_number}: {error}") from None
+                raise ValueError(f"{file}, line {line_number}: {_why(error)}") from None
         return cls(
             tuple(sorted(snapshots.values(), key=lambda one: -1 if one.step is None else one.step)),
             os.fspath(file),
@@ -290,6 +290,10 @@ def begin(path: Path, step: int) -> Trajectory:
 
 def _line(plain: Mapping[str, Any]) -> str:
     return json.dumps(plain, allow_nan=False) + "\n"
+
+
+def _why(error: Exception) -> str:
+    return f"it has no {error}" if isinstance(error, KeyError) else str(error)
 
 
 def _mapping(value: Any) -> dict[str, Any]:

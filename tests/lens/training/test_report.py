@@ -127,6 +127,18 @@ def test_steps_that_were_trained_twice_count_as_they_were_last(tmp_path):
     assert [one.total.capacity_utilization for one in found.snapshots] == [0.7]
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, "5", '{"step": 1}', '{"log": {}}', '{"config": 3}', '{"step": {}, "log": {}}', "null", '"x"'],
+)
+def test_hostile_lines_are_errors_that_name_the_line(tmp_path, text):
+    path = write(tmp_path / "run", losses=FALLING)
+    file = path / "spectra.jsonl"
+    file.write_text(text + "\n" + file.read_text())
+    with pytest.raises(ValueError, match=r"spectra\.jsonl, line 1: "):
+        training_report(path)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(4, 60), st.floats(0.01, 5), st.integers(0, 999))
 def test_trends_of_a_line_and_of_its_mirror(count, slope, seed):
