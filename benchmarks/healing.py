@@ -53,12 +53,13 @@ def page(records: list[dict[str, Any]]) -> str:
         "| rank | energy kept | KL on its texts | cut − adapter | healed − adapter | healed − cut |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    gains = []
+    gains, shares = [], []
     for record in records:
         scores = record["scores"]
         pairs = [("adapter", "cut"), ("adapter", "healed"), ("cut", "healed")]
         intervals = [paired_interval(scores[one], scores[other]) for one, other in pairs]
         gains.append((record["rank"], intervals[-1]))
+        shares.append(intervals[-1].difference / -intervals[0].difference)
         cells = [f"{i.difference:+.4f} [{i.lower:+.4f}, {i.upper:+.4f}]" for i in intervals]
         kl = f"{record['kl']['before']:.4f} → {record['kl']['after']:.4f}"
         lines.append(f"| {record['rank']} | {record['energy_kept']:.1%} | {kl} | " + " | ".join(cells) + " |")
@@ -70,13 +71,16 @@ def page(records: list[dict[str, Any]]) -> str:
         documents=len(records[0]["scores"]["cut"]),
         better=", ".join(better) or "no rank",
         worse=", ".join(worse) or "no rank",
+        least=f"{min(shares):.0%}",
+        most=f"{max(shares):.0%}",
         table="\n".join(lines),
     )
 
 
 TEMPLATE = """# What healing gains
 
-Healing made the held-out loss better at {better}, and worse at {worse} (both bounds of healed − cut on one side of 0).
+Healing made the held-out loss better at rank {better}, and worse at {worse} (both bounds of healed − cut on one side of
+0). It gave back {least} to {most} of what the cut had lost: a higher rank helps more. It is off unless asked for.
 
 The adapter of [ARC-Easy](arc-easy.md), rank 64, was cut to each rank of the ladder and healed in {steps} steps of 8
 texts at a learning rate of {rate:g}: the questions that it was trained on, without their answers. Scores are minus the
