@@ -135,8 +135,9 @@ def refine(
     """
     energy = _checked_energy(preserve_energy)
     check_integer("num_selection", num_selection)
-    _check_controls(controls, alpha)
     _check_objective(objective)
+    if objective == "improve":
+        _check_controls(controls, alpha)
     candidates = _candidates(policies, strengths)
     seed = check_seed("seed", seed)
     asked: dict[str, Any] = {"groups": groups, "limit": limit, "used_documents": used_documents, "progress": False}

@@ -114,19 +114,26 @@ class StudyReport(Report):
         return data
 
     def plot(self) -> Figure:
-        """Reward against risk: gain on the task against the mean change on the guards; controls are gray."""
+        """Reward against risk: gain on the task against the mean change on the guards; controls are gray.
+
+        Without guards, each policy's gains in a column of its own.
+        """
         figure = new_figure(6, 5)
         axes = figure.subplots()
         groups: dict[str, list[StudiedEdit]] = {"random controls": list(self.controls)}
         for edit in self.edits:
             groups.setdefault(edit.policy, []).append(edit)
-        for name, group in groups.items():
+        for place, (name, group) in enumerate(groups.items()):
             style: dict[str, Any] = {"color": "lightgray", "zorder": 1} if group[0].control else {"zorder": 2}
-            risks = [one.mean_guard_change or 0.0 for one in group]
+            risks = [place if one.mean_guard_change is None else one.mean_guard_change for one in group]
             axes.scatter(risks, [one.gain for one in group], label=escape_mathtext(name), **style)
         axes.axhline(0, color="gray", linewidth=0.8)
-        axes.axvline(0, color="gray", linewidth=0.8)
-        axes.set(xlabel="mean change on the guards", ylabel=escape_mathtext(f"gain on {self.task}"))
+        if self.guards:
+            axes.axvline(0, color="gray", linewidth=0.8)
+        else:
+            axes.set_xticks([])
+        xlabel = "mean change on the guards" if self.guards else "policies (no guards were given)"
+        axes.set(xlabel=xlabel, ylabel=escape_mathtext(f"gain on {self.task}"))
         axes.set_title(escape_mathtext(f"{self.model_name}, adapter {self.adapter_name!r}"))
         axes.legend()
         return figure
