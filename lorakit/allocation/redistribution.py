@@ -40,8 +40,11 @@ def redistribute(
     whole: dict[str, int] = {}
     for name, cost in costs.items():
         whole[groups[name]] = whole.get(groups[name], 0) + cost
+    # Only ratios of gains count: the largest is 1, so that their unit changes nothing, down to the smallest floats.
+    largest = max(gains[group] for group in whole)
+    shares = {group: max(0.0, gains[group]) / largest if largest > 0 else 0.0 for group in whole}
     scale = 1 / r - 1 / (r + delta)
-    scores = {n: max(0.0, gains[groups[n]]) / scale * cost / whole[groups[n]] for n, cost in costs.items()}
+    scores = {n: shares[groups[n]] / scale * cost / whole[groups[n]] for n, cost in costs.items()}
     bound = dict.fromkeys(costs, r + delta)
     ones = dict.fromkeys(costs, 1)
     found = allocate(scores, costs, budget, rule="fisher", min_rank=r, max_rank=bound, d_out=ones)
@@ -73,24 +76,22 @@ def matched(ranks: Mapping[str, int], costs: Mapping[str, int], params: int, *, 
 
 
 def shuffled_at_equal_cost(
-    ranks: Mapping[str, int], costs: Mapping[str, int], *, largest: int, seed: int
+    ranks: Mapping[str, int], costs: Mapping[str, int], *, largest: int, seed: int, params: int | None = None
 ) -> dict[str, int]:
-    """The same ranks on random modules, within 1 % of the same parameters: the control of an allocation.
+    """The same ranks on random modules, within 1 % of `params` (None: of theirs): the control of an allocation.
 
-    Ranks move between modules of equal cost, which keeps parameters exactly. Where these all share one rank, so that
-    nothing would move, ranks move between all modules, and single units are then changed by `matched`.
+    Ranks move between all modules, also of unequal cost: a permutation within each cost would keep what an allocation
+    gives to query, value and MLP modules of different shapes, which is what the control is there to undo. Single units
+    are then changed by `matched`; where all costs are equal, none are.
     Raises: AllocationError (a ValueError) if all ranks are equal, so that there is nothing to shuffle.
     """
     if len(set(ranks.values())) < 2:
         raise AllocationError("`ranks` must have different ranks to be shuffled; all are equal.")
-    params = sum(rank * costs[name] for name, rank in ranks.items())
-    by_cost: dict[int, set[int]] = {}
-    for name, rank in ranks.items():
-        by_cost.setdefault(costs[name], set()).add(rank)
-    within = costs if any(len(values) > 1 for values in by_cost.values()) else None
+    if params is None:
+        params = sum(rank * costs[name] for name, rank in ranks.items())
     generator = random.Random(seed)
     for _ in range(1000):
-        moved = shuffled(ranks, costs=within, seed=generator.randrange(2**31))
+        moved = shuffled(ranks, seed=generator.randrange(2**31))
         try:
             moved = matched(moved, costs, params, largest=largest)
         except AllocationError:

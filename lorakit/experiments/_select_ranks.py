@@ -245,7 +245,7 @@ class _Selection:
             if len(set(ranks.values())) > 1:
                 seeds = self.stages.where.seeds
                 arms["shuffled"] = [
-                    shuffled_at_equal_cost(ranks, costs, largest=largest, seed=s % 2**31) for s in seeds
+                    shuffled_at_equal_cost(ranks, costs, largest=largest, seed=s % 2**31, params=params) for s in seeds
                 ]
                 arms["redistributed"] = ranks
         except AllocationError as error:

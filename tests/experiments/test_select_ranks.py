@@ -6,6 +6,7 @@ import itertools
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -283,10 +284,38 @@ def test_redistribution_and_its_control_have_equal_parameters(costs, data):
     assert abs(sum(moved[name] * cost for name, cost in named.items()) - total) <= 0.01 * total
 
 
-def test_shuffled_ranks_are_a_permutation_among_modules_of_equal_cost():
-    ranks, costs = {"a": 1, "b": 5, "c": 9, "d": 3}, {"a": 10, "b": 10, "c": 10, "d": 7}
+def test_shuffled_ranks_are_a_permutation_where_all_costs_are_equal():
+    ranks, costs = {"a": 1, "b": 5, "c": 9}, {"a": 10, "b": 10, "c": 10}
     seen = {tuple(shuffled_at_equal_cost(ranks, costs, largest=9, seed=seed).values()) for seed in range(40)}
-    assert seen == {(*p, 3) for p in itertools.permutations((1, 5, 9))} - {(1, 5, 9, 3)}
+    assert seen == set(itertools.permutations((1, 5, 9))) - {(1, 5, 9)}
+
+
+@pytest.mark.parametrize("rank", [4, 8, 16])
+@pytest.mark.parametrize("gains", [{"q": 0.0, "v": 1.0}, {"q": 1.0, "v": 3.0}, {"q": 3.0, "v": 1.0}])
+def test_shuffled_ranks_move_between_modules_of_unequal_cost(rank, gains):
+    # Queries and values of a model with grouped-query attention: what either role gets must not survive.
+    costs = {f"layers.{i}.{role}": cost for i in range(30) for role, cost in (("q", 1152), ("v", 768))}
+    groups = {name: name[-1] for name in costs}
+    params = rank * sum(costs.values())
+    found = redistribute(gains, groups, costs, r=rank // 2, delta=rank, budget=params)
+    for seed in range(3):
+        moved = shuffled_at_equal_cost(found, costs, largest=2 * rank, seed=seed, params=params)
+        assert abs(np.corrcoef(list(found.values()), [moved[name] for name in found])[0, 1]) < 0.5
+        assert abs(sum(moved[name] * cost for name, cost in costs.items()) - params) <= 0.01 * params
+
+
+def test_shuffled_ranks_have_the_parameters_of_uniform_ones():
+    costs, ranks, params = {"a": 96, "b": 48, "c": 64}, {"a": 6, "b": 7, "c": 12}, 1664
+    for seed in range(10):
+        moved = shuffled_at_equal_cost(ranks, costs, largest=12, seed=seed, params=params)
+        assert abs(sum(moved[name] * cost for name, cost in costs.items()) - params) <= 0.01 * params
+
+
+def test_the_unit_of_gains_changes_nothing():
+    costs = {f"layers.{i}.{'qv'[i % 2]}": cost for i, cost in enumerate([96, 32, 32, 32, 32, 32])}
+    groups = {name: name[-1] for name in costs}
+    arguments = {"groups": groups, "costs": costs, "r": 6, "delta": 12, "budget": 12 * sum(costs.values())}
+    assert len({str(redistribute({"q": q, "v": 0.0}, **arguments)) for q in (5e-324, 2.3e-313, 1e-9, 1.0, 1e300)}) == 1
 
 
 def test_parameters_that_cannot_be_matched():

@@ -98,18 +98,24 @@ class TrainingReport(Report):
         """One row a run."""
         columns = [
             ("run", lambda run: run.path),
-            ("method", lambda run: run.method or ""),
             ("r", lambda run: "" if run.rank is None else str(run.rank)),
             ("steps", lambda run: str(run.steps)),
             ("loss", lambda run: number(run.loss)),
             ("eval loss", lambda run: number(run.eval_loss)),
-            ("learning rate", lambda run: "" if run.learning_rate is None else f"{run.learning_rate:g}"),
+            ("rate", lambda run: "" if run.learning_rate is None else f"{run.learning_rate:g}"),
             ("CU", lambda run: number(run.cu)),
             ("Q–V gap", lambda run: number(run.qv_gap)),
             ("κ", lambda run: number(run.kappa)),
-            ("κ by chance", lambda run: number(run.kappa_chance)),
+            ("chance", lambda run: number(run.kappa_chance)),
         ]
-        return [Table.of("", columns, self.runs, note="Losses and spectra at the end of the training.")]
+        return [
+            Table.of(
+                "",
+                columns,
+                self.runs,
+                note="Losses and spectra at the end of the training; the learning rate, and κ by chance.",
+            )
+        ]
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a run."""
