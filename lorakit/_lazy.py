@@ -118,6 +118,10 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "_select_report": ("Advice", "ComparedArm", "RankSelection", "SelectedModule"),
         "_select_setup": ("CostEstimate",),
         "_training": ("SweepRun",),
+        "pilot": (),
+    },
+    "lorakit.experiments.pilot": {
+        "_update_spectra": ("UpdateSpectra", "UpdateSpectrum", "update_spectra"),
     },
     "lorakit.export": {"_report": ("ExportReport", "ExportedModule"), "_to_lora": ("to_lora",)},
     "lorakit.fisher": {

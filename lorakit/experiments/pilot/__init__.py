@@ -1,0 +1,14 @@
+"""Short runs before a training, that say where a low rank may be enough."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lorakit._lazy import attach  # not `from lorakit import`, which waits for a thread that imports lorakit
+
+if TYPE_CHECKING:
+    from lorakit.experiments.pilot._update_spectra import UpdateSpectra as UpdateSpectra
+    from lorakit.experiments.pilot._update_spectra import UpdateSpectrum as UpdateSpectrum
+    from lorakit.experiments.pilot._update_spectra import update_spectra as update_spectra
+else:
+    __getattr__, __dir__, __all__ = attach(__name__)
