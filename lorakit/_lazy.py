@@ -121,6 +121,7 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "pilot": (),
     },
     "lorakit.experiments.pilot": {
+        "_gradient_subspace": ("GradientSketch", "GradientSubspaces", "gradient_subspaces"),
         "_update_spectra": ("UpdateSpectra", "UpdateSpectrum", "update_spectra"),
     },
     "lorakit.export": {"_report": ("ExportReport", "ExportedModule"), "_to_lora": ("to_lora",)},

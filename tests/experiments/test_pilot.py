@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lorakit.allocation import allocate
-from lorakit.errors import UnsupportedModelError
+from lorakit.errors import CalibrationError, UnsupportedModelError
 from lorakit.experiments import pilot
 
 
@@ -90,3 +90,63 @@ def test_update_spectra_refuses_what_it_cannot_train(regression, batches):
     adapted = get_peft_model(regression, LoraConfig(r=2, target_modules=["first"]))
     with pytest.raises(UnsupportedModelError, match="has adapters"):
         pilot.update_spectra(adapted, batches, **options)
+
+
+def accumulated(model, batches, name):
+    """G of one module, by autograd on its weight."""
+    total = sum(model(**batch).loss for batch in batches)
+    return torch.autograd.grad(total, model.get_submodule(name).weight)[0]
+
+
+@pytest.mark.parametrize("name", ["first", "second"])
+def test_a_full_width_sketch_is_the_accumulated_gradient(regression, batches, name):
+    start = state(regression)
+    report = pilot.gradient_subspaces(regression, batches, num_batches=4, rank=6, progress=False)
+    assert_same(start, state(regression))
+    G = accumulated(regression, batches, name).numpy()
+    U, S, Vh = np.linalg.svd(G, full_matrices=False)
+    row = next(row for row in report.modules if row.module_name == name)
+    np.testing.assert_allclose(row.singular_values, S, rtol=1e-8)
+    found_U, found_V = (basis.numpy() for basis in report.bases[name])
+    np.testing.assert_allclose(found_U @ np.diag(S) @ found_V.T, G, atol=1e-8 * S[0])
+    assert "directions hold" in report.headline
+    assert "bases" not in report.to_dict()
+
+
+def test_a_sketch_finds_the_leading_subspace_of_a_gradient_of_falling_spectrum():
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(60, 50, bias=False)).double()
+    scale = torch.cat([torch.full((4,), 10.0), torch.full((56,), 0.01)]).double()
+    batches = [(torch.randn(30, 60).double() * scale, torch.randn(30, 50).double()) for _ in range(3)]
+
+    def loss_fn(model, batch):
+        return (model(batch[0]) * batch[1]).sum()
+
+    report = pilot.gradient_subspaces(
+        model, batches, num_batches=3, rank=4, oversampling=4, modules=["0"], loss_fn=loss_fn, progress=False
+    )
+    G = sum(targets.mT @ x for x, targets in batches).numpy()
+    U, S, Vh = np.linalg.svd(G)
+    found_U, found_V = (basis.numpy() for basis in report.bases["0"])
+    assert np.linalg.svd(U[:, :4].T @ found_U, compute_uv=False).min() > 0.999
+    assert np.linalg.svd(Vh[:4] @ found_V, compute_uv=False).min() > 0.999
+    np.testing.assert_allclose(report.modules[0].singular_values, S[:4], rtol=1e-2)
+    assert report.modules[0].norm == pytest.approx(np.linalg.norm(G), rel=1)
+
+
+def test_a_sketch_runs_on_a_language_model(tiny_llama):
+    model, ids = tiny_llama(), torch.arange(12).reshape(1, 12)
+    report = pilot.gradient_subspaces(
+        model, [{"input_ids": ids, "labels": ids}], num_batches=1, rank=32, progress=False
+    )
+    model.requires_grad_(True)
+    model(input_ids=ids, labels=ids).loss.backward()
+    for row in report.modules:
+        dense = model.get_submodule(row.module_name).weight.grad
+        U, V = report.bases[row.module_name]
+        assert (U.mT @ dense @ V).norm() == pytest.approx(dense.norm().item(), rel=1e-3)
+
+
+def test_a_sketch_refuses_empty_loaders(regression):
+    with pytest.raises(CalibrationError, match="`loader` must yield"):
+        pilot.gradient_subspaces(regression, [], num_batches=1, progress=False)

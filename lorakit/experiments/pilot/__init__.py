@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 from lorakit._lazy import attach  # not `from lorakit import`, which waits for a thread that imports lorakit
 
 if TYPE_CHECKING:
+    from lorakit.experiments.pilot._gradient_subspace import GradientSketch as GradientSketch
+    from lorakit.experiments.pilot._gradient_subspace import GradientSubspaces as GradientSubspaces
+    from lorakit.experiments.pilot._gradient_subspace import gradient_subspaces as gradient_subspaces
     from lorakit.experiments.pilot._update_spectra import UpdateSpectra as UpdateSpectra
     from lorakit.experiments.pilot._update_spectra import UpdateSpectrum as UpdateSpectrum
     from lorakit.experiments.pilot._update_spectra import update_spectra as update_spectra

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -164,7 +164,9 @@ def update_spectra(
     ):
         model.requires_grad_(True)
         loss = train_adapter(model, batches_of(train_data, settings, seed, bar), settings, seed, "the full fine-tuning")
-        rows = tuple(_spectrum(name, module.weight, before[module.weight]) for name, module in chosen.items())
+        rows = tuple(
+            _spectrum(name, module.weight, before[cast(nn.Parameter, module.weight)]) for name, module in chosen.items()
+        )
     return UpdateSpectra(rows, seed, loss, settings.record(train_data))
 
 
