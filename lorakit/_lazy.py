@@ -122,6 +122,7 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "lorakit.experiments.pilot": {
         "_gradient_subspace": ("GradientSketch", "GradientSubspaces", "gradient_subspaces"),
+        "_hessian": ("HessianPair", "HessianSpectrum", "hessian_spectrum"),
         "_update_spectra": ("UpdateSpectra", "UpdateSpectrum", "update_spectra"),
     },
     "lorakit.export": {"_report": ("ExportReport", "ExportedModule"), "_to_lora": ("to_lora",)},

@@ -150,3 +150,66 @@ def test_a_sketch_runs_on_a_language_model(tiny_llama):
 def test_a_sketch_refuses_empty_loaders(regression):
     with pytest.raises(CalibrationError, match="`loader` must yield"):
         pilot.gradient_subspaces(regression, [], num_batches=1, progress=False)
+
+
+def dense_hessian(model, batches, names):
+    """The Hessian of the mean loss by torch.func, and its gradient, over the named parameters."""
+    values = {name: p.detach() for name, p in model.named_parameters()}
+    shapes = [values[name].shape for name in names]
+
+    def loss(flat):
+        pieces = flat.split([shape.numel() for shape in shapes])
+        new = {name: piece.view(shape) for name, piece, shape in zip(names, pieces, shapes, strict=True)}
+        total = sum(torch.func.functional_call(model, {**values, **new}, kwargs=batch).loss for batch in batches)
+        return total / len(batches)
+
+    flat = torch.cat([values[name].flatten() for name in names])
+    return torch.func.hessian(loss)(flat).numpy(), torch.func.grad(loss)(flat).numpy()
+
+
+def assert_is_spectrum(report, H, g):
+    values, vectors = np.linalg.eigh(H)
+    found = [pair.eigenvalue for pair in report.pairs]
+    np.testing.assert_allclose(found, values[::-1][: len(found)], rtol=1e-6)
+    assert report.smallest.eigenvalue == pytest.approx(values[0], rel=1e-6, abs=1e-9)
+    assert report.smoothness == pytest.approx(np.abs(values).max(), rel=1e-6)
+    shares = (vectors.T @ g)[::-1][: len(found)] ** 2 / (g @ g)
+    np.testing.assert_allclose([pair.gradient_share for pair in report.pairs], shares, rtol=1e-4, atol=1e-8)
+    assert report.gradient_norm == pytest.approx(np.linalg.norm(g))
+
+
+def test_eigenpairs_of_a_modules_hessian(regression, batches):
+    start = state(regression)
+    report = pilot.hessian_spectrum(regression, batches, num_batches=4, k=3, module="first", tol=1e-10)
+    assert_same(start, state(regression))
+    assert_is_spectrum(report, *dense_hessian(regression, batches, ["first.weight"]))
+    assert (report.of, report.num_numbers, report.num_batches) == ("first", 30, 4)
+    assert "first: Hessian eigenvalues" in report.headline
+
+
+def test_eigenpairs_of_an_adapters_hessian(regression, batches):
+    config = LoraConfig(r=2, target_modules=["first", "second"], init_lora_weights=False)
+    model = get_peft_model(regression, config).double()
+    start = state(model)
+    report = pilot.hessian_spectrum(model, batches, num_batches=4, k=2, tol=1e-10)
+    assert_same(start, state(model))
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert_is_spectrum(report, *dense_hessian(model, batches, names))
+    assert report.of == "adapter"
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["first"]))
+    model.set_adapter("other")
+    again = pilot.hessian_spectrum(model, batches, num_batches=4, k=2, tol=1e-10, adapter_name="default")
+    assert [pair.eigenvalue for pair in again.pairs] == pytest.approx([pair.eigenvalue for pair in report.pairs])
+    assert model.active_adapters == ["other"]
+
+
+def test_a_hessian_of_a_language_model_and_its_limits(tiny_llama, monkeypatch):
+    from lorakit.experiments.pilot import _hessian
+
+    model, ids = tiny_llama(torch.float64), torch.arange(12).reshape(1, 12)
+    batches, name = [{"input_ids": ids, "labels": ids}], "model.layers.0.self_attn.v_proj"
+    report = pilot.hessian_spectrum(model, batches, num_batches=1, k=1, module=name, tol=1e-6)
+    assert report.pairs[0].residual < 1e-4 * report.smoothness
+    monkeypatch.setattr(_hessian, "MAX_NUMBERS", 100)
+    with pytest.raises(ValueError, match=f"The Hessian of '{name}' is of 512 numbers; at most 100"):
+        pilot.hessian_spectrum(model, batches, num_batches=1, module=name)
