@@ -118,6 +118,12 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "_select_report": ("Advice", "ComparedArm", "RankSelection", "SelectedModule"),
         "_select_setup": ("CostEstimate",),
         "_training": ("SweepRun",),
+        "pilot": (),
+    },
+    "lorakit.experiments.pilot": {
+        "_gradient_subspace": ("GradientSketch", "GradientSubspaces", "gradient_subspaces"),
+        "_hessian": ("HessianPair", "HessianSpectrum", "hessian_spectrum"),
+        "_update_spectra": ("UpdateSpectra", "UpdateSpectrum", "update_spectra"),
     },
     "lorakit.export": {"_report": ("ExportReport", "ExportedModule"), "_to_lora": ("to_lora",)},
     "lorakit.fisher": {

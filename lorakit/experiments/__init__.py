@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from lorakit._lazy import attach  # not `from lorakit import`, which waits for a thread that imports lorakit
 
 if TYPE_CHECKING:
+    from lorakit.experiments import pilot as pilot
     from lorakit.experiments._adapt_each_layer import LayerGain as LayerGain
     from lorakit.experiments._adapt_each_layer import LayerGains as LayerGains
     from lorakit.experiments._adapt_each_layer import adapt_each_layer as adapt_each_layer

@@ -174,21 +174,24 @@ def _minimize(model: Any, batches: Iterator[Any], settings: TrainSettings, what:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise CalibrationError(f"{what} has no parameters to train: check its config, such as `inference_mode`.")
-    (config,) = model.peft_config.values()
+    config = next(iter(getattr(model, "peft_config", {}).values()), None)  # None: the model itself is trained
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     kind = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
     schedule = get_scheduler(kind, optimizer, settings.warmup, settings.steps)
     device = parameters[0].device
     losses: list[Tensor] = []
     for step, batch in enumerate(batches, start=1):
-        check_batch(config, batch)
+        if config is not None:
+            check_batch(config, batch)
         loss = model(**send_to_device(batch, device)).loss
         if loss is None:
             raise CalibrationError("The model returned no loss for a training batch. Give the examples labels.")
-        loss_terms(model, config, loss).backward()  # type: ignore[no-untyped-call]
+        total = loss if config is None else loss_terms(model, config, loss)
+        total.backward()
         nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
         optimizer.step()
-        after_step(model, step)
+        if config is not None:
+            after_step(model, step)
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.detach())
