@@ -2,21 +2,26 @@
 
 The Lanczos process from a unit vector u with W Wᵀ gives the orthonormal polynomials p_0, p_1, … of the measure that has
 mass (u · u_i)² at each σ_i². At every λ the mass is at most the Christoffel function 1 / Σ p_j(λ)², whatever the number
-of steps: where that is below a limit everywhere, no singular vector holds so much of u.
+of steps, and between two Ritz values at most the sum of their masses (Chebyshev, Markov and Stieltjes). Where that is
+below a limit everywhere, no singular vector holds so much of u. Between Ritz values that have more together, the
+Christoffel function is looked at closely, since a peak there may be narrow.
 
-Reference: Golub and Meurant, "Matrices, Moments and Quadrature with Applications", 2010.
+References: Golub and Meurant, "Matrices, Moments and Quadrature with Applications", 2010; Szegő, "Orthogonal
+Polynomials", section 3.41.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 _STEPS = (24, 48, 96, 160)  # Lanczos steps after which is looked
-_GRID = 16  # points a step, on which the Christoffel function is looked at
-_SLACK = 1.05  # for what lies between two of them
+_RATIO = 1.1  # of the distances from a Ritz value of neighbouring points at which the Christoffel function is looked at
+_CLOSEST = 1e-9  # of those distances, relative to the gap between two Ritz values
+_SLACK = 1.05  # for what lies between two points
 _TOLERANCE = 1e-6  # residual of a Ritz vector, relative to the largest eigenvalue
 
 
@@ -77,24 +82,32 @@ class _Lanczos:
         if len(spent):
             real = values > 1e-10 * values[-1].abs()  # what W maps to 0 is no singular vector of it
             return bool((masses[real].sqrt() >= below).any())
-        # at a Ritz value the Christoffel function is its mass; a peak there may be narrower than the grid
-        most = max(self._bound(alpha[:steps], beta[:steps], float(values[-1])), float(masses.max()))
-        if most * _SLACK < below**2:
+        if self._most(alpha[:steps], beta[:steps], values, masses, below**2) * _SLACK < below**2:
             return False
         residuals = beta[steps - 1] * vectors[-1].abs()
         found = (residuals <= _TOLERANCE * values[-1].abs()) & (masses.sqrt() >= below)
         return True if bool(found.any()) else None
 
+    def _most(self, alpha: Tensor, beta: Tensor, values: Tensor, masses: Tensor, limit: float) -> float:
+        """A bound on the mass at any single point, exact enough to be compared with `limit`."""
+        pairs = masses[:-1] + masses[1:]
+        suspects = (pairs * _SLACK >= limit).nonzero().flatten().tolist()
+        most = float(masses.max())
+        for k in suspects:
+            low, gap = values[k], values[k + 1] - values[k]
+            count = 1 + int(math.log(_CLOSEST) / -math.log(_RATIO))
+            part = 0.5 * _RATIO ** -torch.arange(count, dtype=values.dtype, device=values.device)
+            points = low + gap * torch.cat([part, 1 - part])
+            most = max(most, min(float(pairs[k]), self._christoffel(alpha, beta, points)))
+        return most if suspects else max(most, float(pairs.max()) if len(pairs) else 0.0)
+
     @staticmethod
-    def _bound(alpha: Tensor, beta: Tensor, largest: float) -> float:
-        """The largest value of the Christoffel function on a grid over the spectrum."""
-        steps = len(alpha)
-        angles = torch.linspace(0, torch.pi, _GRID * steps, dtype=alpha.dtype, device=alpha.device)
-        grid = 0.51 * largest * (1 - angles.cos())
-        before, now = torch.zeros_like(grid), torch.ones_like(grid)
-        total = torch.ones_like(grid)
-        for j in range(steps - 1):
+    def _christoffel(alpha: Tensor, beta: Tensor, points: Tensor) -> float:
+        """The largest value of the Christoffel function at points."""
+        before, now = torch.zeros_like(points), torch.ones_like(points)
+        total = torch.ones_like(points)
+        for j in range(len(alpha) - 1):
             previous = beta[j - 1] if j else 0.0
-            before, now = now, ((grid - alpha[j]) * now - previous * before) / beta[j]
+            before, now = now, ((points - alpha[j]) * now - previous * before) / beta[j]
             total = total + now.square()
         return float((1 / total).max())
