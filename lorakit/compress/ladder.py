@@ -86,13 +86,11 @@ class SmallestReport(Report):
     @property
     def details(self) -> tuple[str, ...]:
         """The certificate's tasks, and what healing did."""
-        healed = next((step.healed for step in self.steps if step.rank == (self.rank or step.rank)), None)
-        if healed is None:
+        step = next(step for step in self.steps if step.rank == (self.rank or step.rank))
+        if step.healed is None:
             return self.certificate.details
-        told = (
-            f"healed in {healed.steps} steps: KL from the original {healed.kl_before:.4g} → {healed.kl_after:.4g} nats"
-        )
-        return (*self.certificate.details, f"{told} a token, on the texts it learned from")
+        told = f"healed in {step.healed.steps} steps: KL from the original {_divergences(step)} nats a token"
+        return (*self.certificate.details, f"{told}, on the texts it learned from")
 
     @property
     def next_steps(self) -> tuple[str, ...]:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lorakit._figures import escape_mathtext, new_figure
-from lorakit._report import Report, Table
-from lorakit.errors import SurgeryError
+from lorakit._report import Table
 from lorakit.evaluation import CertifiedTask
 from lorakit.statistics import Verdict
+from lorakit.surgery._decided_report import DecidedReport
 from lorakit.surgery._edit import SurgeryReport
-from lorakit.surgery._report import as_plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,7 +32,7 @@ class RefineCandidate:
 
 
 @dataclass(frozen=True, repr=False)
-class RefineReport(Report):
+class RefineReport(DecidedReport):
     """The candidates, the chosen one's verdict on certification documents, and the controls'.
 
     `kept` is whether the edit is in the adapter; where it is not, the adapter is bit for bit as it was, and `reasons`
@@ -113,11 +110,6 @@ class RefineReport(Report):
         rows: list[dict[str, Any]] = self.to_dict()["candidates"]
         return rows
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the edit itself, as JSON data."""
-        data: dict[str, Any] = as_plain(self)
-        return data
-
     def plot(self) -> Figure:
         """The controls' differences as a histogram, with the edit's and its bounds."""
         figure = new_figure(6, 4)
@@ -130,23 +122,3 @@ class RefineReport(Report):
             axes.legend()
         axes.set(xlabel="difference from the adapter", ylabel="controls", title=escape_mathtext(self.model_name))
         return figure
-
-    def undo(self) -> None:
-        """Take the edit out again, bit for bit. Raises: SurgeryError where it was not kept, or changed since."""
-        self._edit("undone").undo()
-
-    def save(
-        self,
-        directory: str | os.PathLike[str],
-        *,
-        previous: Sequence[SurgeryReport | Mapping[str, Any]] = (),
-        source: str | os.PathLike[str] | None = None,
-        overwrite: bool = False,
-    ) -> None:
-        """Save the refined adapter; as `SurgeryReport.save`. Raises: SurgeryError where the edit was not kept."""
-        self._edit("saved").save(directory, previous=previous, source=source, overwrite=overwrite)
-
-    def _edit(self, done: str) -> SurgeryReport:
-        if self.edit is None or not self.kept:
-            raise SurgeryError(f"The edit was not kept, so there is nothing to be {done}: {self.reasons[0]}.")
-        return self.edit

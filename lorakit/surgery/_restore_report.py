@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lorakit._figures import escape_mathtext, new_figure
-from lorakit._report import Report
-from lorakit.errors import SurgeryError
 from lorakit.evaluation import CertifiedTask
 from lorakit.statistics import Verdict
+from lorakit.surgery._decided_report import DecidedReport
 from lorakit.surgery._edit import SurgeryReport
-from lorakit.surgery._report import as_plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +29,7 @@ class FrontierPoint:
 
 
 @dataclass(frozen=True, repr=False)
-class RestoreReport(Report):
+class RestoreReport(DecidedReport):
     """The frontier of the task against base text, and whether a point of it was kept, by `rule`.
 
     `intruders`: how many directions each module has; modules without one are not edited. Bounds of tasks are one-sided
@@ -84,11 +81,6 @@ class RestoreReport(Report):
             rows.append(row)
         return rows
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the edit itself, as JSON data."""
-        data: dict[str, Any] = as_plain(self)
-        return data
-
     def plot(self) -> Figure:
         """The frontier: the task's difference against base text's, with bounds."""
         figure = new_figure(6, 4)
@@ -106,23 +98,3 @@ class RestoreReport(Report):
         if self.frontier:
             axes.legend()
         return figure
-
-    def undo(self) -> None:
-        """Take the edit out again, bit for bit. Raises: SurgeryError where it was not kept, or changed since."""
-        self._edit("undone").undo()
-
-    def save(
-        self,
-        directory: str | os.PathLike[str],
-        *,
-        previous: Sequence[SurgeryReport | Mapping[str, Any]] = (),
-        source: str | os.PathLike[str] | None = None,
-        overwrite: bool = False,
-    ) -> None:
-        """Save the restored adapter; as `SurgeryReport.save`. Raises: SurgeryError where the edit was not kept."""
-        self._edit("saved").save(directory, previous=previous, source=source, overwrite=overwrite)
-
-    def _edit(self, done: str) -> SurgeryReport:
-        if self.edit is None:
-            raise SurgeryError(f"The edit was not kept, so there is nothing to be {done}: {self.reasons[0]}.")
-        return self.edit

@@ -41,13 +41,9 @@ def split(
     """
     wanted = [num_examples] if selection is not None else [num_examples, num_selection]
 
-    def examples(source: Any, count: int) -> Iterable[Any]:
-        own = tokenizer if is_source(source) else None  # batches are tokens already
-        return examples_for(adapter, source, own, num_examples=count, progress=progress)
-
-    parts = _take(examples(loader, sum(wanted)), wanted)
+    parts = _take(_examples(adapter, loader, tokenizer, sum(wanted), progress), wanted)
     if selection is not None:
-        parts += _take(examples(selection, num_selection), [num_selection])
+        parts.append(batches_of(adapter, selection, tokenizer, num_examples=num_selection, progress=progress))
     calibration, chosen = parts
     if not calibration or not chosen:
         raise SurgeryError(
@@ -66,9 +62,12 @@ def split(
 
 def batches_of(adapter: PeftModel, loader: Any, tokenizer: Any, *, num_examples: int, progress: bool) -> list[Any]:
     """The first `num_examples` rows of a loader, as batches. Raises: as `split`."""
-    own = tokenizer if is_source(loader) else None
-    examples = examples_for(adapter, loader, own, num_examples=num_examples, progress=progress)
-    return _take(examples, [num_examples])[0]
+    return _take(_examples(adapter, loader, tokenizer, num_examples, progress), [num_examples])[0]
+
+
+def _examples(adapter: PeftModel, loader: Any, tokenizer: Any, count: int, progress: bool) -> Iterable[Any]:
+    own = tokenizer if is_source(loader) else None  # batches are tokens already
+    return examples_for(adapter, loader, own, num_examples=count, progress=progress)
 
 
 def _take(batches: Iterable[Any], counts: Sequence[int]) -> list[list[Any]]:

@@ -17,13 +17,6 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture
-def base(tiny_llama):
-    model = tiny_llama()
-    model.lm_head.weight.data *= 40  # so that what follows depends on what precedes
-    return model
-
-
-@pytest.fixture
 def adapter(base, tmp_path):
     """An adapter of rank 8 whose singular values are about equal, so that each cut loses much."""
     model = get_peft_model(base, LoraConfig(r=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))

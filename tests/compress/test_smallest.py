@@ -15,13 +15,6 @@ from lorakit.evaluation._digests import adapter_digest
 
 
 @pytest.fixture
-def base(tiny_llama):
-    model = tiny_llama()
-    model.lm_head.weight.data *= 40  # so that what follows depends on what precedes
-    return model
-
-
-@pytest.fixture
 def adapter(base, tmp_path):
     """An adapter of rank 8 whose updates have rank 2."""
     model = get_peft_model(base, LoraConfig(r=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lorakit._figures import escape_mathtext, new_figure, title_name
 from lorakit._format import number
 from lorakit._report import Report, Table
-from lorakit.lens.training.trajectory import Trajectory
+from lorakit.lens.training.trajectory import FILE_NAME, Trajectory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -272,7 +272,7 @@ def _draw(axes: Axes, one: Trajectory, metric: str, line: str, style: dict[str, 
 def _name(one: Trajectory, place: int) -> str:
     if one.path is None:
         return f"training {place}"
-    return os.fspath(Path(one.path).parent) if Path(one.path).name == "spectra.jsonl" else one.path
+    return os.fspath(Path(one.path).parent) if Path(one.path).name == FILE_NAME else one.path
 
 
 def _last(values: Sequence[float]) -> float | None:
