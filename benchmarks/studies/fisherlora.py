@@ -1,0 +1,184 @@
+"""Study 2, FisherLoRA: where should the ranks be? Trained on ARC-Easy and OpenBookQA, tested on both.
+
+    python benchmarks/studies/fisherlora.py ARM... --data DIR --out DIR
+
+Each arm is trained at every learning rate of the grid with seed 0; the rate with the lowest validation loss, on others
+of the training questions, is the arm's, and the other seeds are trained at it. Then each adapter is
+scored on the test documents. Every training and every scoring is a record in `records/fisherlora`; what has one is not
+done again. Several processes may work on different arms.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import peft
+import tools
+from peft import AdaLoraConfig, EvaConfig, LoraConfig, PeftConfig
+from transformers import AutoTokenizer
+
+from lorakit import FisherLoRAConfig, evaluation, fisher
+from lorakit.allocation.masks import shuffled
+from lorakit.data import loader
+
+STUDY = "fisherlora"
+STEPS = 120  # one epoch of 960 questions, 8 a step
+RANK = 16
+REDUCED = {"r": RANK, "task_type": "CAUSAL_LM"}
+PROBED = 64  # examples of the Fisher probe, after 50 steps of training as in the paper
+FRACTIONS = {"half": (0.5, 60), "tenth": (0.1, 12)}
+REDUCED_ARMS = ("uniform_reduced", "fisherlora", "fisher", "spectral", "shuffled", "adalora", "eva")
+ARMS = ("all_linear", "uniform", *REDUCED_ARMS)
+FRACTION_ARMS = ("uniform", "uniform_reduced", "fisherlora")
+STAGES = (
+    *ARMS,
+    *(f"{arm}_{part}" for part in FRACTIONS for arm in FRACTION_ARMS),
+    "base",
+    "ratios",
+)
+
+
+def probe(out: Path, adapter: Path | None = None, trained: int = 0) -> dict[str, Any]:
+    """The Fisher information of queries and values: of a new adapter, after some steps, or of a trained adapter."""
+    base = str(out / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = evaluation.load_base(base) if adapter is None else evaluation.load_adapted(base, str(adapter))
+    read = functools.partial(loader, tokenizer=tokenizer, length=tools.LENGTH, progress=False)
+    report = fisher.probe(
+        model,
+        read(out / "calibration.jsonl", batch_size=tools.BATCH_SIZE, num_examples=PROBED),
+        num_examples=PROBED,
+        train_loader=read(out / "train.jsonl", batch_size=tools.BATCH_SIZE) if trained else None,
+        train_steps=trained or 50,
+        progress=False,
+    )
+    return {
+        "vq_ratio": None if report.vq_ratio is None else report.vq_ratio.value,
+        "vq_interval": report.vq_interval,
+        "target_modules": report.target_modules,
+        "modules": [
+            {name: getattr(row, name) for name in ("module_name", "role", "d_out", "d_in", "fisher", "stderr")}
+            for row in report.modules
+        ],
+    }
+
+
+def config_of(arm: str, out: Path, seed: int) -> PeftConfig:
+    """An arm's config; only the shuffled ranks depend on the seed."""
+    plain = functools.partial(LoraConfig, lora_alpha=2 * RANK, task_type="CAUSAL_LM")
+    if arm == "all_linear":
+        return plain(r=RANK, target_modules="all-linear")
+    if arm == "uniform":
+        return plain(r=RANK, target_modules=["q_proj", "v_proj"])
+    if arm == "adalora":
+        return AdaLoraConfig(
+            total_step=STEPS,
+            init_r=12,
+            target_r=9,
+            lora_alpha=2 * 12,
+            target_modules=["q_proj", "v_proj"],
+            task_type="CAUSAL_LM",
+        )
+    if arm == "eva":
+        return LoraConfig(
+            r=9,
+            lora_alpha=18,
+            target_modules=["q_proj", "v_proj"],
+            init_lora_weights="eva",
+            eva_config=EvaConfig(rho=2.0),
+            task_type="CAUSAL_LM",
+        )
+    return reduced(arm, out, seed)
+
+
+def reduced(arm: str, out: Path, seed: int) -> PeftConfig:
+    """The allocations from one probe, at the parameters of FisherLoRA's r_q = 4 and r_v = 16."""
+    report = _probe_report(out)
+    rule = {"uniform_reduced": "uniform", "shuffled": "fisher"}.get(arm, arm)
+    costs = {row.module_name: row.d_out + row.d_in for row in report.modules}
+    roles = {row.module_name: row.role for row in report.modules}
+    budget = sum(cost * (4 if roles[name] == "query" else 16) for name, cost in costs.items())
+    config = FisherLoRAConfig.from_probe(report, rule=rule, params=budget, **REDUCED)
+    if arm != "shuffled":
+        return config
+    ranks = {name: config.rank_pattern[name] for name in costs}
+    moved = shuffled(ranks, costs=costs, seed=seed)
+    return FisherLoRAConfig(rank_pattern=moved, target_modules=list(moved), **REDUCED)
+
+
+@functools.lru_cache(maxsize=1)
+def _probe_report(out: Path) -> Any:
+    found = tools.recorded(STUDY, "probe after 50 steps", probe, {"examples": PROBED, "steps": 50}, out=out, trained=50)
+    rows = [SimpleNamespace(**row) for row in found["modules"]]
+    return SimpleNamespace(**found | {"modules": rows})
+
+
+def initialize_eva(model: Any, examples: Any) -> None:
+    """EVA's start and ranks, from the training data."""
+    peft.initialize_lora_eva_weights(model, [batch for _, batch in zip(range(20), examples, strict=False)])
+
+
+def run(arm: str, out: Path, *, steps: int = STEPS, data: str = "train.jsonl", key: str | None = None) -> None:
+    """Choose the arm's learning rate, train all seeds, score them."""
+    name = key or arm
+    initialize: Callable[[Any, Any], None] | None = initialize_eva if arm == "eva" else None
+
+    def trained(seed: int, learning_rate: float) -> dict[str, Any]:
+        settings = {"arm": arm, "data": data, "steps": steps, "learning_rate": learning_rate, "seed": seed}
+        title = f"{name} lr {learning_rate:g} seed {seed}"
+        return tools.recorded(
+            STUDY,
+            title,
+            lambda: tools.train(
+                out,
+                config_of(arm, out, seed),
+                out / "adapters" / title.replace(" ", "-"),
+                seed=seed,
+                learning_rate=learning_rate,
+                steps=steps,
+                data=data,
+                initialize=initialize,
+            ),
+            settings,
+        )
+
+    losses = {rate: trained(tools.SEEDS[0], rate)["validation"] for rate in tools.GRID}
+    rate = min(losses, key=lambda rate: sum(losses[rate]))
+    for seed in tools.SEEDS:
+        trained(seed, rate)
+        title = f"{name} lr {rate:g} seed {seed}"
+        adapter = out / "adapters" / title.replace(" ", "-")
+        tools.recorded(STUDY, f"scores of {title}", tools.score, {"adapter": title}, out=out, adapter=adapter)
+
+
+def ratios(out: Path) -> None:
+    """The V/Q ratio of a new adapter, after 50 steps, and of the trained adapters of the arm `uniform`."""
+    tools.recorded(STUDY, "probe at the start", probe, {"examples": PROBED, "steps": 0}, out=out)
+    _probe_report(out)
+    for adapter in sorted((out / "adapters").glob("uniform-lr-*")):
+        title = adapter.name.replace("-", " ")
+        tools.recorded(STUDY, f"probe of {title}", probe, {"adapter": title}, out=out, adapter=adapter)
+
+
+def main() -> None:
+    options = tools.arguments(__doc__, STAGES)
+    out = options.out.resolve()
+    for stage in options.stage:
+        arm, _, part = stage.rpartition("_")
+        if stage == "base":
+            tools.recorded(STUDY, "scores of the base model", tools.score, {"adapter": None}, out=out, adapter=None)
+        elif stage == "ratios":
+            ratios(out)
+        elif part in FRACTIONS:
+            share, steps = FRACTIONS[part]
+            run(arm, out, steps=steps, data=f"train_{share}.jsonl", key=stage)
+        else:
+            run(stage, out)
+
+
+if __name__ == "__main__":
+    main()
