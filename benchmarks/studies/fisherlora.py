@@ -11,7 +11,6 @@ done again. Several processes may work on different arms.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +18,8 @@ from typing import Any
 import peft
 import tools
 from peft import AdaLoraConfig, EvaConfig, LoraConfig, PeftConfig
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from lorakit import FisherLoRAConfig, evaluation, fisher
@@ -89,7 +90,7 @@ def config_of(arm: str, out: Path, seed: int) -> PeftConfig:
             lora_alpha=18,
             target_modules=["q_proj", "v_proj"],
             init_lora_weights="eva",
-            eva_config=EvaConfig(rho=2.0),
+            eva_config=EvaConfig(rho=2.0, use_label_mask=False),
             task_type="CAUSAL_LM",
         )
     return reduced(arm, out, seed)
@@ -117,15 +118,19 @@ def _probe_report(out: Path) -> Any:
     return SimpleNamespace(**found | {"modules": rows})
 
 
-def initialize_eva(model: Any, examples: Any) -> None:
-    """EVA's start and ranks, from the training data."""
-    peft.initialize_lora_eva_weights(model, [batch for _, batch in zip(range(20), examples, strict=False)])
+def initialize_eva(out: Path, model: Any, examples: Any) -> None:
+    """EVA's start and ranks, from the training data; they are computed once and kept in `out`."""
+    file = out / "eva.safetensors"
+    if not file.exists():
+        batches = DataLoader(examples.dataset, tools.BATCH_SIZE, collate_fn=examples.collate_fn)
+        save_file({k: v.contiguous() for k, v in peft.get_eva_state_dict(model, batches).items()}, file)
+    peft.initialize_lora_eva_weights(model, eva_state_dict=load_file(file))
 
 
 def run(arm: str, out: Path, *, steps: int = STEPS, data: str = "train.jsonl", key: str | None = None) -> None:
     """Choose the arm's learning rate, train all seeds, score them."""
     name = key or arm
-    initialize: Callable[[Any, Any], None] | None = initialize_eva if arm == "eva" else None
+    initialize = functools.partial(initialize_eva, out) if arm == "eva" else None
 
     def trained(seed: int, learning_rate: float) -> dict[str, Any]:
         settings = {"arm": arm, "data": data, "steps": steps, "learning_rate": learning_rate, "seed": seed}

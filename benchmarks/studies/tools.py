@@ -36,7 +36,7 @@ GRID = (3e-4, 1e-3, 3e-3)  # learning rates, for every method
 
 # Questions of each set, in the order in which they are taken from the training part.
 SETS = ("arc_easy", "openbookqa")
-TRAIN_PARTS = {"train": 480, "validation": 64, "calibration": 256, "selection": 128}
+TRAIN_PARTS = {"train": 480, "validation": 64, "calibration": 256, "selection": 128, "more": 480}
 TEST_DOCUMENTS = {"arc_easy": 500, "openbookqa": 250}
 DOCUMENTATION = 128  # texts of Python's documentation, a guard
 
@@ -103,6 +103,8 @@ def prepare(data: Path, out: Path) -> None:
             rows = [found[f"{name}_{part}"][: round(share * TRAIN_PARTS[part])] for name in SETS]
             file = f"{part}.jsonl" if share == 1 else f"{part}_{share}.jsonl"
             _write(out / file, map(completion, (row for pair in zip(*rows, strict=True) for row in pair)))
+    alone = found["arc_easy_train"] + found["arc_easy_more"]  # where OpenBookQA is the shifted set
+    _write(out / "arc_easy_alone.jsonl", map(completion, alone))
     _write(out / "documentation.jsonl", found["documentation"])
 
 

@@ -1,0 +1,117 @@
+"""The pages of the studies, docs/studies/*.md, from the records alone.
+
+    python benchmarks/studies/pages.py
+
+Verdicts are in words. That A is better than B is "held" if the lower bound of A − B is above 0, "not held" if the upper
+bound is below 0, and else "not decided". That A is as good as B at a margin is "held", "not held" or "not decided",
+where a certificate would say PASS, FAIL or INCONCLUSIVE. All bounds are one-sided, each at level 0.05.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorakit._figures import new_figure
+from lorakit.statistics import Interval, paired_interval, seeds_interval, verdict
+
+HERE = Path(__file__).resolve().parent
+DOCS = HERE.parents[1] / "docs" / "studies"
+WORDS = {"PASS": "held", "FAIL": "not held", "INCONCLUSIVE": "not decided"}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A row of the index: what a paper says, what came out here."""
+
+    claim: str
+    paper: str
+    ours: str
+    verdict: str
+    documents: str
+    seeds: str
+    link: str
+
+
+def records(study: str) -> dict[str, dict[str, Any]]:
+    """The results of a study's trials by key, and their settings."""
+    found = {}
+    for file in sorted((HERE / "records" / study).glob("*.json")):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        found[record["key"]] = {**record["result"], "settings": record["settings"]}
+    return found
+
+
+def interval(reference: Sequence[Sequence[float]], candidate: Sequence[Sequence[float]]) -> Interval:
+    """The difference candidate − reference over the seeds and documents of (S, n) scores; of one pair if S is 1."""
+    if len(reference) == 1:
+        return paired_interval(reference[0], candidate[0])
+    return seeds_interval(reference, candidate)
+
+
+def better(found: Interval) -> str:
+    """Whether the candidate is better than the reference."""
+    return "held" if found.lower > 0 else "not held" if found.upper < 0 else "not decided"
+
+
+def as_good(found: Interval, margin: float) -> str:
+    """Whether the candidate is as good as the reference, within the margin."""
+    word = WORDS[verdict(found.lower, found.upper, margin)]
+    if word != "not decided":
+        return word
+    needed = found.documents_needed(margin)
+    return f"{word}: {f'about {needed} documents' if needed else 'more seeds'} would tell"
+
+
+def shown(found: Interval, scale: float = 1.0, unit: str = "") -> str:
+    """A difference with its bounds."""
+    difference, lower, upper = (scale * value for value in (found.difference, found.lower, found.upper))
+    digits = 1 if scale > 1 else 4
+    return f"{difference:+.{digits}f}{unit} [{lower:+.{digits}f}, {upper:+.{digits}f}]"
+
+
+def points(found: Interval) -> str:
+    """A difference of accuracies in points."""
+    return shown(found, 100, " points")
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table in Markdown."""
+    lines = [list(headings), ["---"] * len(headings), *(list(map(str, row)) for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def save(name: str, text: str) -> None:
+    """A page, or nothing where a study has no records yet."""
+    DOCS.mkdir(parents=True, exist_ok=True)
+    (DOCS / f"{name}.md").write_text(text.strip() + "\n", encoding="utf-8")
+
+
+def pooled(record: dict[str, Any], tasks: Sequence[str]) -> list[float]:
+    """The scores of several tasks' documents, one after the other."""
+    return [score for task in tasks for score in record[task]["scores"]]
+
+
+def forest(path: Path, rows: Sequence[tuple[str, Interval]], label: str, scale: float = 1.0) -> None:
+    """Differences with their bounds, one line each."""
+    figure = new_figure(7, 0.6 + 0.35 * len(rows))
+    axes = figure.subplots()
+    for y, (_, found) in enumerate(rows):
+        axes.plot([scale * found.lower, scale * found.upper], [y, y], color="tab:blue")
+        axes.plot(scale * found.difference, y, "o", color="tab:blue")
+    axes.axvline(0, color="0.6", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def mean(values: Any) -> float:
+    """The mean of numbers, or of nested lists of them."""
+    return float(np.mean(values))
