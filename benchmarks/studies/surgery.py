@@ -1,0 +1,152 @@
+"""Study 3, Spectral Surgery: does reweighting a trained LoRA's singular values help? On trained LoRAs.
+
+    python benchmarks/studies/surgery.py STAGE... --data DIR --out DIR
+
+The adapters are the arm `all_linear` of the FisherLoRA study (which must have run), one a seed. ARC-Easy is the aligned
+task: its training questions calibrate, its test questions score; OpenBookQA and Python's documentation are the guards.
+Stages: `centre` (all adapters: every policy, 20 random controls, residual-writing modules, 128 examples, l1), `accuracy`
+(the same edits of the first adapter, by accuracy), `sizes`, `modules`, `energies` (one factor at a time, first
+adapter), `refine` (what `lorakit.surgery.refine` decides on each adapter). `study` keeps every score in
+`--out`/surgery, so that each stage is resumable; reports are in `records/surgery`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tools
+from page_fisherlora import Arm
+from pages import records
+from transformers import AutoTokenizer
+
+from lorakit import evaluation, surgery
+from lorakit.data import loader
+
+STUDY = "surgery"
+POLICIES = ("smooth_abs", "abs_select", "grad_direction", "random_index")
+SIZES = (32, 64, 128, 256)
+CENTRE_SIZE, CENTRE_ENERGY = 128, "l1"
+MODULE_SETS = {
+    "residual": None,
+    "attention inputs": r".*\.(q_proj|k_proj|v_proj)",
+    "all": "all-linear",
+}
+ENERGIES = ("l1", "l2", "none")
+CONTROLS = 20
+
+
+def adapters(out: Path) -> list[Path]:
+    """The trained LoRAs, one a seed."""
+    arm = Arm("all_linear", records("fisherlora"))
+    if not arm.whole:
+        raise SystemExit("Run `fisherlora.py all_linear` first: its adapters are operated on.")
+    titles = [f"all_linear lr {arm.rate:g} seed {seed}" for seed in tools.SEEDS]
+    return [out / "adapters" / title.replace(" ", "-") for title in titles]
+
+
+def loss(out: Path, name: str) -> Any:
+    """Held-out loss on one of the test sets."""
+    file = out / ("documentation.jsonl" if name == "documentation" else f"{name}_loss.jsonl")
+    return evaluation.loss(str(file), name=name, length=tools.LENGTH, batch_size=tools.BATCH_SIZE)
+
+
+def calibration(out: Path, *files: str) -> Any:
+    """The calibration examples, and after them those of further files."""
+    tokenizer = AutoTokenizer.from_pretrained(out / "base")
+    read = functools.partial(loader, tokenizer=tokenizer, length=tools.LENGTH, batch_size=1, progress=False)
+    return [batch for name in files for batch in read(out / name)]
+
+
+def run(out: Path, name: str, adapter: Path, **chosen: Any) -> None:
+    """One call of `lorakit.surgery.study`; its report becomes a record."""
+    given = {
+        "task": loss(out, "arc_easy"),
+        "guards": [loss(out, "openbookqa"), loss(out, "documentation")],
+        "policies": POLICIES,
+        "sizes": (CENTRE_SIZE,),
+        "module_sets": {"residual": None},
+        "energies": (CENTRE_ENERGY,),
+        "controls": CONTROLS,
+    } | chosen
+    report = surgery.study(
+        str(adapter),
+        calibration(out, "arc_easy_calibration.jsonl"),
+        base=str(out / "base"),
+        tokenizer=AutoTokenizer.from_pretrained(out / "base"),
+        records=out / "surgery" / f"{adapter.name} {name if name == 'accuracy' else 'loss'}",
+        **given,
+    )
+    keep(f"{name} {adapter.name.rpartition('-')[2]}", report)
+
+
+def keep(name: str, report: Any) -> None:
+    """A report as JSON in the records."""
+    file = tools.RECORDS / STUDY / f"{name.replace(' ', '-')}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+
+def centre(out: Path) -> None:
+    """Every policy beside its random controls, on every adapter."""
+    for adapter in adapters(out):
+        run(out, "centre", adapter)
+
+
+def accuracy(out: Path) -> None:
+    """The centre's edits of the first adapter, by accuracy."""
+    task = evaluation.choices(out / "arc_easy_test.jsonl", name="arc_easy")
+    guard = evaluation.choices(out / "openbookqa_test.jsonl", name="openbookqa")
+    run(out, "accuracy", adapters(out)[0], task=task, guards=[guard])
+
+
+def sizes(out: Path) -> None:
+    """Calibration sizes, three draws of the smaller ones."""
+    run(out, "sizes", adapters(out)[0], sizes=SIZES, seeds=tools.SEEDS, policies=("smooth_abs", "grad_direction"))
+
+
+def modules(out: Path) -> None:
+    """Which modules are edited."""
+    run(out, "modules", adapters(out)[0], module_sets=MODULE_SETS)
+
+
+def energies(out: Path) -> None:
+    """What is preserved."""
+    run(out, "energies", adapters(out)[0], energies=ENERGIES)
+
+
+def refine(out: Path) -> None:
+    """What `refine` decides on every adapter, by loss."""
+    for adapter in adapters(out):
+        report = surgery.refine(
+            str(adapter),
+            calibration(out, "arc_easy_calibration.jsonl", "arc_easy_selection.jsonl"),
+            task=loss(out, "arc_easy"),
+            guards=[loss(out, "openbookqa"), loss(out, "documentation")],
+            margin=0.02,
+            num_examples=CENTRE_SIZE,
+            base=str(out / "base"),
+            tokenizer=AutoTokenizer.from_pretrained(out / "base"),
+        )
+        keep(f"refine {adapter.name.rpartition('-')[2]}", report)
+
+
+def main() -> None:
+    stages: dict[str, Callable[[Path], None]] = {
+        "centre": centre,
+        "accuracy": accuracy,
+        "sizes": sizes,
+        "modules": modules,
+        "energies": energies,
+        "refine": refine,
+    }
+    options = tools.arguments(__doc__, list(stages))
+    for stage in options.stage:
+        stages[stage](options.out.resolve())
+
+
+if __name__ == "__main__":
+    main()
