@@ -4,9 +4,9 @@
 
 The adapters are the arm `all_linear` of the FisherLoRA study (which must have run), one a seed. ARC-Easy is the aligned
 task: its training questions calibrate, its test questions score; OpenBookQA and Python's documentation are the guards.
-Stages: `centre` (all adapters: every policy, 20 random controls, residual-writing modules, 128 examples, l1), `accuracy`
-(the same edits of the first adapter, by accuracy), `sizes`, `modules`, `energies` (one factor at a time, first
-adapter), `refine` (what `lorakit.surgery.refine` decides on each adapter). `study` keeps every score in
+Stages: `centre` (all adapters: every policy, 20 random controls, residual-writing modules, 128 examples, l1),
+`accuracy` (the same edits of the first adapter, by accuracy), `sizes`, `modules`, `energies` (one factor at a time,
+first adapter), `refine` (what `lorakit.surgery.refine` decides on each adapter). `study` keeps every score in
 `--out`/surgery, so that each stage is resumable; reports are in `records/surgery`.
 """
 
