@@ -132,32 +132,39 @@ def run(arm: str, out: Path, *, steps: int = STEPS, data: str = "train.jsonl", k
     name = key or arm
     initialize = functools.partial(initialize_eva, out) if arm == "eva" else None
 
+    def train(seed: int, learning_rate: float) -> dict[str, Any]:
+        return tools.train(
+            out,
+            config_of(arm, out, seed),
+            adapter_of(seed, learning_rate),
+            seed=seed,
+            learning_rate=learning_rate,
+            steps=steps,
+            data=data,
+            initialize=initialize,
+        )
+
+    def adapter_of(seed: int, learning_rate: float) -> Path:
+        return out / "adapters" / f"{name}-lr-{learning_rate:g}-seed-{seed}"
+
     def trained(seed: int, learning_rate: float) -> dict[str, Any]:
         settings = {"arm": arm, "data": data, "steps": steps, "learning_rate": learning_rate, "seed": seed}
-        title = f"{name} lr {learning_rate:g} seed {seed}"
-        return tools.recorded(
-            STUDY,
-            title,
-            lambda: tools.train(
-                out,
-                config_of(arm, out, seed),
-                out / "adapters" / title.replace(" ", "-"),
-                seed=seed,
-                learning_rate=learning_rate,
-                steps=steps,
-                data=data,
-                initialize=initialize,
-            ),
-            settings,
-        )
+        given = {"seed": seed, "learning_rate": learning_rate}
+        return tools.recorded(STUDY, f"{name} lr {learning_rate:g} seed {seed}", train, settings, **given)
+
+    def scored(seed: int, learning_rate: float) -> dict[str, Any]:
+        adapter = adapter_of(seed, learning_rate)
+        if not adapter.exists():  # trained on another machine: its record is there, the adapter is not
+            train(seed, learning_rate)
+        return tools.score(out, adapter)
 
     losses = {rate: trained(tools.SEEDS[0], rate)["validation"] for rate in tools.GRID}
     rate = min(losses, key=lambda rate: sum(losses[rate]))
     for seed in tools.SEEDS:
         trained(seed, rate)
         title = f"{name} lr {rate:g} seed {seed}"
-        adapter = out / "adapters" / title.replace(" ", "-")
-        tools.recorded(STUDY, f"scores of {title}", tools.score, {"adapter": title}, out=out, adapter=adapter)
+        given = {"seed": seed, "learning_rate": rate}
+        tools.recorded(STUDY, f"scores of {title}", scored, {"adapter": title}, **given)
 
 
 def ratios(out: Path) -> None:
