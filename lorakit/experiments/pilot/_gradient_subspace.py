@@ -70,6 +70,12 @@ class GradientSubspaces(Report):
             f"energy, median {share(shares[len(shares) // 2])}, in {len(shares)} modules ({self.num_batches} batches)"
         )
 
+    @property
+    def description(self) -> str:
+        """Which subspaces these are; records of κ name them so."""
+        batches = "1 batch" if self.num_batches == 1 else f"{self.num_batches} batches"
+        return f"gradient subspaces of rank {self.rank} ({batches}, seed {self.seed})"
+
     def to_dict(self) -> dict[str, Any]:
         rows = [{**vars(row), "singular_values": list(row.singular_values)} for row in self.modules]
         summary = {name: getattr(self, name) for name in ("rank", "oversampling", "num_batches", "seed")}
