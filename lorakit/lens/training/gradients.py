@@ -26,11 +26,11 @@ from lorakit._checks import check_integer
 from lorakit._distributed.fsdp import is_distributed, unwrapped
 from lorakit._signals import restoring
 from lorakit.lens._private import is_compiled
+from lorakit.lens.training.basis import Basis, FixedBasis
 from lorakit.spectral.gram import svd_from_grams
 
 if TYPE_CHECKING:
     from lorakit.adapters.in_model import LiveModule
-    from lorakit.lens.training.basis import Basis, FixedBasis
     from lorakit.lens.training.factors import Factors
 
 
@@ -101,7 +101,6 @@ def watch_gradients(
         True
     """
     from lorakit.adapters.in_model import find_adapter
-    from lorakit.lens.training.basis import FixedBasis
 
     given = None if basis is None else FixedBasis(basis)
     if given is not None:
