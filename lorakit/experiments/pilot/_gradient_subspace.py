@@ -117,13 +117,13 @@ def gradient_subspaces(
     check_integer("oversampling", oversampling, least=2)
     check_seed("seed", seed)
     check_can_differentiate(model)
-    sketches = {
-        name: _Sketch(module, rank + oversampling, seed + number)
-        for number, (name, module) in enumerate(chosen.items())
-    }
     count = 0
     with no_inference_mode(), preserved_state(model), preserved_rng(model), ExitStack() as hooks:
         model.eval().requires_grad_(False)
+        sketches = {
+            name: _Sketch(module, rank + oversampling, seed + number)
+            for number, (name, module) in enumerate(chosen.items())
+        }
         for name, module in chosen.items():
             handle = module.register_forward_hook(sketches[name].see)
             hooks.callback(handle.remove)
@@ -131,7 +131,6 @@ def gradient_subspaces(
         for batch in pilot_batches(model, loader, num_batches):
             with torch.enable_grad():
                 loss = batch_loss(model, batch, loss_fn)
-                check_finite(loss.detach(), "The loss of a batch")
                 torch.autograd.backward(loss)
             count += 1
             bar.update()
