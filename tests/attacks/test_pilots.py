@@ -50,7 +50,7 @@ def model_of(tiny_llama, name, case):
         model.to("meta")
     model.train()
     next(model.modules()).training = False
-    next(model.parameters()).requires_grad_(made != "inference" and not hasattr(model, "peft_config"))
+    next(model.parameters()).requires_grad_(False)
     return model
 
 

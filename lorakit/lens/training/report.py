@@ -261,7 +261,7 @@ def _advice(one: Trajectory, trends: dict[str, Trend], evaluations: tuple[list[i
         found.append(
             "κ is near chance: the loss asks for directions that the adapter lacks; try more modules or rank"
             if measured[-1].kappa_basis is None
-            else "κ is near chance: the gradient has left the given subspaces, which say no more what to train"
+            else "κ is near chance: the gradient has left the given subspaces; repeat the pilot before you rely on it"
         )
     return found
 
