@@ -19,7 +19,7 @@ _SLACK = 1e-3  # of UᵀU against the identity: what rounding to bfloat16 leaves
 
 
 class Subspaces(Protocol):
-    """A report with subspaces of modules' gradients; `lorakit.experiments.pilot.GradientSubspaces` is one."""
+    """A pilot's report with subspaces: `GradientSubspaces` and `UpdateSpectra` of `lorakit.experiments.pilot`."""
 
     @property
     def bases(self) -> Mapping[str, tuple[Tensor, Tensor]]: ...
@@ -41,8 +41,8 @@ class FixedBasis:
         bases = basis if isinstance(basis, Mapping) else getattr(basis, "bases", None)
         if not isinstance(bases, Mapping):
             raise TypeError(
-                f"`basis` must be the report of lorakit.experiments.pilot.gradient_subspaces, or map module names to "
-                f"pairs (U, V); got {type(basis).__name__}."
+                f"`basis` must be a report of lorakit.experiments.pilot.gradient_subspaces or update_spectra, or map "
+                f"module names to pairs (U, V); got {type(basis).__name__}."
             )
         if not bases:
             raise ValueError("`basis` must have at least one module; got none.")
@@ -74,7 +74,7 @@ class FixedBasis:
         if missing:
             raise ValueError(
                 f"`basis` must have U and V for each linear module of the adapter; {len(missing)} of {len(linear)} are "
-                f"missing: {preview(missing)}. Name them in `gradient_subspaces(modules=…)`."
+                f"missing: {preview(missing)}. Name them in the pilot's `modules`."
             )
         for module in linear:
             needed = int(cast(nn.Linear, module.up).out_features), int(cast(nn.Linear, module.down).in_features)

@@ -54,8 +54,8 @@ class SpectralCallback(TrainerCallback):  # type: ignore[misc]
             effective and stable rank, each also by role (`spectral/cu_query`). "modules": also by module.
         gradients: whether to watch gradients, which κ needs.
         projections: random projections for ‖G‖; see `lorakit.lens.watch_gradients`.
-        basis: fixed subspaces for κ, in the place of those that ΔW has at the step: the report of
-            `lorakit.experiments.pilot.gradient_subspaces`, or U (d_out, q) and V (d_in, q) with orthonormal columns by
+        basis: fixed subspaces for κ, in the place of those that ΔW has at the step: a report of `gradient_subspaces` or
+            `update_spectra` of `lorakit.experiments.pilot`, or U (d_out, q) and V (d_in, q) with orthonormal columns by
             module name, for all linear modules of the adapter.
         adapter_name: which adapter to measure. Needed unless exactly one is active.
         seed: seed of the projections.

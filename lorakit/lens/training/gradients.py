@@ -81,10 +81,10 @@ def watch_gradients(
     better. With several processes, all must call this together, each with its part of the batch; the sums are taken
     over processes. Modules that torch.compile has compiled have no overlap.
 
-    With `basis`, U and V are given, not those of ΔW: the report of `lorakit.experiments.pilot.gradient_subspaces`, or a
-    mapping from module names to U (d_out, q) and V (d_in, q) with orthonormal columns. All linear modules of the
-    adapter need them. That costs two products with q + `projections` columns, and as much memory on the model's
-    device as an adapter of rank q.
+    With `basis`, U and V are given, not those of ΔW: a report of `gradient_subspaces` or `update_spectra` of
+    `lorakit.experiments.pilot`, or a mapping from module names to U (d_out, q) and V (d_in, q) with orthonormal
+    columns. All linear modules of the adapter need them. That costs two products with q + `projections` columns, and
+    as much memory on the model's device as an adapter of rank q.
 
     Raises: what `lorakit.lens.snapshot` raises; ValueError for `projections` below 2; TypeError and ValueError, naming
     the modules, for a `basis` that does not fit the adapter or is not orthonormal.

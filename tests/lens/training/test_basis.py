@@ -124,6 +124,22 @@ def test_an_adapter_of_zeros_has_a_kappa_in_a_pilots_subspace(tiny_llama, batch)
     assert Snapshot.from_dict(json.loads(json.dumps(seen.to_dict()))) == seen
 
 
+@pytest.mark.slow
+def test_the_directions_of_a_full_fine_tuning_are_a_basis(tiny_llama, batch):
+    base = tiny_llama().eval()
+    report = pilot.update_spectra(base, [batch], steps=1, batch_size=None, learning_rate=1e-4, rank=6, progress=False)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    with lens.watch_gradients(model, basis=report, projections=4096) as gradients:
+        model(**batch).loss.backward()
+    seen = lens.snapshot(model, gradients=gradients)
+    assert seen.kappa_basis == report.description
+    assert "rank 6 of ΔW after 1 step " in seen.kappa_basis
+    for row in seen.modules:
+        G = dense_gradients(model, batch)[row.module_name]
+        U, V = (part.double().numpy() for part in report.bases[row.module_name])
+        assert row.kappa == pytest.approx(np.linalg.norm(U.T @ G @ V) / np.linalg.norm(G), rel=0.05)
+
+
 def test_half_precision_and_micro_batches(tiny_llama, randomize, batch):
     model = randomize(get_peft_model(tiny_llama(), CONFIGS["LORA"]()))
     basis = random_basis(model)
@@ -268,7 +284,7 @@ def test_a_basis_that_does_not_fit_stops_training_before_it_starts(tiny_llama, t
         (lambda b: changed(b, q=b[Q][0]), TypeError, f"pairs of tensors .* got Tensor for '{Q}'"),
         (lambda b: {3: b[Q]}, TypeError, "for 3"),
         (lambda b: {}, ValueError, "at least one module"),
-        (lambda b: b[Q], TypeError, "map module names to pairs"),
+        (lambda b: b[Q], TypeError, "names to pairs"),
         (lambda b: "gradient", TypeError, "got str"),
     ],
 )
