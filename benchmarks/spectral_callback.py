@@ -1,7 +1,9 @@
 """What lorakit.lens.SpectralCallback costs while SmolLM2-135M-Instruct trains: per measured step, and on average.
 
     python benchmarks/spectral_callback.py [--targets q_proj,v_proj | all-linear] [--every 10] [--pairs 12]
-                                           [--batch 4] [--length 128] [--threads 2] [--json]
+                                           [--batch 4] [--length 128] [--basis 16] [--threads 2] [--json]
+
+`--basis` measures κ in given (random) subspaces of this dimension, in the place of the adapter's own.
 
 First it checks that a few steps with the callback give the same parameters, bit for bit, as without it. Then, after a
 warm-up, measured steps (hooks in the passes, spectra of all modules, logging, a line of JSONL) alternate with plain
@@ -22,6 +24,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from lorakit.demo import load_model
@@ -31,10 +34,11 @@ from lorakit.lens import SpectralCallback
 class Loop:
     """Training steps in the form of Trainer's, with the callback's events around them."""
 
-    def __init__(self, model: Any, ids: torch.Tensor, out: Path, every: int) -> None:
+    def __init__(self, model: Any, ids: torch.Tensor, out: Path, basis: int) -> None:
         self.model, self.ids = model, ids
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-        self.callback = SpectralCallback(every=1, path=out / f"{time.monotonic_ns()}.jsonl")
+        given = random_basis(model, basis) if basis else None
+        self.callback = SpectralCallback(every=1, path=out / f"{time.monotonic_ns()}.jsonl", basis=given)
         self.state = TrainerState(max_steps=10**9)
         self.arguments = TrainingArguments(output_dir=str(out), report_to=[])
         self.control = TrainerControl()
@@ -61,13 +65,23 @@ class Loop:
         return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def check(base: Any, config: LoraConfig, ids: torch.Tensor, out: Path) -> None:
+def random_basis(model: Any, dimension: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Orthonormal U and V of each adapted module."""
+
+    def columns(d: int) -> torch.Tensor:
+        return torch.linalg.qr(torch.randn(d, dimension)).Q
+
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
+    return {name: (columns(layer.out_features), columns(layer.in_features)) for name, layer in layers}
+
+
+def check(base: Any, config: LoraConfig, ids: torch.Tensor, out: Path, basis: int) -> None:
     """Training with the callback must equal training without it."""
     trained = []
     for measures in (True, False):
         set_seed(0)
         model = get_peft_model(base, config)
-        loop = Loop(model, ids[:1, :16], out, 1)
+        loop = Loop(model, ids[:1, :16], out, basis)
         for _ in range(3):
             loop.step(measures=measures)
         trained.append([p.detach().clone() for p in model.parameters() if p.requires_grad])
@@ -83,6 +97,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--basis", type=int, default=0, help="0: the adapter's own subspaces")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -92,8 +107,8 @@ def main() -> None:
     config = LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM")
     ids = torch.randint(0, 49152, (options.batch, options.length), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as directory:
-        check(base, config, ids, Path(directory))
-        loop = Loop(get_peft_model(base, config), ids, Path(directory), options.every)
+        check(base, config, ids, Path(directory), options.basis)
+        loop = Loop(get_peft_model(base, config), ids, Path(directory), options.basis)
         for measures in (False, True, False):
             loop.step(measures=measures)
         rounds = []

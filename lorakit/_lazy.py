@@ -138,6 +138,7 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "_written": ("write_csv", "write_parquet", "write_sarif"),
     },
     "lorakit.lens": {
+        "_curvature": ("Curvature", "LossGap"),
         "static.audit": ("audit",),
         "static.report": ("AuditReport",),
         "static.spectra": ("AuditedModule",),

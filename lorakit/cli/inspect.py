@@ -39,6 +39,13 @@ def audit(
     budget: Annotated[
         str | None, typer.Option(help="Suggest ranks under a budget: 2000000, 2M (parameters), 4MB (bytes).")
     ] = None,
+    smoothness: Annotated[
+        float | None,
+        typer.Option(help="L of the loss in all weights: bound what suggested ranks may cost in loss."),
+    ] = None,
+    strong_convexity: Annotated[
+        float | None, typer.Option(help="μ of the loss, for the bound from below; needs --smoothness.")
+    ] = None,
     by: _By = By.group,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
     html: Annotated[str | None, typer.Option(help="Also write the report as one HTML file.")] = None,
@@ -46,7 +53,17 @@ def audit(
 ) -> None:
     """Spectra, ranks and findings of an adapter at rest; exit code 1 if one of the findings is an error."""
     check_share("--energy", energy)
-    report = lens.audit(adapter, base=base, energy=energy, suggest_ranks=suggest_ranks, budget=budget, by=_literal(by))
+    if strong_convexity is not None and smoothness is None:
+        raise typer.BadParameter("needs --smoothness.", param_hint="--strong-convexity")
+    report = lens.audit(
+        adapter,
+        base=base,
+        energy=energy,
+        suggest_ranks=suggest_ranks,
+        budget=budget,
+        curvature=None if smoothness is None else lens.Curvature(smoothness, strong_convexity),
+        by=_literal(by),
+    )
     if html is not None:
         lens.write_html(report, html)
     if plots is not None:

@@ -183,6 +183,11 @@ def _minimize(model: Any, batches: Iterator[Any], settings: TrainSettings, what:
     for step, batch in enumerate(batches, start=1):
         if config is not None:
             check_batch(config, batch)
+        if not hasattr(batch, "keys"):
+            raise CalibrationError(
+                f"`train_data` must give mappings for model(**batch); got {type(batch).__name__}. Tokenize the "
+                f"examples, or let `collate_fn` do it."
+            )
         loss = model(**send_to_device(batch, device)).loss
         if loss is None:
             raise CalibrationError("The model returned no loss for a training batch. Give the examples labels.")

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from lorakit._lazy import attach  # not `from lorakit import`, which waits for a thread that imports lorakit
 
 if TYPE_CHECKING:
+    from lorakit.lens._curvature import Curvature as Curvature
+    from lorakit.lens._curvature import LossGap as LossGap
     from lorakit.lens.diagnostics.conditions import conditions as conditions
     from lorakit.lens.diagnostics.conditions_report import AdapterConditions as AdapterConditions
     from lorakit.lens.diagnostics.conditions_report import ConditionedGroup as ConditionedGroup

@@ -24,9 +24,22 @@ from lorakit.errors import CalibrationError
 from lorakit.lens import Snapshot, SpectralCallback, Trajectory
 
 
-def alone(name: str) -> Snapshot:
+def given_basis(model: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The same orthonormal U and V of each module in every process; three columns, one less than the rank."""
+    generator = torch.Generator().manual_seed(8)
+    layers = ((name, layer) for name, layer in model.get_base_model().named_modules() if isinstance(layer, LoraLayer))
+    return {
+        name: tuple(
+            torch.linalg.qr(torch.randn(d, 3, generator=generator)).Q for d in (layer.out_features, layer.in_features)
+        )
+        for name, layer in layers
+    }
+
+
+def alone(name: str, *, given: bool = False) -> Snapshot:
     """The gradients of the whole batch in one process, by plain hooks, without the process group."""
     model = adapted(CONFIGS[name]())
+    basis = given_basis(model)
     reference = lens.snapshot(model)
     found = []
     for row in reference.modules:
@@ -41,7 +54,10 @@ def alone(name: str) -> Snapshot:
         G = torch.einsum("nto,nti->oi", delta.double(), x.double())
         update = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
         U, _, Vh = torch.linalg.svd(update.detach().double(), full_matrices=False)
-        seen_norm = float((U[:, : row.rank].mT @ G @ Vh[: row.rank].mT).norm())
+        U, V = U[:, : row.rank], Vh[: row.rank].mT
+        if given:
+            U, V = (part.double() for part in basis[row.module_name])
+        seen_norm = float((U.mT @ G @ V).norm())
         found.append(dataclasses.replace(row, gradient_norm=float(G.norm()), kappa=seen_norm / float(G.norm())))
     return dataclasses.replace(reference, modules=tuple(found))
 
@@ -54,8 +70,8 @@ def assert_same(found: Snapshot, expected: Snapshot) -> None:
         assert math.isclose(row.kappa, other.kappa, rel_tol=0.06), (row.module_name, row.kappa, other.kappa)
 
 
-def watched(model: nn.Module, passes: Callable[[], Any]) -> lens.GradientWatch:
-    with lens.watch_gradients(model, projections=8192) as gradients:
+def watched(model: nn.Module, passes: Callable[[], Any], basis: Any = None) -> lens.GradientWatch:
+    with lens.watch_gradients(model, projections=8192, basis=basis) as gradients:
         passes()
     return gradients
 
@@ -65,11 +81,22 @@ def backward(model: nn.Module) -> None:
     model(input_ids=ids, labels=ids).loss.backward()
 
 
-def ddp(name: str) -> None:
-    model = DistributedDataParallel(adapted(CONFIGS[name]()))
-    gradients = watched(model, lambda: backward(model))
+def ddp(name: str, *, given: bool = False) -> None:
+    model = adapted(CONFIGS[name]())
+    basis = given_basis(model) if given else None
+    model = DistributedDataParallel(model)
+    gradients = watched(model, lambda: backward(model), basis)
     if dist.get_rank() == 0:  # without the others
-        assert_same(lens.snapshot(model, gradients=gradients), alone(name))
+        assert_same(lens.snapshot(model, gradients=gradients), alone(name, given=given))
+
+
+def fsdp2_basis(name: str) -> None:
+    model = adapted(CONFIGS[name]())
+    basis = given_basis(model)
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    assert_same(lens.snapshot(model, gradients=watched(model, lambda: backward(model), basis)), alone(name, given=True))
 
 
 def fsdp2(name: str, *, checkpointing: bool = False) -> None:
@@ -197,6 +224,8 @@ def _event(callback: Any, arguments: Any, state: Any, control: Any, model: Any, 
 
 ENGINES: dict[str, Callable[[str], None]] = {
     "ddp": ddp,
+    "ddp-basis": functools.partial(ddp, given=True),
+    "fsdp2-basis": fsdp2_basis,
     "fsdp2": fsdp2,
     "fsdp2-checkpointing": functools.partial(fsdp2, checkpointing=True),
     "fsdp2-leaves": fsdp2_leaves,

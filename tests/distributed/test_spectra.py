@@ -21,6 +21,8 @@ def outcome(launch):
     "engine",
     [
         "ddp",
+        "ddp-basis",
+        "fsdp2-basis",
         "fsdp2",
         "fsdp2-checkpointing",
         "fsdp2-leaves",

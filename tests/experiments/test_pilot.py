@@ -53,7 +53,14 @@ def assert_same(before, after):
 
 def test_update_spectra_are_those_of_a_full_fine_tuning(regression, batches):
     start = state(regression)
-    options = {"steps": 5, "batch_size": None, "learning_rate": 0.01, "schedule": "constant", "warmup_steps": 0}
+    options = {
+        "steps": 5,
+        "batch_size": None,
+        "learning_rate": 0.01,
+        "schedule": "constant",
+        "warmup_steps": 0,
+        "rank": 2,
+    }
     report = pilot.update_spectra(regression, batches[:1], **options, progress=False)
     assert_same(start, state(regression))
 
@@ -69,6 +76,15 @@ def test_update_spectra_are_those_of_a_full_fine_tuning(regression, batches):
     assert row.module_name == "first"
     np.testing.assert_allclose(row.singular_values, sigma, atol=1e-7 * sigma[0])
     np.testing.assert_allclose(row.energy, np.cumsum(sigma**2) / np.sum(sigma**2), atol=1e-7)
+    for name, module in (("first", regression.first), ("second", regression.second)):
+        change = module.weight.detach().numpy() - start[0][f"{name}.weight"].numpy()
+        dense_U, _, dense_Vh = np.linalg.svd(change)
+        found_U, found_V = (part.numpy() for part in report.bases[name])
+        assert found_U.shape[1] == found_V.shape[1] == 2
+        assert np.linalg.svd(dense_U[:, :2].T @ found_U, compute_uv=False) == pytest.approx([1, 1], abs=1e-9)
+        assert np.linalg.svd(dense_Vh[:2] @ found_V, compute_uv=False) == pytest.approx([1, 1], abs=1e-9)
+    assert "bases" not in report.to_dict()["summary"]
+    assert report.description == "leading subspaces of rank 2 of ΔW after 5 steps of full fine-tuning (seed 0)"
     assert report.allocate(30).ranks == allocate(report.spectra, report.costs, 30).ranks
     assert "5 steps" in report.headline
 

@@ -70,6 +70,12 @@ class GradientSubspaces(Report):
             f"energy, median {share(shares[len(shares) // 2])}, in {len(shares)} modules ({self.num_batches} batches)"
         )
 
+    @property
+    def description(self) -> str:
+        """Which subspaces these are; records of κ name them so."""
+        batches = "1 batch" if self.num_batches == 1 else f"{self.num_batches} batches"
+        return f"gradient subspaces of rank {self.rank} ({batches}, seed {self.seed})"
+
     def to_dict(self) -> dict[str, Any]:
         rows = [{**vars(row), "singular_values": list(row.singular_values)} for row in self.modules]
         summary = {name: getattr(self, name) for name in ("rank", "oversampling", "num_batches", "seed")}
@@ -111,13 +117,13 @@ def gradient_subspaces(
     check_integer("oversampling", oversampling, least=2)
     check_seed("seed", seed)
     check_can_differentiate(model)
-    sketches = {
-        name: _Sketch(module, rank + oversampling, seed + number)
-        for number, (name, module) in enumerate(chosen.items())
-    }
     count = 0
     with no_inference_mode(), preserved_state(model), preserved_rng(model), ExitStack() as hooks:
         model.eval().requires_grad_(False)
+        sketches = {
+            name: _Sketch(module, rank + oversampling, seed + number)
+            for number, (name, module) in enumerate(chosen.items())
+        }
         for name, module in chosen.items():
             handle = module.register_forward_hook(sketches[name].see)
             hooks.callback(handle.remove)
@@ -125,7 +131,6 @@ def gradient_subspaces(
         for batch in pilot_batches(model, loader, num_batches):
             with torch.enable_grad():
                 loss = batch_loss(model, batch, loss_fn)
-                check_finite(loss.detach(), "The loss of a batch")
                 torch.autograd.backward(loss)
             count += 1
             bar.update()

@@ -27,7 +27,7 @@ from lorakit.adapters.in_model import find_adapter
 from lorakit.calibration.state import check_can_differentiate, no_inference_mode, preserved_rng, preserved_state
 from lorakit.errors import CalibrationError
 from lorakit.experiments.pilot._batches import PilotLoss, batch_loss, check_finite, pilot_batches
-from lorakit.experiments.pilot._modules import linear_modules
+from lorakit.experiments.pilot._modules import check_in_memory, linear_modules
 
 MAX_NUMBERS = 5_000_000  # Lanczos keeps some 20 vectors of this length in float64
 
@@ -153,6 +153,7 @@ def _parameters(model: nn.Module, module: str | None, adapter_name: str | None) 
     if module is not None:
         return [cast(nn.Parameter, linear.weight) for linear in linear_modules(model, [module]).values()]
     _, modules = find_adapter(model, adapter_name)
+    check_in_memory(model)
     factors = (p for one in modules for part in (one.down, one.up) for p in part.parameters())
     return list(dict.fromkeys(factors))
 

@@ -6,16 +6,16 @@ Reference: "LoRA's Low-Rank Assumption: When It Holds, When It Breaks", 2026: th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lorakit._checks import check_seed
+from lorakit._checks import check_integer, check_seed
 from lorakit._figures import escape_mathtext, new_figure
-from lorakit._report import Report
+from lorakit._report import Report, plain
 from lorakit._signals import restoring
 from lorakit.allocation import Allocation, allocate
 from lorakit.calibration.state import check_can_differentiate, no_inference_mode, preserved_rng, preserved_state
@@ -54,12 +54,18 @@ class UpdateSpectrum:
 
 @dataclass(frozen=True, repr=False)
 class UpdateSpectra(Report):
-    """The result of `update_spectra`. `train_loss` is the mean training loss of the last tenth of the steps."""
+    """The result of `update_spectra`. `train_loss` is the mean training loss of the last tenth of the steps.
+
+    `bases` holds each module's leading singular vectors of ΔW, U (d_out, rank) and V (d_in, rank), in float32 or better
+    on the CPU; they are not part of `to_dict`.
+    """
 
     modules: tuple[UpdateSpectrum, ...]
     seed: int
     train_loss: float | None
     settings: dict[str, Any]
+    rank: int
+    bases: dict[str, tuple[Tensor, Tensor]] = field(compare=False)
 
     @property
     def headline(self) -> str:
@@ -75,6 +81,12 @@ class UpdateSpectra(Report):
         return tuple(f"{row.module_name}: 90% at {row.energy_rank_90} of {len(row.singular_values)}" for row in rows)
 
     @property
+    def description(self) -> str:
+        """Which subspaces `bases` are; records of κ name them so."""
+        steps = "1 step" if self.settings["steps"] == 1 else f"{self.settings['steps']} steps"
+        return f"leading subspaces of rank {self.rank} of ΔW after {steps} of full fine-tuning (seed {self.seed})"
+
+    @property
     def spectra(self) -> dict[str, tuple[float, ...]]:
         """Singular values by module: the `scores` of `lorakit.allocation.allocate` for the rule "energy"."""
         return {row.module_name: row.singular_values for row in self.modules}
@@ -88,6 +100,10 @@ class UpdateSpectra(Report):
         """Ranks under a budget of parameters, by the energy of ΔW; options are those of `allocation.allocate`."""
         roles = {row.module_name: row.role for row in self.modules}
         return allocate(self.spectra, self.costs, budget, **{"rule": "energy", "roles": roles, **options})
+
+    def to_dict(self) -> dict[str, Any]:
+        summary = {name: getattr(self, name) for name in ("seed", "train_loss", "settings", "rank")}
+        return {"modules": [plain(vars(row)) for row in self.modules], "summary": plain(summary)}
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a module."""
@@ -124,6 +140,7 @@ def update_spectra(
     batch_size: int | None,
     learning_rate: float,
     modules: Sequence[str] | None = None,
+    rank: int = 16,
     weight_decay: float = 0.0,
     warmup_steps: int | None = None,
     schedule: Schedule = "cosine",
@@ -139,6 +156,7 @@ def update_spectra(
     Args:
         model: a base model without adapters, in float32 or float64. In half precision small steps round to nothing.
         modules: names of the linear modules to measure; all but the output layer unless given.
+        rank: how many leading singular vectors of each ΔW are kept in `bases`; less where d_out or d_in is below it.
 
     All other arguments are those of `lorakit.experiments.rank_sweep`.
 
@@ -149,6 +167,7 @@ def update_spectra(
     chosen = linear_modules(model, modules)
     check_data(train_data)
     check_seed("seed", seed)
+    check_integer("rank", rank)
     settings = TrainSettings(steps, batch_size, learning_rate, weight_decay, warmup_steps, schedule, collate_fn, None)
     narrow = [name for name, p in model.named_parameters() if p.dtype not in (torch.float32, torch.float64)]
     if narrow:
@@ -164,10 +183,11 @@ def update_spectra(
     ):
         model.requires_grad_(True)
         loss = train_adapter(model, batches_of(train_data, settings, seed, bar), settings, seed, "the full fine-tuning")
-        rows = tuple(
-            _spectrum(name, module.weight, before[cast(nn.Parameter, module.weight)]) for name, module in chosen.items()
-        )
-    return UpdateSpectra(rows, seed, loss, settings.record(train_data))
+        rows, bases = [], {}
+        for name, module in chosen.items():
+            row, bases[name] = _spectrum(name, module.weight, before[cast(nn.Parameter, module.weight)], rank)
+            rows.append(row)
+    return UpdateSpectra(tuple(rows), seed, loss, settings.record(train_data), rank, bases)
 
 
 @restoring
@@ -184,12 +204,15 @@ def _preserved(model: nn.Module) -> Iterator[dict[nn.Parameter, Tensor]]:
 
 
 @torch.no_grad()
-def _spectrum(name: str, weight: Tensor, before: Tensor) -> UpdateSpectrum:
+def _spectrum(name: str, weight: Tensor, before: Tensor, rank: int) -> tuple[UpdateSpectrum, tuple[Tensor, Tensor]]:
     old = before.to(weight.device)
     change = weight.double() - old.double()
-    sigma, _, _ = leading(change)
+    sigma, vectors, left = leading(change)
+    near = vectors[:, :rank]
+    far = torch.linalg.qr((change.mT if left else change) @ near).Q
+    basis = tuple(part.to("cpu", weight.dtype) for part in ((near, far) if left else (far, near)))
     norm, change_norm = torch.stack([torch.linalg.matrix_norm(old.double()), torch.linalg.matrix_norm(change)]).tolist()
-    return UpdateSpectrum(
+    row = UpdateSpectrum(
         module_name=name,
         role=role_of(name),
         layer=layer_of(name),
@@ -200,3 +223,4 @@ def _spectrum(name: str, weight: Tensor, before: Tensor) -> UpdateSpectrum:
         energy_rank_90=int(energy_rank(sigma, 0.9)),
         relative_norm=change_norm / norm if norm else None,
     )
+    return row, (basis[0], basis[1])

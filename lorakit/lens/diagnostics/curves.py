@@ -15,15 +15,17 @@ from einops import reduce
 from torch import Tensor
 
 from lorakit._figures import escape_mathtext, new_figure
+from lorakit._format import number
 from lorakit._report import Report, ordered
 from lorakit.adapters import open_adapter
 from lorakit.errors import Finding
+from lorakit.lens._curvature import Curvature, CurvatureSource, about_partial_updates, read_curvature
 from lorakit.lens._rows import grouped
 from lorakit.lens._sources import Source, about_low_rank_part
 from lorakit.lens.diagnostics._next_steps import beside, on_disk, short_name
 from lorakit.lens.static.spectra import AuditedModule, measure
 from lorakit.naming.roles import Role
-from lorakit.spectral import energy_curve, spectral_truncation_error, truncation_error
+from lorakit.spectral import energy_curve, loss_gap_bound, spectral_truncation_error, truncation_error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,7 +40,9 @@ class EnergyCurve:
 
     `energy`: C(k), the fraction of ‖ΔW‖_F² in the k leading components; all 0 if ΔW = 0. `truncation_error`:
     Σ_{i>k} σ², the squared Frobenius norm of the rest. `spectral_error`: σ_{k+1}, the spectral norm of the rest.
-    `energy_rank`: the smallest k with C(k) of at least .9, .95 and .99.
+    `energy_rank`: the smallest k with C(k) of at least .9, .95 and .99. `loss_gap_upper` and `loss_gap_lower`:
+    (L/2) Σ_{i>k} σ² and (μ/2) Σ_{i>k} σ², where the module's L and μ were given: how much the loss may rise if this
+    update alone is cut to rank k, local estimates; None for updates of which only the low-rank part is known.
     """
 
     module_name: str
@@ -50,6 +54,8 @@ class EnergyCurve:
     truncation_error: tuple[float, ...]
     spectral_error: tuple[float, ...]
     energy_rank: dict[str, int]
+    loss_gap_upper: tuple[float, ...] | None = None
+    loss_gap_lower: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,7 @@ class EnergyCurves(Report):
     total: MeanCurve | None
     roles: tuple[MeanCurve, ...]
     findings: tuple[Finding, ...]
+    curvature: tuple[Curvature, ...] = ()
 
     @property
     def headline(self) -> str:
@@ -92,7 +99,23 @@ class EnergyCurves(Report):
     def details(self) -> tuple[str, ...]:
         lines = [] if self.total is None else [f"every module keeps 90% at rank {self.total.energy_rank_of_all['0.9']}"]
         lines += [f"{curve.name} ({curve.modules}): 90% at rank {curve.energy_rank['0.9']}" for curve in self.roles]
+        lines += [
+            f"{where} cut to 90%: at most {number(upper)} more loss, a local estimate"
+            for where, upper in self._loss_gaps.items()
+        ]
         return (*lines, *(finding.message for finding in self.findings if finding.severity == "error"))
+
+    @property
+    def _loss_gaps(self) -> dict[str, float]:
+        """The bounds from above where 90 % of the energy is kept, by what is cut."""
+        gaps = {
+            row.module_name: row.loss_gap_upper[max(0, row.energy_rank["0.9"] - 1)]
+            for row in self.modules
+            if row.loss_gap_upper is not None
+        }
+        if all(one.of is not None for one in self.curvature):
+            return gaps
+        return {"all modules together": sum(gaps.values())} if len(gaps) == len(self.modules) else {}
 
     @property
     def next_steps(self) -> tuple[str, ...]:
@@ -114,6 +137,7 @@ class EnergyCurves(Report):
                 "rank": row.rank,
                 **{f"energy_rank_{q}": k for q, k in row.energy_rank.items()},
                 "energy": list(row.energy),
+                "loss_gap_upper": None if row.loss_gap_upper is None else list(row.loss_gap_upper),
             }
             for row in self.modules
         ]
@@ -141,7 +165,9 @@ def _ranks(curve: MeanCurve) -> range:
     return range(1, len(curve.mean) + 1)
 
 
-def energy_curves(adapter: Source, *, adapter_name: str | None = None) -> EnergyCurves:
+def energy_curves(
+    adapter: Source, *, curvature: CurvatureSource | None = None, adapter_name: str | None = None
+) -> EnergyCurves:
     """Energy curves and truncation errors of an adapter.
 
     They are of ΔW, scaling included; for DoRA and SPECLORA of the low-rank part, which a finding says. Modules that are
@@ -149,8 +175,11 @@ def energy_curves(adapter: Source, *, adapter_name: str | None = None) -> Energy
 
     Args:
         adapter: a directory, a file, a Hub id, a PeftModel or an open adapter.
+        curvature: also bound what each rank may cost in loss: a `lorakit.lens.Curvature` of all weights, or one of
+            each of some modules, which `lorakit.experiments.pilot.hessian_spectrum(module=…)` measures.
         adapter_name: which adapter of a PeftModel, if not the active one.
-    Raises: AdapterFileError, UnsupportedModelError for an adapter that cannot be read.
+    Raises: AdapterFileError, UnsupportedModelError for an adapter that cannot be read; ValueError and TypeError for a
+        `curvature` of modules that the adapter lacks, or of another type.
 
     Example:
         >>> import torch
@@ -165,9 +194,10 @@ def energy_curves(adapter: Source, *, adapter_name: str | None = None) -> Energy
     view = open_adapter(adapter, adapter_name=adapter_name)
     findings = list(view.findings)
     rows = measure(view, {str(q): q for q in THRESHOLDS}, findings, description="energy curves")
+    bounds = read_curvature(curvature, [row.module_name for row in rows])
     rows = tuple(row for row in rows if row.energy_rank is not None)
-    findings += about_low_rank_part(view)
-    curves = _curves(rows)
+    findings += [*about_low_rank_part(view), *about_partial_updates(bounds, rows)]
+    curves = _curves(rows, bounds)
     nonzero = [row for row in rows if row.spectral_norm]
     groups, _ = grouped(nonzero)
     return EnergyCurves(
@@ -177,10 +207,11 @@ def energy_curves(adapter: Source, *, adapter_name: str | None = None) -> Energy
         total=_mean("all", nonzero, curves) if nonzero else None,
         roles=tuple(_mean(name, group, curves) for name, group in groups.items()),
         findings=ordered(findings),
+        curvature=bounds,
     )
 
 
-def _curves(rows: Sequence[AuditedModule]) -> dict[str, EnergyCurve]:
+def _curves(rows: Sequence[AuditedModule], curvature: Sequence[Curvature]) -> dict[str, EnergyCurve]:
     """Curves by module, computed for all spectra of one length at once."""
     lengths: dict[int, list[AuditedModule]] = {}
     for row in rows:
@@ -191,9 +222,13 @@ def _curves(rows: Sequence[AuditedModule]) -> dict[str, EnergyCurve]:
         ranks = range(1, length + 1)
         tails = torch.stack([truncation_error(sigma, k) for k in ranks], -1)
         nexts = torch.stack([spectral_truncation_error(sigma, k) for k in ranks], -1)
-        for row, energy, tail, following in zip(
-            group, energy_curve(sigma).tolist(), tails.tolist(), nexts.tolist(), strict=True
+        gaps = torch.stack([loss_gap_bound(sigma, k, 1.0) for k in ranks], -1)  # at L = 1
+        for row, energy, tail, following, gap in zip(
+            group, energy_curve(sigma).tolist(), tails.tolist(), nexts.tolist(), gaps.tolist(), strict=True
         ):
+            whole = () if row.low_rank_part_only else curvature
+            bound = next((one for one in whole if one.of in (None, row.module_name)), None)
+            mu = None if bound is None else bound.strong_convexity
             found[row.module_name] = EnergyCurve(
                 module_name=row.module_name,
                 role=row.role,
@@ -204,6 +239,8 @@ def _curves(rows: Sequence[AuditedModule]) -> dict[str, EnergyCurve]:
                 truncation_error=tuple(tail),
                 spectral_error=tuple(following),
                 energy_rank=row.energy_rank or {},
+                loss_gap_upper=None if bound is None else tuple(bound.smoothness * value for value in gap),
+                loss_gap_lower=None if mu is None else tuple(mu * value for value in gap),
             )
     return found
 

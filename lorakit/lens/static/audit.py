@@ -15,6 +15,7 @@ from lorakit.adapters import Adapter, open_adapter
 from lorakit.adapters.base_norms import base_norms
 from lorakit.adapters.whole import with_whole_updates
 from lorakit.allocation.budget import read_budget
+from lorakit.lens._curvature import CurvatureSource, about_partial_updates, read_curvature
 from lorakit.lens._rows import grouped
 from lorakit.lens.static import experts
 from lorakit.lens.static.findings import find, find_served_wrong
@@ -22,7 +23,7 @@ from lorakit.lens.static.groups import summarize, total_norm
 from lorakit.lens.static.recommendation import recommend
 from lorakit.lens.static.report import AuditReport
 from lorakit.lens.static.spectra import AuditedModule, check_extras, measure
-from lorakit.lens.static.suggestions import suggest
+from lorakit.lens.static.suggestions import suggest, with_loss_gaps
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,6 +38,7 @@ def audit(
     energy: float = 0.9,
     suggest_ranks: bool = False,
     budget: int | str | None = None,
+    curvature: CurvatureSource | None = None,
     by: Literal["group", "expert"] = "group",
     adapter_name: str | None = None,
 ) -> AuditReport:
@@ -58,11 +60,15 @@ def audit(
             hard threshold; and recommend one of them.
         budget: also suggest ranks under a budget, by greedy energy per parameter: a number of parameters, or a string
             such as "2M" (parameters) or "4MB" (bytes, in the dtype the factors are stored in). Implies `suggest_ranks`.
+        curvature: also bound what the suggested ranks may cost in loss: a `lorakit.lens.Curvature` of all weights
+            together, or one of each of some modules, which `lorakit.experiments.pilot.hessian_spectrum(module=…)`
+            measures. They are local estimates, of a cut at a minimum of the loss. Implies `suggest_ranks`.
         by: "expert" gives every expert a row; otherwise the experts of one parameter, or of one name and layer, are
             one row, with quantiles over them.
         adapter_name: which adapter of a PeftModel; by default the active one.
     Raises: AdapterFileError, UnsupportedModelError for an adapter that cannot be read; ValueError for an `energy`
-        outside (0, 1], a budget that does not cover rank 1 in every module, or an unknown `by`.
+        outside (0, 1], a budget that does not cover rank 1 in every module, an unknown `by`, or a `curvature` of
+        modules that the adapter lacks; TypeError for a `curvature` of another type.
 
     Example:
         >>> import lorakit, torch
@@ -91,8 +97,11 @@ def audit(
     modules = experts.stacks(measured)
     findings += [*find(modules), *find_served_wrong(view)]
     finite = [row for row in modules if row.energy_rank is not None]
-    wanted = suggest_ranks or budget is not None
+    bounds = read_curvature(curvature, [row.module_name for row in modules])
+    findings += about_partial_updates(bounds, modules)
+    wanted = suggest_ranks or budget is not None or bool(bounds)
     suggestions = suggest(finite, str(float(energy)), budget) if wanted else []
+    suggestions = [with_loss_gaps(suggestion, finite, bounds) for suggestion in suggestions]
     rows = measured if by == "expert" else experts.groups(measured)
     groups, layers = grouped(rows)
     norm = total_norm(rows)
@@ -111,6 +120,7 @@ def audit(
         suggestions=tuple(suggestions),
         recommendation=recommend(suggestions, {row.module_name: row.rank for row in finite}, energy),
         findings=ordered(findings),
+        curvature=bounds,
     )
 
 

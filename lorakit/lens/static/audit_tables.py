@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from lorakit._format import count, extent, number, share
 from lorakit._report import Table
+from lorakit.lens._curvature import LossGap
 from lorakit.lens.static.groups import GroupSummary
 from lorakit.lens.static.recommendation import Recommendation
 from lorakit.lens.static.spectra import AuditedModule
@@ -56,10 +57,7 @@ def suggestion_table(
     starred = None if recommendation is None else recommendation.policy
     columns: list[tuple[str, Callable[[RankSuggestion], str]]] = [
         ("policy", lambda s: f"★ {s.label}" if s.policy == starred else s.label),
-        (
-            "rank",
-            lambda s: str(s.rank) if s.rank is not None else extent((min(s.ranks.values()), max(s.ranks.values()))),
-        ),
+        ("rank", lambda s: _rank_of(s, None) if s.rank is None else str(s.rank)),
         ("params", lambda s: count(s.parameters)),
         ("keeps", lambda s: f"{100 * s.energy_kept:.1f}%"),
         ("covers", lambda s: f"{s.modules_covered}/{len(s.ranks)}"),
@@ -67,6 +65,28 @@ def suggestion_table(
         ("params then", lambda s: count(s.served_parameters)),
     ]
     return Table.of(f"Suggested ranks, to keep {energy:.0%} of the energy", columns, suggestions)
+
+
+def loss_gap_table(suggestions: Sequence[RankSuggestion]) -> Table:
+    """One row for each policy and each curvature; empty without curvatures."""
+    gaps = [(suggestion, gap) for suggestion in suggestions for gap in suggestion.loss_gaps]
+    columns: list[tuple[str, Callable[[tuple[RankSuggestion, LossGap]], str]]] = [
+        ("policy", lambda row: row[0].label),
+        ("cut", lambda row: row[1].where),
+        ("rank", lambda row: _rank_of(row[0], row[1].of)),
+        ("at least", lambda row: number(row[1].lower)),
+        ("at most", lambda row: number(row[1].upper)),
+    ]
+    note = "Local estimates: (μ/2) and (L/2) Σ σ² of what is cut. They hold near the weights where μ and L were "
+    note += "measured, if these are a minimum of the loss. A module's are for a cut of it alone."
+    if all(gap.lower is None for _, gap in gaps):
+        del columns[3]
+    return Table.of("More loss at the suggested ranks", columns, gaps, note=note)
+
+
+def _rank_of(suggestion: RankSuggestion, module_name: str | None) -> str:
+    ranks = suggestion.ranks
+    return extent((min(ranks.values()), max(ranks.values()))) if module_name is None else str(ranks[module_name])
 
 
 def module_table(modules: Sequence[AuditedModule]) -> Table:

@@ -6,12 +6,19 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorakit._figures import message_figure, new_figure, title_name
-from lorakit._format import count, extent
+from lorakit._format import count, extent, number
 from lorakit._report import Report, Table, counted, plain, shell_argument
 from lorakit.errors import Finding
+from lorakit.lens._curvature import Curvature
 from lorakit.lens.render.figures import heatmaps_figure
 from lorakit.lens.static import audit_figures
-from lorakit.lens.static.audit_tables import least_used_table, module_table, role_table, suggestion_table
+from lorakit.lens.static.audit_tables import (
+    least_used_table,
+    loss_gap_table,
+    module_table,
+    role_table,
+    suggestion_table,
+)
 from lorakit.lens.static.experts import expert_table
 from lorakit.lens.static.findings import SERVED_WRONG
 from lorakit.lens.static.groups import GroupSummary
@@ -27,7 +34,8 @@ if TYPE_CHECKING:
 class AuditReport(Report):
     """What `lorakit.lens.audit` found.
 
-    `energy` is the share of ‖ΔW‖_F² that suggested ranks keep, `base` the path of the base weights, if one was given.
+    `energy` is the share of ‖ΔW‖_F² that suggested ranks keep, `base` the path of the base weights, if one was given,
+    and `curvature` what the suggestions' `loss_gaps` follow from.
     """
 
     path: str
@@ -43,6 +51,7 @@ class AuditReport(Report):
     suggestions: tuple[RankSuggestion, ...]
     recommendation: Recommendation | None
     findings: tuple[Finding, ...]
+    curvature: tuple[Curvature, ...] = ()
 
     @property
     def title(self) -> str:
@@ -70,6 +79,12 @@ class AuditReport(Report):
         ]
         if self.recommendation is not None:
             lines.append(f"★ {self.recommendation.policy.replace('_', ' ')}: {self.recommendation.reason}")
+        if self.recommended is not None:
+            ranks = f"a cut to {self.recommended.label}"
+            lines += [
+                f"{ranks}, {gap.where}: at most {number(gap.upper)} more loss, a local estimate"
+                for gap in self.recommended.loss_gaps
+            ]
         return tuple(line for line in lines if line)
 
     @property
@@ -123,6 +138,7 @@ class AuditReport(Report):
             "layers": [asdict(group) for group in self.layers],
             "suggestions": [asdict(suggestion) for suggestion in self.suggestions],
             "recommendation": None if self.recommendation is None else asdict(self.recommendation),
+            "curvature": [asdict(one) for one in self.curvature],
         }
         modules = [asdict(module) for module in self.modules]
         data = {"modules": modules, "summary": summary, "findings": [asdict(finding) for finding in self.findings]}
@@ -134,6 +150,7 @@ class AuditReport(Report):
             least_used_table(self.modules),
             expert_table(self.modules),
             suggestion_table(self.suggestions, self.energy, self.recommendation),
+            loss_gap_table(self.suggestions),
             module_table(self.modules),
         ]
         return [table for table in tables if table.rows and self.modules]

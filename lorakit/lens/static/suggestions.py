@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters.lora_config import spelled_out
 from lorakit.adapters.write_lora import integral
 from lorakit.allocation.budget import read_budget
 from lorakit.allocation.rules import allocate
+from lorakit.lens._curvature import Curvature, LossGap, loss_gap
 from lorakit.lens.static.spectra import AuditedModule
 from lorakit.naming.patterns import compact_pattern
 from lorakit.serving._needs import SERVED_RANKS
@@ -26,7 +27,8 @@ class RankSuggestion:
     `rank`: the one rank of a global policy, otherwise None. `energy_kept`: the share of Σ ‖ΔW‖_F² that the best
     approximations of these ranks keep. `modules_covered`: how many modules keep the requested energy. `served_rank`:
     the largest rank, rounded up to a size that servers offer. `served_parameters`: the parameters if every module's
-    rank is rounded up that way. `scalings`: each module's scaling in the audited adapter.
+    rank is rounded up that way. `scalings`: each module's scaling in the audited adapter. `loss_gaps`: what the cut to
+    these ranks may cost in loss, where a curvature was given: of all modules together, or of each module that has one.
     """
 
     policy: str
@@ -38,6 +40,7 @@ class RankSuggestion:
     served_rank: int
     served_parameters: int
     scalings: dict[str, float]
+    loss_gaps: tuple[LossGap, ...] = ()
 
     @property
     def label(self) -> str:
@@ -121,6 +124,19 @@ def suggestion_of(
     own = {m.module_name: min(ranks[m.module_name], m.rank) for m in modules}
     only = set(own.values())
     return _suggestion(policy, modules, needed, own, only.pop() if len(only) == 1 else None)
+
+
+def with_loss_gaps(
+    suggestion: RankSuggestion, modules: Sequence[AuditedModule], curvature: Sequence[Curvature]
+) -> RankSuggestion:
+    """The suggestion with what its ranks may cost in loss. Updates that are known in part only have no bound."""
+    gaps = []
+    for one in curvature:
+        cut = [module for module in modules if one.of in (None, module.module_name)]
+        if cut and not any(module.low_rank_part_only for module in cut):
+            ranks = [suggestion.ranks[module.module_name] for module in cut]
+            gaps.append(loss_gap(one, [module.singular_values for module in cut], ranks))
+    return replace(suggestion, loss_gaps=tuple(gaps))
 
 
 def within(modules: Sequence[AuditedModule], budget: int | str) -> dict[str, int]:

@@ -15,6 +15,7 @@ from lorakit._checks import check_integer
 from lorakit._distributed.fsdp import is_sharded, unwrapped
 from lorakit.adapters.in_model import find_adapter
 from lorakit.lens._private import is_compiled
+from lorakit.lens.training.basis import Basis, FixedBasis
 from lorakit.lens.training.gradients import GradientProbes, GradientWatch
 from lorakit.lens.training.snapshot import Detail, Snapshot, snapshot
 from lorakit.lens.training.trajectory import (
@@ -53,6 +54,9 @@ class SpectralCallback(TrainerCallback):  # type: ignore[misc]
             effective and stable rank, each also by role (`spectral/cu_query`). "modules": also by module.
         gradients: whether to watch gradients, which κ needs.
         projections: random projections for ‖G‖; see `lorakit.lens.watch_gradients`.
+        basis: fixed subspaces for κ, in the place of those that ΔW has at the step: a report of `gradient_subspaces` or
+            `update_spectra` of `lorakit.experiments.pilot`, or U (d_out, q) and V (d_in, q) with orthonormal columns by
+            module name, for all linear modules of the adapter.
         adapter_name: which adapter to measure. Needed unless exactly one is active.
         seed: seed of the projections.
 
@@ -60,9 +64,10 @@ class SpectralCallback(TrainerCallback):  # type: ignore[misc]
     measurement. Models wrapped in FullyShardedDataParallel (FSDP1) are refused when training begins. Modules that
     torch.compile has compiled have no κ; a warning says so.
 
-    Raises: ValueError for an `every`, `projections` or `log` that is not allowed. When training begins: whatever
-    `lorakit.lens.snapshot` raises, and OSError if the file cannot be written. If writing fails later, training goes on
-    without the file, with a warning.
+    Raises: ValueError for an `every`, `projections` or `log` that is not allowed; TypeError and ValueError for a
+    `basis` that is not orthonormal, or given with ``gradients=False``. When training begins: whatever
+    `lorakit.lens.snapshot` raises, ValueError for a `basis` that does not fit the adapter, and OSError if the file
+    cannot be written. If writing fails later, training goes on without the file, with a warning.
     """
 
     def __init__(
@@ -74,6 +79,7 @@ class SpectralCallback(TrainerCallback):  # type: ignore[misc]
         log: Detail = "summary",
         gradients: bool = True,
         projections: int = 8,
+        basis: Basis | None = None,
         adapter_name: str | None = None,
         seed: int = 0,
     ) -> None:
@@ -84,6 +90,9 @@ class SpectralCallback(TrainerCallback):  # type: ignore[misc]
         self.log = log
         self.gradients, self.seed = gradients, seed
         self.projections = check_integer("projections", projections, least=2)
+        if basis is not None and not gradients:
+            raise ValueError("`basis` is for κ, which needs `gradients=True`; got gradients=False.")
+        self.basis = None if basis is None else FixedBasis(basis)
         self.adapter_name = adapter_name
         self._trainer: Any = None
         self._told = False  # how to reach the loggers
@@ -124,6 +133,8 @@ class SpectralCallback(TrainerCallback):  # type: ignore[misc]
         self._stop_watching()
         model = unwrapped(kwargs["model"])
         _, modules = find_adapter(model, self.adapter_name)
+        if self.basis is not None:
+            self.basis.check(model, modules)
         self._sharded = any(is_sharded(parameter) for module in modules for parameter in module.layer.parameters())
         compiled = is_compiled(model) or getattr(args, "torch_compile", False)
         self._watches = self.gradients and not compiled
@@ -160,6 +171,7 @@ class SpectralCallback(TrainerCallback):  # type: ignore[misc]
                 projections=self.projections,
                 seed=self.seed + state.global_step,
                 adapter_name=self.adapter_name,
+                basis=self.basis,
             )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -167,7 +179,7 @@ class SpectralCallback(TrainerCallback):  # type: ignore[misc]
         if self._probes is not None:
             probes = self._probes
             self._stop_watching()
-            self._watch = GradientWatch(probes.overlaps())
+            self._watch = GradientWatch(probes.overlaps(), None if self.basis is None else self.basis.description)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure if this step is due."""

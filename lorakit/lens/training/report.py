@@ -29,9 +29,10 @@ class TrainingRun:
     """One training, in numbers. None for what its file does not have.
 
     `loss` is the mean of the last tenth of the logged losses, `cu`, `qv_gap`, `kappa` and `kappa_chance` are those of
-    the last measurement. `trends` says of loss, eval_loss, cu and kappa how they were going in the last third of their
-    points: rising or falling where the 95 % interval of the Theil–Sen slope excludes 0, else level; nothing with fewer
-    than four points. `advice` follows from these by stated rules, see `training_report`.
+    the last measurement, and `kappa_basis` says in which given subspaces κ is, None for those of ΔW. `trends` says of
+    loss, eval_loss, cu and kappa how they were going in the last third of their points: rising or falling where the
+    95 % interval of the Theil–Sen slope excludes 0, else level; nothing with fewer than four points. `advice` follows
+    from these by stated rules, see `training_report`.
     """
 
     path: str
@@ -50,6 +51,7 @@ class TrainingRun:
     qv_gap: float | None
     kappa: float | None
     kappa_chance: float | None
+    kappa_basis: str | None
     trends: dict[str, Trend]
     advice: tuple[str, ...]
     cut_off: bool
@@ -84,6 +86,8 @@ class TrainingReport(Report):
             changing = [f"{what} {trend}" for what, trend in run.trends.items() if trend != "level"]
             lines.append(f"{name}at the end: {', '.join(changing) if changing else 'nothing was changing'}")
             lines += [f"{name}{one}" for one in run.advice]
+            if run.kappa_basis is not None:
+                lines.append(f"{name}κ in {run.kappa_basis}")
             if run.cut_off:
                 lines.append(f"{name}the file's last line is cut off: the training was killed while it was written")
         return tuple(lines)
@@ -167,7 +171,8 @@ def training_report(*runs: str | os.PathLike[str] | Trajectory) -> TrainingRepor
     * the loss was falling: train longer; the evaluation loss was rising: stop earlier, or take a lower rank;
     * CU at 0.8 or more: the adapter uses all of its rank, so try twice as much; below 0.4 and not rising: half of it
       holds this update;
-    * κ below twice its chance value: the loss asks for directions that the adapter does not have.
+    * κ below twice its chance value: the loss asks for directions that the adapter does not have; or, with a given
+      `basis`, the gradient has left it.
 
     Args:
         runs: ``spectra.jsonl`` files, directories that hold one (a trainer's output directory), or trajectories.
@@ -228,6 +233,7 @@ def _run(name: str, one: Trajectory) -> TrainingRun:
         qv_gap=last.qv_gap,
         kappa=measured[-1].total.kappa if measured else None,
         kappa_chance=measured[-1].total.kappa_chance if measured else None,
+        kappa_basis=measured[-1].kappa_basis if measured else None,
         trends=trends,
         advice=tuple(_advice(one, trends, evaluations)),
         cut_off=one.cut_off,
@@ -250,9 +256,13 @@ def _advice(one: Trajectory, trends: dict[str, Trend], evaluations: tuple[list[i
         found.append(f"CU is {cu:.2f}: the adapter uses all of its rank; try twice the rank")
     elif cu is not None and cu < _IDLE and trends.get("cu") != "rising":
         found.append(f"CU is {cu:.2f}: half the rank would hold this update; try it, or lorakit compress")
-    measured = [seen.total for seen in one.snapshots if seen.total.kappa is not None]
-    if measured and measured[-1].kappa_chance and (measured[-1].kappa or 0) < _BLIND * measured[-1].kappa_chance:
-        found.append("κ is near chance: the loss asks for directions that the adapter lacks; try more modules or rank")
+    measured = [seen for seen in one.snapshots if seen.total.kappa is not None]
+    if measured and (measured[-1].total.kappa or 0) < _BLIND * (measured[-1].total.kappa_chance or 0):
+        found.append(
+            "κ is near chance: the loss asks for directions that the adapter lacks; try more modules or rank"
+            if measured[-1].kappa_basis is None
+            else "κ is near chance: the gradient has left the given subspaces; repeat the pilot before you rely on it"
+        )
     return found
 
 

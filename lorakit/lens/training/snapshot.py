@@ -39,9 +39,9 @@ class SnapshotModule:
 
     `gradient_norm`: ‖G‖_F of the loss's gradient G with respect to the module's effective weight, in units of the loss
     passed to `backward()`. `kappa`: ‖UᵀGV‖_F / ‖G‖_F, the part of G that lies in the subspaces of ΔW (U and V are its
-    singular vectors), with a standard error. Both norms are estimated by random projections. They are None if gradients
-    were not watched, or if ΔW or G is 0. `kappa_chance`: the root mean square of κ for random subspaces of the same
-    dimensions, √(r_out r_in / (d_out d_in)).
+    singular vectors) or in those that were given, with a standard error. Both norms are estimated by random
+    projections. They are None if gradients were not watched, or if G is 0, or ΔW where its subspaces count.
+    `kappa_chance`: the root mean square of κ for random subspaces of the same dimensions, √(r_out r_in / (d_out d_in)).
     """
 
     module_name: str
@@ -85,6 +85,7 @@ class Snapshot(Report):
 
     `qv_gap` is the mean capacity utilization of the query projections minus that of the value projections; None if
     the adapter lacks either. `unmeasured` names modules without a single pair of factors: grouped convolutions.
+    `kappa_basis` says in which given subspaces κ was measured; None for those of ΔW, and without κ.
     """
 
     step: int | None
@@ -93,6 +94,7 @@ class Snapshot(Report):
     total: SnapshotGroup
     qv_gap: float | None
     unmeasured: tuple[str, ...] = ()
+    kappa_basis: str | None = None
 
     @property
     def headline(self) -> str:
@@ -104,7 +106,8 @@ class Snapshot(Report):
         gap = () if self.qv_gap is None else (f"Q–V gap {self.qv_gap:+.3f}",)
         lines = tuple(f"{group.name} ({group.modules}): {_numbers_of(group)}" for group in self.roles)
         unmeasured = (f"not measured: {len(self.unmeasured)} modules",) if self.unmeasured else ()
-        return (*gap, *lines, *unmeasured)
+        basis = () if self.kappa_basis is None else (f"κ in {self.kappa_basis}",)
+        return (*gap, *basis, *lines, *unmeasured)
 
     def role(self, name: str) -> SnapshotGroup | None:
         """The group of one role; None if the adapter has no such module."""
@@ -152,6 +155,7 @@ class Snapshot(Report):
                 total=SnapshotGroup(**plain["total"]),
                 qv_gap=plain["qv_gap"],
                 unmeasured=tuple(plain["unmeasured"]),
+                kappa_basis=plain.get("kappa_basis"),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"This is not a snapshot of an adapter: {error!r}.") from None
@@ -245,7 +249,9 @@ def snapshot(
     utilization = {group.name: group.capacity_utilization for group in roles}
     query, value = utilization.get("query"), utilization.get("value")
     gap = None if query is None or value is None else query - value
-    return Snapshot(step, rows, roles, _group("all", rows, gradients), gap, tuple(unmeasured))
+    total = _group("all", rows, gradients)
+    basis = None if gradients is None or total.kappa is None else gradients.basis
+    return Snapshot(step, rows, roles, total, gap, tuple(unmeasured), basis)
 
 
 def _columns(batch: Sequence[Factors]) -> tuple[list[str], Tensor]:
@@ -292,14 +298,8 @@ def _row(one: Factors, numbers: tuple[float, ...], gradients: GradientWatch | No
         gradient_norm=None if seen is None else seen.gradient_norm,
         kappa=None if seen is None else seen.kappa,
         kappa_stderr=None if seen is None else seen.kappa_stderr,
-        kappa_chance=None if seen is None or seen.kappa is None else _chance(one),
+        kappa_chance=None if seen is None else seen.kappa_chance,
     )
-
-
-def _chance(one: Factors) -> float:
-    """√(E‖UᵀGV‖² / ‖G‖²) for a fixed G and random U (d_out, r) and V (d_in, r)."""
-    d_out, d_in = one.B.shape[0], one.A.shape[1]
-    return math.sqrt(min(one.rank, d_out) * min(one.rank, d_in) / (d_out * d_in))
 
 
 def _group(name: str, rows: Sequence[SnapshotModule], gradients: GradientWatch | None) -> SnapshotGroup:

@@ -105,7 +105,12 @@ class Trajectory(Report):
             values = [found[metric] for one in self.snapshots if metric in (found := one.metrics())]
             if values:
                 lines.append(f"{label}: {number(values[0])} at first, {number(values[-1])} at last")
-        return tuple(lines)
+        return (*lines, *(f"κ in {basis}" for basis in self.kappa_bases if basis is not None))
+
+    @property
+    def kappa_bases(self) -> tuple[str | None, ...]:
+        """In which subspaces κ was measured, as `Snapshot.kappa_basis`: each once, in order of appearance."""
+        return tuple(dict.fromkeys(one.kappa_basis for one in self.snapshots if one.total.kappa is not None))
 
     @property
     def next_steps(self) -> tuple[str, ...]:
@@ -193,7 +198,9 @@ class Trajectory(Report):
             chance = [math.nan if group.kappa_chance is None else group.kappa_chance for _, group in seen]
             axes.plot(steps, chance, ":", lw=1, color=f"C{i}")
         axes.plot([], [], ":", lw=1, color="k", label="chance, by role")
-        axes.set(ylabel="κ = ‖UᵀGV‖ / ‖G‖", title="Gradient in the adapter's subspaces")
+        only = self.kappa_bases[0] if len(self.kappa_bases) == 1 else "different"
+        whose = {None: "the adapter's", "different": "different"}.get(only, "given")
+        axes.set(ylabel="κ = ‖UᵀGV‖ / ‖G‖", title=f"Gradient in {whose} subspaces")
         axes.set_ylim(bottom=0)
         axes.legend(fontsize=8)
 
