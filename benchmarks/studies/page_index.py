@@ -115,14 +115,14 @@ def _merges() -> list[Claim]:
     ]
 
 
-def build(claims: list[Claim]) -> None:
-    """Write the page."""
+def build(claims: list[Claim], left: list[str]) -> None:
+    """Write the page; `left` says what has not been run."""
     rows = [
         (one.claim, one.paper, one.ours, one.verdict, one.documents, one.seeds, one.link)
         for one in [*claims, *earlier()]
     ]
-    print(pages.table(("claim", "in the paper", "here", "verdict", "documents", "seeds", "page"), rows))
-
-
-if __name__ == "__main__":
-    build([])
+    text = pages.template("index")
+    text = text.replace(
+        "<table>", pages.table(("claim", "in the paper", "here", "verdict", "documents", "seeds", "page"), rows)
+    )
+    pages.save("index", text.replace("<open>", "\n".join(f"* {line}" for line in left)))

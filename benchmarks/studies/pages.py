@@ -1,6 +1,6 @@
 """The pages of the studies, docs/studies/*.md, from the records alone.
 
-    python benchmarks/studies/pages.py
+    python benchmarks/studies/write.py
 
 Verdicts are in words. That A is better than B is "held" if the lower bound of A − B is above 0, "not held" if the upper
 bound is below 0, and else "not decided". That A is as good as B at a margin is "held", "not held" or "not decided",
@@ -22,6 +22,7 @@ from lorakit.statistics import Interval, paired_interval, seeds_interval, verdic
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parents[1] / "docs" / "studies"
+Row = dict[str, Any]
 WORDS = {"PASS": "held", "FAIL": "not held", "INCONCLUSIVE": "not decided"}
 
 
@@ -84,6 +85,11 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A table in Markdown."""
     lines = [list(headings), ["---"] * len(headings), *(list(map(str, row)) for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def template(name: str) -> str:
+    """A page's text, without its tables."""
+    return (HERE / "texts" / f"{name}.md").read_text(encoding="utf-8")
 
 
 def save(name: str, text: str) -> None:

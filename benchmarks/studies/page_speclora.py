@@ -1,0 +1,140 @@
+"""docs/studies/speclora.md, from the reports of `lorakit bench` on the recipes of the SpecLoRA study."""
+
+from __future__ import annotations
+
+import functools
+
+import pages
+from pages import Claim, Row
+
+from lorakit.evaluation._scores import interval_of
+from lorakit.experiments import MethodsReport, read_methods
+from lorakit.statistics import Interval
+
+REPORTS = {"cola": "speclora_cola_minilm", "rte": "speclora_rte_minilm"}
+# What the papers' tables say of DeBERTaV3-base on CoLA, in points of Matthews' correlation.
+PAIRS: tuple[tuple[str, str, str, str], ...] = (
+    ("SpecLoRA is better than LoRA", "SpecLoRA", "LoRA", "+1.91"),
+    ("and not because it has more parameters", "SpecLoRA", "LoRA, equal parameters", "–"),
+    ("the top block is better than the bottom block", "SpecLoRA", "hadamard_bottom", "+0.46"),
+    ("the bottom block too is better than LoRA", "hadamard_bottom", "LoRA", "+1.45"),
+    ("SpecLoRA is better than DoRA", "SpecLoRA", "DoRA", "+1.73"),
+    ("rescaling a block does what rescaling singular directions does", "SpecLoRA", "svd", "–"),
+    ("of the singular directions the top ones are better", "svd", "svd_bottom", "–"),
+    ("ks from a probe are better than one k", "k from a probe", "SpecLoRA", "left open"),
+    ("it matters which module has which k", "k from a probe", "shuffled k", "left open"),
+)
+
+
+def difference(report: MethodsReport, task: str, candidate: str, reference: str) -> Interval:
+    """candidate − reference on a task, over seeds and documents."""
+    scores = report.scores
+    return interval_of(
+        scores.methods[reference][task],
+        scores.methods[candidate][task],
+        report.alpha,
+        metric=scores.metrics[task],
+        labels=scores.labels[task],
+    )
+
+
+def build() -> list[Claim]:
+    """Write the page; the rows of the index."""
+    found = {
+        name: read_methods(pages.HERE / "records" / "speclora" / f"{file}.json")
+        for name, file in REPORTS.items()
+        if (pages.HERE / "records" / "speclora" / f"{file}.json").exists()
+    }
+    if "cola" not in found:
+        return []
+    claims, sections = [], []
+    for name, report in found.items():
+        report.verify()
+        rows = comparisons(report)
+        pages.forest(
+            pages.DOCS / "speclora" / f"{name}.png",
+            [(f"{row['candidate']} − {row['reference']}", row["loss"]) for row in rows],
+            "difference of minus the held-out loss, nats a document",
+        )
+        sections.append(section(name, report, rows))
+        claims += [claim(name, report, row) for row in rows]
+    pages.save("speclora", pages.template("speclora").replace("<sections>", "\n\n".join(sections)))
+    return claims
+
+
+def comparisons(report: MethodsReport) -> list[Row]:
+    """Each pair of methods that is there, on the first task and on the loss."""
+    first, loss = (task.name for task in report.methods[0].tasks)
+    between = functools.partial(difference, report)
+    names = {method.name for method in report.methods}
+    return [
+        {
+            "claim": claim,
+            "candidate": candidate,
+            "reference": reference,
+            "paper": paper,
+            "score": between(first, candidate, reference),
+            "loss": between(loss, candidate, reference),
+        }
+        for claim, candidate, reference, paper in PAIRS
+        if {candidate, reference} <= names
+    ]
+
+
+def section(name: str, report: MethodsReport, rows: list[Row]) -> str:
+    """The tables of one data set."""
+    metric = {"cola": "Matthews' correlation", "rte": "accuracy"}[name]
+    methods = pages.table(
+        ("method", "parameters", "learning rate", f"{metric} × 100", "by seed", "held-out loss"),
+        [
+            (
+                method.name,
+                f"{method.parameters:,}",
+                f"{method.learning_rate:g}" + (" (edge)" if method.at_edge else ""),
+                f"{100 * method.tasks[0].mean:.1f}",
+                ", ".join(f"{100 * value:.1f}" for value in method.tasks[0].seed_means),
+                f"{-method.tasks[1].mean:.4f}",
+            )
+            for method in report.methods
+        ],
+    )
+    pairs = pages.table(
+        ("claim", "in the paper", f"{metric} × 100", "minus the loss", "verdict by score", "by loss"),
+        [
+            (
+                row["claim"],
+                row["paper"],
+                pages.shown(row["score"], 100),
+                pages.shown(row["loss"]),
+                pages.better(row["score"]),
+                pages.better(row["loss"]),
+            )
+            for row in rows
+        ],
+    )
+    documents = report.methods[0].tasks[0].documents
+    return (
+        f"## {name.upper() if name == 'rte' else 'CoLA'}\n\n{methods}\n\n{documents} test documents, seeds "
+        f"{', '.join(map(str, report.seeds))}, {report.data['steps']} steps on {report.data['documents']} documents; "
+        f"learning rates by the loss on {report.data['validation']} others, with seed {report.seeds[0]}. Head "
+        f"parameters, the same for all, are not counted.\n\n{pairs}\n\n![Differences](speclora/{name}.png)"
+    )
+
+
+def claim(name: str, report: MethodsReport, row: Row) -> Claim:
+    """A row of the index."""
+    metric = {"cola": "Matthews' correlation × 100", "rte": "points of accuracy"}[name]
+    return Claim(
+        claim=f"{row['claim']} ({'CoLA' if name == 'cola' else 'RTE'})",
+        paper=row["paper"] if name == "cola" else "–",
+        ours=f"{pages.shown(row['score'], 100)} ({metric}); −loss {pages.shown(row['loss'])}",
+        verdict=both(pages.better(row["score"]), pages.better(row["loss"])),
+        documents=str(report.methods[0].tasks[0].documents),
+        seeds=str(len(report.seeds)),
+        link="[SpecLoRA](speclora.md)",
+    )
+
+
+def both(score: str, loss: str) -> str:
+    """A verdict by score, and by loss where that says something else."""
+    return score if score == loss else f"{score} by score, {loss} by loss"
