@@ -23,7 +23,11 @@ def advice_of(
     patterns: Mapping[str, Pattern | None],
     gains: MarginalGains | None,
 ) -> tuple[Advice, ...]:
-    """The four steps. Each is called for only if what comes before it is exhausted."""
+    """The four steps. All but the first are called for if a set still gains at the largest rank of the sweep.
+
+    That is what the reference calls a persistent truncation error. Each is called for only where what comes before it
+    is done or does not help.
+    """
     helped = (
         []
         if gains is None
@@ -36,19 +40,19 @@ def advice_of(
         first = "not measured" if gains is None else "no group's gain has a lower bound above 0"
     others = untargeted(model, modules)
     shapes = ", ".join(f"{name} {pattern or 'without a pattern'}" for name, pattern in patterns.items()) or "no sweep"
-    exhausted = bool(patterns) and all(pattern == "saturating" for pattern in patterns.values()) and not helped
+    more = "gradual" in patterns.values() and not helped
     trained = template.bias != "none"
     return (
         Advice("more rank in bottleneck groups", bool(helped), first),
-        Advice("more modules", exhausted and others > 0, f"sweeps: {shapes}; {others} linear modules have no adapter"),
+        Advice("more modules", more and others > 0, f"sweeps: {shapes}; {others} linear modules have no adapter"),
         Advice(
             "train biases and norms",
-            exhausted and not others and not trained,
+            more and not others and not trained,
             f"sweeps: {shapes}; {others} linear modules have no adapter; bias={template.bias!r}",
         ),
         Advice(
             "full fine-tuning",
-            exhausted and not others and trained,
+            more and not others and trained,
             f"sweeps: {shapes}; called for only when the steps before it are done",
         ),
     )

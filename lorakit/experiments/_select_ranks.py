@@ -265,7 +265,8 @@ class _Selection:
         if any(against[name].upper < 0 for name in within):
             return "worse"
         kept = all(one.lower > -self._margin(name) for name, one in against.items())
-        better = any(against[n].lower > 0 and gain(ours, shuffled, n, self.alpha).lower > 0 for n in within)
+        each = self.alpha / len(within)  # Bonferroni: one set of several is enough
+        better = any(min(gain(ours, other, n, each).lower for other in (uniform, shuffled)) > 0 for n in within)
         return "confirmed" if kept and better else "not confirmed"
 
     def _sweep(self, arms: dict[str, Arm]) -> tuple[ComparedArm, ...]:

@@ -68,10 +68,11 @@ class RankSelection(Report):
     `verdict` is about the uniform rank: PASS if the smallest rank within the tolerance fits the budget, FAIL if every
     rank that fits is worse than the best by more than the tolerance on some set, else INCONCLUSIVE, as always in the
     cheap mode. `redistribution` is "confirmed" if the redistributed ranks are better than uniform and shuffled ones on
-    an in-domain set (lower bounds above 0), and within the tolerance of uniform on every set; only then are they
-    `ranks`. `patterns` are of each set's sweep, where differences up to the tolerance do not matter: unstable if a
-    larger rank is worse than a smaller one by more than that and 2 standard errors, saturating if the last step adds at
-    most that or a tenth of the whole improvement, else gradual. `not_checked` says what was left out.
+    an in-domain set (lower bounds above 0, each at alpha over the number of these sets), and within the tolerance of
+    uniform on every set; only then are they `ranks`. `patterns` are of each set's sweep, where differences up to the
+    tolerance do not matter: unstable if a larger rank is worse than a smaller one by more than that and 2 standard
+    errors, saturating if the last step adds at most that or a tenth of the whole improvement, else gradual.
+    `not_checked` says what was left out.
     """
 
     verdict: Verdict

@@ -24,6 +24,7 @@ from lorakit.allocation.redistribution import (
 from lorakit.errors import AllocationError, EvaluationError, PlanError, TrialError
 from lorakit.experiments import _select_plan
 from lorakit.experiments._patterns import pattern_of
+from lorakit.experiments._select_advice import advice_of
 
 WIDTH, NEEDED = 16, 6
 
@@ -377,3 +378,20 @@ def test_other_processes_find_the_same(tiny_llama, data, tmp_path):
     changed = evaluation.loss([{"input_ids": ids + 0, "labels": ids.flip(0)}], name="held-out")
     with pytest.raises(PlanError, match="other settings: tasks.held-out"):
         experiments.select_ranks(tiny_llama(), template, data, tasks=changed, **settings, records=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "targets", "bias", "called"),
+    [
+        ("gradual", ["q_proj"], "none", "more modules"),
+        ("gradual", ["q_proj", "v_proj"], "none", "train biases and norms"),
+        ("gradual", ["q_proj", "v_proj"], "lora_only", "full fine-tuning"),
+        ("saturating", ["q_proj"], "none", None),
+        ("unstable", ["q_proj"], "none", None),
+    ],
+)
+def test_what_escalates_is_a_sweep_that_still_gains(pattern, targets, bias, called):
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(8, 8) for name in ("q_proj", "v_proj")})
+    template = LoraConfig(target_modules=targets, bias=bias)
+    found = advice_of(model, template, targets, {"held-out": "saturating", "shifted": pattern}, None)
+    assert [one.step for one in found if one.called_for] == ([] if called is None else [called])
