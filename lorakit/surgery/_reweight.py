@@ -121,19 +121,32 @@ def plan_edit(
     measured: Measured, policy: Policy, aggregate: Aggregate, energy: str, generator: torch.Generator
 ) -> Plan:
     """For each module what the edit will do, and its factors before and after; nothing is written yet."""
-
-    def propose(item: Decomposed, g: Tensor) -> Tensor:
-        sigma = item.S.detach().double().cpu()
-        return _checked(policy(sigma.clone(), g.clone(), generator=generator), sigma, item.module.name)
-
-    return plan_of(measured, propose, aggregate, energy)
+    return _with_factors(measured, policy_rows(measured, policy, aggregate, energy, generator))
 
 
 def plan_of(
     measured: Measured, propose: Callable[[Decomposed, Tensor], Tensor], aggregate: Aggregate, energy: str
 ) -> Plan:
     """`plan_edit` with the new singular values (m,) of a module that `propose` gives for its sensitivities (m,)."""
-    plan = []
+    return _with_factors(measured, _rows(measured, propose, aggregate, energy))
+
+
+def policy_rows(
+    measured: Measured, policy: Policy, aggregate: Aggregate, energy: str, generator: torch.Generator
+) -> list[EditedRow]:
+    """What `plan_edit` will do to each module, without the factors."""
+
+    def propose(item: Decomposed, g: Tensor) -> Tensor:
+        sigma = item.S.detach().double().cpu()
+        return _checked(policy(sigma.clone(), g.clone(), generator=generator), sigma, item.module.name)
+
+    return _rows(measured, propose, aggregate, energy)
+
+
+def _rows(
+    measured: Measured, propose: Callable[[Decomposed, Tensor], Tensor], aggregate: Aggregate, energy: str
+) -> list[EditedRow]:
+    rows = []
     for item, per_example in zip(measured.modules, measured.per_example, strict=True):
         g = aggregate_examples(per_example, aggregate)
         sigma = item.S.detach().double().cpu()
@@ -152,7 +165,17 @@ def plan_of(
             energy_scale=float(edited.sum()) / total if total > 0 else 1.0,
             edited_singular_values=edited.tolist(),
         )
+        rows.append(row)
+    return rows
+
+
+def _with_factors(measured: Measured, rows: Sequence[EditedRow]) -> Plan:
+    plan = []
+    for item, row in zip(measured.modules, rows, strict=True):
         before = factors_of(item.module)
+        sigma, edited = (
+            torch.tensor(values, dtype=torch.float64) for values in (row.singular_values, row.edited_singular_values)
+        )
         plan.append((row, Backup(item.module, before, _new_factors(item, edited, sigma, before))))
     return plan
 

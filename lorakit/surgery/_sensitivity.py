@@ -18,7 +18,7 @@ from torch import Tensor
 from lorakit._checks import check_integer
 from lorakit._distributed.fsdp import unwrapped
 from lorakit._signals import all_of
-from lorakit.adapters.in_model import resolve_adapter_name
+from lorakit.adapters.in_model import LiveModule, resolve_adapter_name
 from lorakit.calibration.losses import LossFn
 from lorakit.calibration.run import collect
 from lorakit.calibration.state import activated, base_model_of, check_can_differentiate, no_inference_mode
@@ -61,15 +61,7 @@ def measure(
     selected = select_modules(adapter, adapter_name, target_modules)
     check_layers(adapter, adapter_name, selected)
     loader = examples_for(adapter, loader, tokenizer, num_examples=num_examples, progress=progress)
-    decomposed = [decompose(module) for module in selected]
-    zero = [item.module.name for item in decomposed if item.module.scaling == 0 or not item.S.any()]
-    decomposed = [item for item in decomposed if item.module.name not in zero]
-    if not decomposed:
-        warnings.warn(
-            f"The updates of all {len(zero)} selected modules are zero, as those of an untrained adapter are (B = 0): "
-            f"there are no singular components to weigh.",
-            stacklevel=4,
-        )
+    decomposed, zero = _decomposed(selected)
     with activated(adapter, adapter_name), all_of(map(probed, decomposed)) as probes:
         collected = collect(
             adapter,
@@ -80,6 +72,36 @@ def measure(
             progress=progress,
             description="sensitivity",
         )
+    return _measured(adapter, adapter_name, (decomposed, zero), collected)
+
+
+def measured_before(
+    adapter: PeftModel, adapter_name: str, target_modules: Sequence[str], collected: Collected
+) -> Measured:
+    """What `measure` returned when its pass found `collected` on the same adapter and modules."""
+    selected = select_modules(adapter, adapter_name, target_modules)
+    check_layers(adapter, adapter_name, selected)
+    return _measured(adapter, adapter_name, _decomposed(selected), collected)
+
+
+def _decomposed(selected: Sequence[LiveModule]) -> tuple[list[Decomposed], list[str]]:
+    """The modules that have an update, decomposed, and the names of those that have none."""
+    decomposed = [decompose(module) for module in selected]
+    zero = [item.module.name for item in decomposed if item.module.scaling == 0 or not item.S.any()]
+    decomposed = [item for item in decomposed if item.module.name not in zero]
+    if not decomposed:
+        warnings.warn(
+            f"The updates of all {len(zero)} selected modules are zero, as those of an untrained adapter are (B = 0): "
+            f"there are no singular components to weigh.",
+            stacklevel=5,
+        )
+    return decomposed, zero
+
+
+def _measured(
+    adapter: PeftModel, adapter_name: str, modules: tuple[list[Decomposed], list[str]], collected: Collected
+) -> Measured:
+    decomposed, zero = modules
     matters = [bool(statistic.any()) for statistic in collected.statistics]
     base = base_model_of(adapter)
     return Measured(
