@@ -25,7 +25,6 @@ from lorakit.calibration.state import base_model_of, preserved_rng
 from lorakit.errors import EvaluationError, SurgeryError
 from lorakit.evaluation import CertifiedTask, Scores, Task, loss
 from lorakit.evaluation._certified_task import evidence_of
-from lorakit.evaluation.comparison import Question
 from lorakit.spectral._intruders import intruder_vectors
 from lorakit.surgery._edit import Backup, SurgeryReport, exchange, factors_of
 from lorakit.surgery._report import EditedRow
@@ -74,25 +73,17 @@ class RestoreSettings:
         return sorted({float(scale) for scale in self.scales}, reverse=True)
 
 
-def restore(
-    adapter: PeftModel,
-    adapter_name: str,
-    question: Question,
-    tokenizer: Any,
-    settings: RestoreSettings,
-    *,
-    progress: bool,
-) -> RestoreReport:
+def restore(scoring: Scoring, settings: RestoreSettings, *, progress: bool) -> RestoreReport:
     """Shrink intruder directions as far as the task allows; see ``lorakit.surgery.refine(objective="restore")``."""
     given = settings.base_text
     text: Task = given if hasattr(given, "fingerprint") else loss(given, name="base text")
-    if text.name in question.margins:
+    if text.name in scoring.question.margins:
         raise EvaluationError(f"`base_text` must have a name of its own; got {text.name!r}.")
-    modules = _intruded(adapter, adapter_name, settings)
-    frontier = _Frontier(Scoring(adapter, adapter_name, question, tokenizer), modules, text, settings.ladder)
+    modules = _intruded(scoring.adapter, scoring.adapter_name, settings)
+    frontier = _Frontier(scoring, modules, text, settings.ladder)
     if not modules:
         return frontier.report((), "the tuned weights have no intruder direction in the selected modules", None)
-    with preserved_rng(adapter):
+    with preserved_rng(scoring.adapter):
         points = frontier.points(progress=progress)
     return frontier.decided(points)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
@@ -13,14 +14,15 @@ from peft import PeftModel
 from torch import Tensor
 
 from lorakit._checks import check_seed
-from lorakit._distributed.fsdp import unwrapped
 from lorakit._distributed.shards import from_first
 from lorakit._version import __version__
 from lorakit.calibration.losses import LossFn
 from lorakit.calibration.state import no_inference_mode, preserved_rng
 from lorakit.errors import SurgeryError
+from lorakit.evaluation import LoadOptions
 from lorakit.spectral import LowRank
 from lorakit.surgery._edit import Backup, SurgeryReport, exchange, factors_of
+from lorakit.surgery._live import live
 from lorakit.surgery._policies import ENERGIES, Aggregate, Policy, preserve, resolve_policy
 from lorakit.surgery._report import EditedRow
 from lorakit.surgery._sensitivity import Measured, aggregate_examples, check_aggregate, measure
@@ -29,7 +31,7 @@ from lorakit.surgery._singular_value_probe import Decomposed
 
 @no_inference_mode()
 def reweight(
-    adapter: PeftModel,
+    adapter: PeftModel | str | os.PathLike[str],
     loader: Any,
     *,
     policy: str | Policy = "smooth_abs",
@@ -40,6 +42,8 @@ def reweight(
     loss_fn: LossFn | None = None,
     adapter_name: str | None = None,
     tokenizer: Any = None,
+    base: str | os.PathLike[str] | None = None,
+    options: LoadOptions | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> SurgeryReport:
@@ -51,7 +55,8 @@ def reweight(
     adapter's type does not change.
 
     Args:
-        adapter, loader, target_modules, num_examples, loss_fn, adapter_name, tokenizer, progress: see `sensitivity`.
+        adapter, loader, target_modules, num_examples, loss_fn, adapter_name, tokenizer, base, options, progress: see
+            `sensitivity`. An adapter on disk is edited in memory; the report's `save` writes it.
         policy: a name (abs_select, smooth_abs, random_index, grad_direction, double_smooth, z_score, robust_z) or a
             policy object, such as ``AbsSelect(core_frac=0.3)``.
         aggregate: None is what the policy needs: ``mean`` (signed) for grad_direction, ``mean_abs`` for the others.
@@ -85,22 +90,22 @@ def reweight(
     if energy not in ENERGIES:
         raise ValueError(f"`preserve_energy` must be one of {', '.join(ENERGIES)}; got {preserve_energy!r}.")
     seed = check_seed("seed", seed)
-    adapter = unwrapped(adapter)
+    given = live(adapter, base, options, tokenizer)
     measured = measure(
-        adapter,
+        given.model,
         loader,
         target_modules=target_modules,
         num_examples=num_examples,
         loss_fn=loss_fn,
         adapter_name=adapter_name,
         progress=progress,
-        tokenizer=tokenizer,
+        tokenizer=given.tokenizer_of(loader),
     )
     edit_id = from_first(uuid.uuid4().hex, loader)
-    with preserved_rng(adapter):  # a policy may draw from other generators than its own
+    with preserved_rng(given.model):  # a policy may draw from other generators than its own
         plan = plan_edit(measured, chosen, aggregate, energy, torch.Generator().manual_seed(seed))
         report = edit_report(
-            adapter,
+            given.model,
             measured,
             plan,
             aggregate=aggregate,
@@ -109,6 +114,7 @@ def reweight(
             policy_parameters=_parameters(chosen),
             preserve_energy=energy,
             seed=seed,
+            _source=given.source,
         )
         exchange([backup for _, backup in plan])
     return report

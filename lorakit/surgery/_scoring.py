@@ -38,6 +38,7 @@ class Scoring:
     adapter_name: str
     question: Question
     tokenizer: Any
+    source: str | None = None  # where the adapter was loaded from
     seconds: dict[str, float] = field(default_factory=dict)  # of the last time that a task was scored, by its name
     spent: float = 0.0
 

@@ -7,6 +7,7 @@ for all examples of a batch: one copy of σ per example is all that takes a grad
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from peft import PeftModel
 from torch import Tensor
 
 from lorakit._checks import check_integer
-from lorakit._distributed.fsdp import unwrapped
 from lorakit._signals import all_of
 from lorakit.adapters.in_model import LiveModule, resolve_adapter_name
 from lorakit.calibration.losses import LossFn
@@ -24,6 +24,8 @@ from lorakit.calibration.run import collect
 from lorakit.calibration.state import activated, base_model_of, check_can_differentiate, no_inference_mode
 from lorakit.calibration.tally import Collected
 from lorakit.data._loader import examples_for
+from lorakit.evaluation import LoadOptions
+from lorakit.surgery._live import live
 from lorakit.surgery._policies import AGGREGATES, Aggregate
 from lorakit.surgery._report import SensitivityReport, SensitivityRow
 from lorakit.surgery._select import check_layers, select_modules
@@ -117,7 +119,7 @@ def _measured(
 
 @no_inference_mode()
 def sensitivity(
-    adapter: PeftModel,
+    adapter: PeftModel | str | os.PathLike[str],
     loader: Any,
     *,
     target_modules: str | Sequence[str] | None = None,
@@ -126,12 +128,15 @@ def sensitivity(
     loss_fn: LossFn | None = None,
     adapter_name: str | None = None,
     tokenizer: Any = None,
+    base: str | os.PathLike[str] | None = None,
+    options: LoadOptions | None = None,
     progress: bool = True,
 ) -> SensitivityReport:
     """Measure ∂ℓ/∂σ_k of every singular component of an adapter's update; the model does not change.
 
     Args:
-        adapter: a PeftModel with a LORA, FISHERLORA or SPECLORA adapter (the low-rank part of SPECLORA).
+        adapter: a PeftModel with a LORA, FISHERLORA or SPECLORA adapter (the low-rank part of SPECLORA), or with `base`
+            the directory or Hub id of such an adapter.
         loader: yields mappings for ``model(**batch)`` with labels, or anything that `loss_fn` takes; or a path, a
             dataset id or a `datasets.Dataset`, which is read as `lorakit.data.loader` does by default.
         target_modules: names, matched as PEFT matches its own `target_modules`: a list of names or name endings, a
@@ -142,7 +147,8 @@ def sensitivity(
         loss_fn: ``loss_fn(model, batch)`` returns the loss of each example, (n,).
         adapter_name: which adapter; required unless exactly one is active.
         tokenizer: with a path, dataset id or Dataset: a tokenizer, or the path of the adapter beside which it lies.
-            None: the one that the base model was saved with.
+            None: the one beside an adapter on disk, or else the one that the base model was saved with.
+        base, options: for an adapter on disk, the path or Hub id of its base model, and how that is loaded.
         progress: show a progress bar on stderr.
 
     Each example's sensitivities belong to its own mean loss, whatever the batch size, order and padding. For several
@@ -165,15 +171,16 @@ def sensitivity(
         [('0', 2)]
     """
     check_aggregate(aggregate)
+    given = live(adapter, base, options, tokenizer)
     measured = measure(
-        unwrapped(adapter),
+        given.model,
         loader,
         target_modules=target_modules,
         num_examples=num_examples,
         loss_fn=loss_fn,
         adapter_name=adapter_name,
         progress=progress,
-        tokenizer=tokenizer,
+        tokenizer=given.tokenizer_of(loader),
     )
     rows = [
         SensitivityRow(

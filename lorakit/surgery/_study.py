@@ -125,7 +125,7 @@ def study(
         raise ValueError("`module_sets` must not be empty.")
     batches = batches_of(given.model, loader, given.tokenizer, num_examples=counts[-1], progress=progress)
     documents = hashes_of(batches)
-    scoring = Scoring(given.model, name, unused(question, documents), given.tokenizer)
+    scoring = Scoring(given.model, name, unused(question, documents), given.task_tokenizer)
     common = {} if records is None else _identity(scoring, documents)
     measured = _measured(
         scoring, batches, counts[-1], sorted(set().union(*chosen.values())), loss_fn, records, common, progress=progress
