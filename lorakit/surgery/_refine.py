@@ -122,7 +122,9 @@ def refine(
             by each of `scales`, and reports the frontier of the task against `base_text` (a loss task, or a source or
             batches of text that the base model is good at). From mild to strong, for as long as task and guards are
             non-inferior, the scale with the largest lower bound of the gain on base text is kept, if that bound is
-            above 0 at alpha / len(scales). `loader`, policies and controls are not used: pass None.
+            above 0 at alpha / len(scales) and p is at most `alpha`: each control shrinks, by the same scales, as many
+            components of each module's update, drawn from those that carry the intruders least, and its largest bound
+            counts. `loader` and policies are not used: pass None.
         top_k, intruder_below: as in `lorakit.lens.compare_weights`.
     Returns: a `RefineReport`, or for "restore" a `RestoreReport`; both have `kept`, `reasons`, `undo()` and
         `save(directory)`.
@@ -137,8 +139,7 @@ def refine(
     energy = _checked_energy(preserve_energy)
     check_integer("num_selection", num_selection)
     _check_objective(objective)
-    if objective == "improve":
-        _check_controls(controls, alpha)
+    _check_controls(controls, alpha)
     candidates = _candidates(policies, strengths)
     seed = check_seed("seed", seed)
     asked: dict[str, Any] = {"groups": groups, "limit": limit, "used_documents": used_documents, "progress": False}
@@ -148,7 +149,7 @@ def refine(
     given = live(adapter, base, options, tokenizer)
     if objective == "restore":
         kinds: dict[str, Any] = {"target_modules": target_modules, "top_k": top_k, "intruder_below": intruder_below}
-        how = RestoreSettings(base_text=base_text, scales=scales, **kinds)
+        how = RestoreSettings(base_text=base_text, scales=scales, controls=controls, seed=seed, **kinds)
         name = resolve_adapter_name(given.model, adapter_name)
         return restore(Scoring(given.model, name, question, given.task_tokenizer, given.source), how, progress=progress)
     counts = {"num_examples": num_examples, "num_selection": num_selection}
