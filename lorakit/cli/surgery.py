@@ -143,6 +143,10 @@ def surgery(
     plots: PlotsDirectory = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
 ) -> None:
-    """Reweight the singular values of an adapter's updates by what calibration data says of them."""
+    """Reweight the singular values of an adapter's updates by what calibration data says of them.
+
+    With --refine, the exit code is 0 where an edit is kept, 1 where it makes something worse, and 3 where that cannot
+    be told.
+    """
     given = SimpleNamespace(**{name: value for name, value in locals().items() if name != "context"})
     run(given, mode_of(context, given))

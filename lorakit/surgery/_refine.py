@@ -114,7 +114,11 @@ def refine(
         task: what to be better on: as in `lorakit.evaluation.certify`.
         guards, margin: tasks that must not be worse by more than their own margin or, where they have none, `margin`,
             in the units of their scores.
-        policies: names or policy objects; strengths: positive powers; preserve_energy: see `reweight`.
+        policies: names or policy objects. By default the paper's: smooth_abs, its default and of least risk;
+            abs_select, the same by hard selection; and grad_direction, the only one that uses the sign, with the
+            largest gains and the largest harm. The other names are variants of these, and each candidate more costs
+            scorings and makes the best of the selection more a matter of luck.
+        strengths: positive powers; preserve_energy: see `reweight`.
         controls: how many; p ≤ 0.05 takes at least 19.
         limit, groups, used_documents: as in `lorakit.evaluation.certify`.
         seed: of policies and controls.
