@@ -102,7 +102,7 @@ def study(
             an interruption the same call goes on. A call with more policies, seeds, module sets, energies, guards or
             controls scores only what is new. What `loss_fn` and `function` tasks compute cannot be seen: take another
             directory where they change.
-    Returns: a report with one row an edit; `plot()` shows gain against the loss on each guard.
+    Returns: a report with one row an edit; `plot()` shows gain against the drop on each guard.
     Raises: as `reweight` and `lorakit.evaluation.evaluate`; EvaluationError where calibration documents are scored;
         PlanError for records of another adapter, base model, task or calibration examples.
         Whatever is raised, and at the end, the adapter is bit for bit as it was.

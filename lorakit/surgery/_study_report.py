@@ -123,7 +123,7 @@ class StudyReport(Report):
         return data
 
     def plot(self) -> Figure:
-        """Reward against risk: the gain on the task against the loss on each guard, a panel a guard.
+        """Reward against risk: the gain on the task against the drop on each guard, a panel a guard.
 
         Controls are gray; a color is a policy, and a marker a set of modules. Without guards, each policy's gains in a
         column of its own.
@@ -147,8 +147,8 @@ class StudyReport(Report):
                 axes.set_xticks([])
             else:
                 axes.axvline(0, color="gray", linewidth=0.8)
-            xlabel = "policies (no guards were given)" if guard is None else f"loss on {guard}"
-            axes.set(xlabel=escape_mathtext(xlabel), ylabel=escape_mathtext(f"gain on {self.task}"))
+            xlabel = "policies (no guards were given)" if guard is None else f"risk: drop on {guard}"
+            axes.set(xlabel=escape_mathtext(xlabel), ylabel=escape_mathtext(f"reward: gain on {self.task}"))
         axes.legend(fontsize="small")
         return figure
 

@@ -228,13 +228,13 @@ def test_the_figure_has_a_panel_for_each_guard(model):
     (own, _), (a, _), (b, _) = counted(7, "own"), counted(8, "a"), counted(9, "b")
     report = run(model, task=own, guards=[a, b], **SMALL)
     figure = report.plot()
-    assert [axes.get_xlabel() for axes in figure.axes] == ["loss on a", "loss on b"]
+    assert [axes.get_xlabel() for axes in figure.axes] == ["risk: drop on a", "risk: drop on b"]
     shown = sorted(float(x) for part in figure.axes[0].collections for x in part.get_offsets()[:, 0])
     assert shown == pytest.approx(sorted(-e.guard_changes["a"] for e in (*report.edits, *report.controls)))
     summary, edits = report.tables()
     assert [row[0] for row in summary.rows] == ["random controls", "abs_select", "grad_direction"]
     assert len(edits.rows) == len(report.edits)
-    assert run(model, guards=(), **SMALL).plot().axes[0].get_ylabel() == "gain on own"
+    assert run(model, guards=(), **SMALL).plot().axes[0].get_ylabel() == "reward: gain on own"
 
 
 def test_an_adapter_on_disk_is_studied_as_in_its_model(saved):
