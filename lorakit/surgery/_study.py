@@ -19,12 +19,13 @@ from lorakit.calibration.losses import LossFn
 from lorakit.calibration.state import no_inference_mode, preserved_rng
 from lorakit.errors import EvaluationError, SurgeryError
 from lorakit.evaluation import LoadOptions, Scores, Task, compare
-from lorakit.evaluation._digests import adapter_digest, base_digest, digest, tokenizer_digest
+from lorakit.evaluation._digests import adapter_digest, base_digest, tokenizer_digest
 from lorakit.evaluation.comparison import Question
+from lorakit.surgery._edit import Backup
 from lorakit.surgery._live import live
 from lorakit.surgery._policies import ENERGIES, Policy, RandomIndex, resolve_policy
 from lorakit.surgery._refine import REFINE_POLICIES
-from lorakit.surgery._reweight import plan_edit, policy_rows
+from lorakit.surgery._reweight import Plan, plan_edit, policy_rows
 from lorakit.surgery._scoring import Scoring, bar_of, unused
 from lorakit.surgery._select import select_modules
 from lorakit.surgery._sensitivity import Measured, measure, measured_before
@@ -32,7 +33,7 @@ from lorakit.surgery._splits import batches_of, hashes_of
 from lorakit.surgery._study_records import SavedPass, StudyRecords
 from lorakit.surgery._study_report import StudiedEdit, StudyReport
 
-_UNEDITED = "the adapter as it is"
+_UNEDITED = "unedited"
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,9 @@ class _Cell:
     control: bool
 
     @property
-    def key(self) -> str:
-        """What its records are called."""
-        kind = "control" if self.control else self.policy
-        return f"{kind} seed={self.seed} n={self.num_examples} {self.modules} {self.energy}"
+    def label(self) -> str:
+        """What it is, for who reads its records."""
+        return f"{self.policy}, seed {self.seed}, {self.num_examples} examples, {self.modules}, {self.energy}"
 
 
 @no_inference_mode()
@@ -99,12 +99,12 @@ def study(
         controls: random edits a module set and energy; at least 20.
         alpha: the level of each one-sided bound. These are of single edits, and not corrected for how many there are.
         records: a directory that keeps the pass, and every edit's scores on each task as soon as they are known: after
-            an interruption the same call goes on. A call with more policies, seeds, module sets, energies, guards or
-            controls scores only what is new. What `loss_fn` and `function` tasks compute cannot be seen: take another
-            directory where they change.
+            an interruption the same call goes on. A call with other policies, seeds, sizes, module sets, energies,
+            guards or controls scores only what is new. What `loss_fn` and `function` tasks compute cannot be seen: take
+            another directory where they change.
     Returns: a report with one row an edit; `plot()` shows gain against the drop on each guard.
     Raises: as `reweight` and `lorakit.evaluation.evaluate`; EvaluationError where calibration documents are scored;
-        PlanError for records of another adapter, base model, task or calibration examples.
+        PlanError for records of another adapter, base model or task.
         Whatever is raised, and at the end, the adapter is bit for bit as it was.
     Reference: Tian et al., "Spectral Surgery", 2026, Fig. 4.
     """
@@ -126,15 +126,15 @@ def study(
     batches = batches_of(given.model, loader, given.tokenizer, num_examples=counts[-1], progress=progress)
     documents = hashes_of(batches)
     scoring = Scoring(given.model, name, unused(question, documents), given.task_tokenizer)
-    common = {} if records is None else _identity(scoring, documents)
-    measured = _measured(
-        scoring, batches, counts[-1], sorted(set().union(*chosen.values())), loss_fn, records, common, progress=progress
-    )
+    common = {} if records is None else _identity(scoring)
+    union = sorted(set().union(*chosen.values()))
+    saved = None if records is None else SavedPass(records, [common, documents, union])
+    measured = _measured(scoring, batches, counts[-1], union, loss_fn, saved, progress=progress)
     cells = _cells(named, drawn, counts, list(chosen), energies, controls)
-    edits = {cell.key: {"modules": sorted(chosen[cell.modules])} for cell in cells}
-    kept = StudyRecords(records, edits | {_UNEDITED: {}}, question.wanted, common)
     with preserved_rng(given.model):
-        rows, estimate = _Edits(measured, chosen, scoring, kept).scored(cells, progress=progress)
+        edits = _Edits(measured, chosen, cells)
+        kept = StudyRecords(records, {_UNEDITED, *edits.digests}, question.wanted, common)
+        rows, estimate = edits.scored(scoring, kept, progress=progress)
     return StudyReport(
         model_name=measured.model_name,
         adapter_name=name,
@@ -172,12 +172,11 @@ def _check_not_empty(policies: Any, sizes: Any, seeds: Any, energies: Sequence[s
             raise ValueError(f"`energies` must be of {', '.join(ENERGIES)}; got {energy!r}.")
 
 
-def _identity(scoring: Scoring, documents: Sequence[str]) -> dict[str, Any]:
+def _identity(scoring: Scoring) -> dict[str, Any]:
     """What all scores of a study depend on, as hashes."""
     return {
         "adapter": adapter_digest(open_adapter(scoring.adapter, adapter_name=scoring.adapter_name)),
         "base": base_digest(scoring.adapter),
-        "calibration": digest(list(documents)),
         "tokenizer": tokenizer_digest(scoring.tokenizer),
         "device": next(scoring.adapter.parameters()).device.type,
         "limit": scoring.question.limit,
@@ -190,13 +189,11 @@ def _measured(
     count: int,
     modules: Sequence[str],
     loss_fn: LossFn | None,
-    records: str | os.PathLike[str] | None,
-    common: Mapping[str, Any],
+    saved: SavedPass | None,
     *,
     progress: bool,
 ) -> Measured:
-    """The pass over the calibration examples, or the one that is in the records. Raises: SurgeryError."""
-    saved = None if records is None else SavedPass(records, [common, list(modules)])
+    """The pass over the calibration examples, or the one that was saved. Raises: SurgeryError."""
     before = None if saved is None else saved.read()
     if before is not None:
         return measured_before(scoring.adapter, scoring.adapter_name, modules, before)
@@ -213,42 +210,35 @@ def _measured(
 class _Edits:
     """The edits of a study, from sensitivities that are measured already."""
 
-    def __init__(
-        self, measured: Measured, chosen: Mapping[str, set[str]], scoring: Scoring, records: StudyRecords
-    ) -> None:
-        self.measured, self.chosen, self.scoring, self.records = measured, chosen, scoring, records
+    def __init__(self, measured: Measured, chosen: Mapping[str, set[str]], cells: Sequence[_Cell]) -> None:
+        self.measured, self.chosen, self.cells = measured, chosen, cells
+        self.digests = [self._digest(cell) for cell in cells]
 
-    def scored(self, cells: Sequence[_Cell], *, progress: bool) -> tuple[list[StudiedEdit], float]:
+    def scored(self, scoring: Scoring, records: StudyRecords, *, progress: bool) -> tuple[list[StudiedEdit], float]:
         """A row for each edit, and how many seconds that was said to take; equal edits are scored once."""
-        tasks = self.scoring.question.wanted
-        before = {task.name: self._scores([_UNEDITED], task, ()) for task in tasks}
-        seconds = {name: took for name, (_, took) in before.items()}
-        equal: dict[str, list[str]] = {}
-        digests = [self._digest(cell) for cell in cells]
-        for cell, key in zip(cells, digests, strict=True):
-            equal.setdefault(key, []).append(cell.key)
-        left = [(key, task) for key, keys in equal.items() for task in tasks if self.records.read(keys, task) is None]
-        estimate = sum(seconds[task.name] for _, task in left)
-        unedited = {name: scores for name, (scores, _) in before.items()}
+        tasks = scoring.question.wanted
+
+        def score(edit: str, task: Task, label: str, backups: Sequence[Backup] = ()) -> tuple[Scores, float]:
+            known = records.read(edit, task)
+            if known is None:
+                known = scoring([task], backups)[task.name], scoring.seconds[task.name]
+                records.write(edit, task, *known, made_by=label)
+            scoring.question.check_unused({task.name: known[0]})
+            return known
+
+        before = {task.name: score(_UNEDITED, task, _UNEDITED) for task in tasks}
+        left = [task for edit in dict.fromkeys(self.digests) for task in tasks if records.read(edit, task) is None]
+        estimate = sum(before[task.name][1] for task in left)
+        reference = {name: scores for name, (scores, _) in before.items()}
         rows = []
         with bar_of(len(left), estimate, progress=progress) as bar:
-            for cell, key in zip(cells, digests, strict=True):
-                missing = [task for task in tasks if self.records.read(equal[key], task) is None]
+            for cell, edit in zip(self.cells, self.digests, strict=True):
+                missing = [task for task in tasks if records.read(edit, task) is None]
                 backups = [backup for _, backup in self._plan(cell)] if missing else []
-                after = {task.name: self._scores(equal[key], task, backups)[0] for task in tasks}
-                rows.append(self._row(cell, unedited, after))
+                after = {task.name: score(edit, task, cell.label, backups)[0] for task in tasks}
+                rows.append(self._row(cell, scoring.question, reference, after))
                 bar.update(len(missing))
         return rows, estimate
-
-    def _scores(self, keys: Sequence[str], task: Task, backups: Sequence[Any]) -> tuple[Scores, float]:
-        """The scores of equal edits on a task, recorded or new, and the seconds they took."""
-        known = self.records.read(keys, task)
-        if known is None:
-            scores = self.scoring([task], backups)[task.name]
-            known = scores, self.scoring.seconds[task.name]
-            self.records.write(keys[0], task, *known)
-        self.scoring.question.check_unused({task.name: known[0]})
-        return known
 
     def _part(self, cell: _Cell) -> Measured:
         """What a pass over an edit's examples and modules alone would have measured."""
@@ -261,18 +251,20 @@ class _Edits:
         parts = [(item, g) for item, g in parts if bool(g.any())]  # modules that matter to none of them are left alone
         return replace(self.measured, modules=[item for item, _ in parts], per_example=[g for _, g in parts])
 
-    def _plan(self, cell: _Cell) -> Any:
+    def _plan(self, cell: _Cell) -> Plan:
         return plan_edit(self._part(cell), cell.rule, cell.rule.aggregate, cell.energy, _generator(cell))
 
     def _digest(self, cell: _Cell) -> str:
-        """A hash of what an edit does, the same for equal edits."""
+        """A hash of what an edit does, to six digits, so that rounding does not make it another one."""
         total = hashlib.sha256()
         for row in policy_rows(self._part(cell), cell.rule, cell.rule.aggregate, cell.energy, _generator(cell)):
-            total.update(f"{row.module_name} {row.edited_singular_values};".encode())
+            values = " ".join(f"{value:.6g}" for value in row.edited_singular_values)
+            total.update(f"{row.module_name} {values};".encode())
         return total.hexdigest()
 
-    def _row(self, cell: _Cell, before: Mapping[str, Scores], after: Mapping[str, Scores]) -> StudiedEdit:
-        question = self.scoring.question
+    def _row(
+        self, cell: _Cell, question: Question, before: Mapping[str, Scores], after: Mapping[str, Scores]
+    ) -> StudiedEdit:
         found = {one.name: compare(before[one.name], after[one.name], alpha=question.alpha) for one in question.wanted}
         own = found[question.wanted[0].name]
         return StudiedEdit(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,14 @@ _Kept = tuple[Scores, float]
 class StudyRecords:
     """Scores by edit and task, with the seconds that they took: in memory, and in a directory if one is given.
 
-    `edits` are the settings of each edit by its key, and `common` what holds for all of them: together with a task's
-    fingerprint they identify a record. Raises: PlanError for records of other settings.
+    `edits` are hashes of what each edit does, and `common` is what holds for all of them: with a task's fingerprint
+    that is what a record is of. Raises: PlanError for records of other settings.
     """
 
     def __init__(
         self,
         directory: str | os.PathLike[str] | None,
-        edits: Mapping[str, Mapping[str, Any]],
+        edits: Collection[str],
         tasks: Sequence[Task],
         common: Mapping[str, Any],
     ) -> None:
@@ -40,29 +40,25 @@ class StudyRecords:
         if directory is None:
             return
         settings = {
-            _key(edit, task): {**common, "task": task.fingerprint(), "edit": dict(given)}
-            for edit, given in edits.items()
-            for task in tasks
+            _key(edit, task): {**common, "task": task.fingerprint(), "edit": edit} for edit in edits for task in tasks
         }
         self._records = Records(directory, settings)
 
-    def read(self, edits: Sequence[str], task: Task) -> _Kept | None:
-        """What the first of equal edits that has been scored has, or None."""
-        for edit in edits:
-            key = _key(edit, task)
-            if key not in self._memory and self._records is not None:
-                record = self._records.read(key)
-                if record is not None:
-                    self._memory[key] = read_scores(record["scores"]), float(record["seconds"])
-            if key in self._memory:
-                return self._memory[key]
-        return None
+    def read(self, edit: str, task: Task) -> _Kept | None:
+        """An edit's scores on a task, or None."""
+        key = _key(edit, task)
+        if key not in self._memory and self._records is not None:
+            record = self._records.read(key)
+            if record is not None:
+                self._memory[key] = read_scores(record["scores"]), float(record["seconds"])
+        return self._memory.get(key)
 
-    def write(self, edit: str, task: Task, scores: Scores, seconds: float) -> None:
+    def write(self, edit: str, task: Task, scores: Scores, seconds: float, *, made_by: str) -> None:
+        """Keep an edit's scores on a task; `made_by` says for readers which edit it is."""
         key = _key(edit, task)
         self._memory[key] = scores, seconds
         if self._records is not None:
-            self._records.write(key, {"scores": scores.to_dict(), "seconds": seconds})
+            self._records.write(key, {"made_by": made_by, "scores": scores.to_dict(), "seconds": seconds})
 
 
 class SavedPass:
@@ -89,4 +85,4 @@ class SavedPass:
 
 
 def _key(edit: str, task: Task) -> str:
-    return f"{edit} on {task.name}"
+    return f"{edit[:16]} on {task.name}"

@@ -202,6 +202,13 @@ def test_a_larger_study_scores_only_what_is_new(model, tmp_path):
     fresh = run(model, task=own, guards=[other, third], **SMALL)
     assert (large.edits, large.controls) == (fresh.edits, fresh.controls)
     assert {e.gain for e in small.edits} <= {e.gain for e in large.edits}
+    # another largest size is another pass, with other draws; controls do not depend on it
+    (own, other_size), (other, _) = counted(7, "own"), counted(8, "other")
+    settings = {"task": own, "guards": [other], "sizes": (5, 9), "module_sets": {"renamed": ["0", "2"]}}
+    shorter = run(model, **one | settings)
+    assert [e.gain for e in shorter.controls] == [e.gain for e in small.controls if e.modules == "both"]
+    assert other_size.calls <= 4
+    assert shorter.edits == run(model, **SMALL | settings | {"seeds": (0,)}).edits
 
 
 def test_how_long_it_will_take_counts_equal_edits_once(model, capsys):
