@@ -265,7 +265,7 @@ _FILES: dict[str, dict[str, tuple[str, ...]]] = {
         "_report": ("EditedRow", "SensitivityReport", "SensitivityRow"),
         "_refine": ("refine",),
         "_refine_report": ("RefineCandidate", "RefineReport"),
-        "_restore_report": ("FrontierPoint", "RestoreReport"),
+        "_restore_report": ("FrontierPoint", "RestoreControl", "RestoreEdit", "RestoreReport", "RestoredRow"),
         "_reweight": ("reweight",),
         "_select": ("select_modules",),
         "_sensitivity": ("sensitivity",),

@@ -17,7 +17,7 @@ ROOT = Path(lorakit.__file__).parent
 
 # Each package may import from those before it, and from itself.
 LAYERS = [
-    {"_version", "errors", "_checks", "_lazy", "_report", "_figures", "_files", "_format", "_signals"},
+    {"_version", "errors", "_checks", "_lazy", "_report", "_figures", "_files", "_format", "_records", "_signals"},
     {"_distributed", "spectral", "naming", "allocation", "statistics"},
     {"_registration"},
     {"tuners", "adapters"},

@@ -19,7 +19,7 @@ from lorakit.calibration.state import in_eval_mode
 from lorakit.errors import EvaluationError
 from lorakit.evaluation._digests import digest, tokenizer_digest, weights_digest
 from lorakit.evaluation._models import label_of, load_tokenizer
-from lorakit.evaluation._scores import Scores, scores_of
+from lorakit.evaluation._scores import Scores, read_scores, scores_of
 from lorakit.evaluation._task_kinds import Task
 from lorakit.evaluation._tasks import task_of
 
@@ -133,9 +133,7 @@ def model_digest(model: Any) -> str:
 
 def _read(cache: Path, key: str) -> Scores | None:
     try:
-        kept = json.loads((cache / f"{key}.json").read_bytes())
-        values = (kept["task"], kept["model"], kept["documents"], kept["scores"], kept["settings"])
-        return scores_of(*values, metric=kept["metric"], labels=kept["labels"])
+        return read_scores(json.loads((cache / f"{key}.json").read_bytes()))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -124,6 +124,12 @@ def scores_of(
     return found
 
 
+def read_scores(data: Mapping[str, Any]) -> Scores:
+    """Scores from what their `to_dict` gave. Raises: KeyError, TypeError or EvaluationError for other data."""
+    values = (data["task"], data["model"], data["documents"], data["scores"], data["settings"])
+    return scores_of(*values, metric=data["metric"], labels=data["labels"])
+
+
 def compare(
     reference: Scores, candidate: Scores, *, alpha: float = 0.05, groups: Sequence[Any] | None = None
 ) -> Interval:

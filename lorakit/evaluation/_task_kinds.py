@@ -152,8 +152,9 @@ class FunctionTask:
     cacheable: bool = field(default=False, init=False)
 
     def fingerprint(self) -> str:
-        """The function's name: what it does is not known."""
-        return digest([self.name, self.metric, getattr(self.function, "__qualname__", repr(self.function))])
+        """The function's name, or its class's: what it does is not known."""
+        named = self.function if hasattr(self.function, "__qualname__") else type(self.function)
+        return digest([self.name, self.metric, named.__qualname__])
 
     def score(self, model: Any, tokenizer: Any, *, limit: int | None, progress: bool) -> Scored:
         """Call the function, without gradients; the documents are numbered."""

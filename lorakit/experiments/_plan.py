@@ -12,8 +12,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from lorakit._records import Records, check_keys
 from lorakit.errors import PlanError, TrialError
-from lorakit.experiments._records import Records, check_keys
 
 Shard = str | tuple[int, int]
 _Settle = Callable[["Trial", dict[str, Any] | BaseException], None]

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from lorakit.surgery._report import SensitivityReport as SensitivityReport
     from lorakit.surgery._report import SensitivityRow as SensitivityRow
     from lorakit.surgery._restore_report import FrontierPoint as FrontierPoint
+    from lorakit.surgery._restore_report import RestoreControl as RestoreControl
+    from lorakit.surgery._restore_report import RestoredRow as RestoredRow
+    from lorakit.surgery._restore_report import RestoreEdit as RestoreEdit
     from lorakit.surgery._restore_report import RestoreReport as RestoreReport
     from lorakit.surgery._reweight import reweight as reweight
     from lorakit.surgery._select import select_modules as select_modules

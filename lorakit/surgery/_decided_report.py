@@ -8,7 +8,7 @@ from typing import Any
 
 from lorakit._report import Report
 from lorakit.errors import SurgeryError
-from lorakit.surgery._edit import SurgeryReport
+from lorakit.surgery._edit import Edit
 from lorakit.surgery._report import as_plain
 
 
@@ -16,7 +16,7 @@ class DecidedReport(Report):
     """Base class of reports whose `edit` is in the adapter if it was kept, and None, with `reasons`, if not."""
 
     reasons: tuple[str, ...]
-    edit: SurgeryReport | None
+    edit: Edit | None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the edit itself, as JSON data."""
@@ -31,14 +31,14 @@ class DecidedReport(Report):
         self,
         directory: str | os.PathLike[str],
         *,
-        previous: Sequence[SurgeryReport | Mapping[str, Any]] = (),
+        previous: Sequence[Edit | Mapping[str, Any]] | None = None,
         source: str | os.PathLike[str] | None = None,
         overwrite: bool = False,
     ) -> None:
         """Save the edited adapter; as `SurgeryReport.save`. Raises: SurgeryError where the edit was not kept."""
         self._edit("saved").save(directory, previous=previous, source=source, overwrite=overwrite)
 
-    def _edit(self, done: str) -> SurgeryReport:
+    def _edit(self, done: str) -> Edit:
         if self.edit is None:
             raise SurgeryError(f"The edit was not kept, so there is nothing to be {done}: {self.reasons[0]}.")
         return self.edit

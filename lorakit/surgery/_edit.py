@@ -13,10 +13,11 @@ from peft import PeftModel
 from torch import Tensor
 
 from lorakit._distributed.fsdp import is_sharded
+from lorakit._report import Report
 from lorakit._signals import uninterrupted
 from lorakit.adapters.atomic import replaced_directory
 from lorakit.adapters.companions import CERTIFICATE_NAME, check_overwrite, companions_of
-from lorakit.adapters.edit_log import write_edits
+from lorakit.adapters.edit_log import read_edits, write_edits
 from lorakit.adapters.in_model import LiveModule, read_weight, write_weight
 from lorakit.calibration.state import no_inference_mode
 from lorakit.errors import SurgeryError
@@ -36,8 +37,97 @@ class Backup:
     after: tuple[Tensor, Tensor]
 
 
+class Edit(Report):
+    """Base class of the reports of an edit, which can be undone and saved while the factors are as it left them."""
+
+    adapter_name: str
+    policy: str
+    modules: Sequence[Any]
+    _backups: list[Backup]
+    _model: PeftModel
+    _source: str | None
+
+    @no_inference_mode()
+    def undo(self) -> None:
+        """Restore the factors that the edited modules had before, bit for bit.
+
+        Raises: SurgeryError, and changes nothing, if the factors are no longer those that the edit wrote: they were
+        trained, edited again or loaded since, or the edit is undone already.
+        """
+        self._check_unchanged("it cannot be undone: undo later edits first; later training would be lost")
+        exchange(self._backups, undo=True)
+
+    def record(self) -> dict[str, Any]:
+        """The edit as JSON data for the record of edits, with six digits a number to keep the file small."""
+        record = self.to_dict()
+        for row in record["modules"]:
+            for key, value in row.items():
+                if isinstance(value, list):
+                    row[key] = [float(f"{number:.6g}") for number in value]
+        return record
+
+    def save(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        previous: Sequence[Edit | Mapping[str, Any]] | None = None,
+        source: str | os.PathLike[str] | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Save the edited adapter in `directory`, with a record of the edit (``lorakit_surgery.json``) beside it.
+
+        Args:
+            directory: gets the adapter's files, whatever the adapter's name; replaced whole or not at all.
+            previous: reports of older edits of this adapter, oldest first, which the record keeps. None: those that are
+                recorded beside `source`.
+            source: where the adapter was loaded from: tokenizer, chat template and model card beside it are copied.
+                None: the path that was edited; a model does not know it.
+            overwrite: allow `directory` to be `source`, or to hold an adapter that lorakit did not write.
+
+        On several processes call it in one of them.
+
+        Raises: SurgeryError if the factors are no longer those that the edit wrote, or are sharded; OverwriteError (a
+        FileExistsError); OSError if the files cannot be written.
+        """
+        source = self._source if source is None else source
+        check_overwrite(directory, [source], overwrite=overwrite)
+        self._check_unchanged("this record would not describe them: save the last edit, with the others as `previous`")
+        if any(is_sharded(tensor) for tensor in self._model.parameters()):
+            raise SurgeryError(
+                "The model is sharded, so one process cannot save the adapter. Save it from a full state dict, then "
+                "call lorakit.adapters.edit_log.write_edits(directory, [edit.record()])."
+            )
+        if previous is None:
+            previous = [] if source is None else read_edits(source)
+        edits = [edit.record() if isinstance(edit, Edit) else edit for edit in previous]
+        with replaced_directory(directory, remove=[CERTIFICATE_NAME]) as beside:
+            self._model.save_pretrained(str(beside), selected_adapters=[self.adapter_name])
+            own = beside / self.adapter_name  # where PEFT puts an adapter that is not called "default"
+            if own.is_dir():
+                _move_up(own)
+            config = self._model.peft_config[self.adapter_name].to_dict()
+            change = f"`surgery` ({self.policy}): {len(self.modules)} modules edited."
+            companions_of([source]).write(beside, config, change)
+            write_edits(beside, [*edits, self.record()])
+
+    def _check_unchanged(self, consequence: str) -> None:
+        for backup in self._backups:
+            layer = backup.module.layer
+            if self.adapter_name not in layer.lora_A:
+                raise SurgeryError(f"Adapter {self.adapter_name!r} is no longer in {backup.module.name!r}.")
+            if layer.merged:
+                raise SurgeryError(
+                    f"Adapters {layer.merged_adapters} are merged into {backup.module.name!r}. Call unmerge_adapter() "
+                    f"first: once the factors change, unmerging would no longer restore the weight."
+                )
+            if not all(map(_same, factors_of(backup.module), backup.after)):
+                raise SurgeryError(
+                    f"The factors of {backup.module.name!r} are no longer those that this edit wrote, so {consequence}."
+                )
+
+
 @dataclass(frozen=True, repr=False)
-class SurgeryReport(SensitivityReport):
+class SurgeryReport(SensitivityReport, Edit):
     """What an edit measured and did. It can be undone and saved while the factors are as the edit left them."""
 
     modules: Sequence[EditedRow]
@@ -49,6 +139,7 @@ class SurgeryReport(SensitivityReport):
     lorakit_version: str
     _backups: list[Backup] = field(repr=False, compare=False, metadata={"in_memory": True})
     _model: PeftModel = field(repr=False, compare=False, metadata={"in_memory": True})
+    _source: str | None = field(default=None, repr=False, compare=False, metadata={"in_memory": True})
 
     @property
     def headline(self) -> str:
@@ -77,81 +168,6 @@ class SurgeryReport(SensitivityReport):
         """Maps of each component's relative sensitivity and gate, with one panel for each role."""
         gates = Quantity("gate", lambda row: row.gate, center=1.0)
         return component_maps(self.headline, self.modules, [self.sensitivity_map, gates])
-
-    @no_inference_mode()
-    def undo(self) -> None:
-        """Restore the factors that the edited modules had before, bit for bit.
-
-        Raises: SurgeryError, and changes nothing, if the factors are no longer those that the edit wrote: they were
-        trained, edited again or loaded since, or the edit is undone already.
-        """
-        self._check_unchanged("it cannot be undone: undo later edits first; later training would be lost")
-        exchange(self._backups, undo=True)
-
-    def record(self) -> dict[str, Any]:
-        """The edit as JSON data for the record of edits, with six digits a number to keep the file small."""
-        record = self.to_dict()
-        for row in record["modules"]:
-            for key, value in row.items():
-                if isinstance(value, list):
-                    row[key] = [float(f"{number:.6g}") for number in value]
-        return record
-
-    def save(
-        self,
-        directory: str | os.PathLike[str],
-        *,
-        previous: Sequence[SurgeryReport | Mapping[str, Any]] = (),
-        source: str | os.PathLike[str] | None = None,
-        overwrite: bool = False,
-    ) -> None:
-        """Save the edited adapter in `directory`, with a record of the edit (``lorakit_surgery.json``) beside it.
-
-        Args:
-            directory: gets the adapter's files, whatever the adapter's name; replaced whole or not at all.
-            previous: older edits of this adapter, oldest first, which the record keeps. A model does not know them:
-                pass the reports of earlier edits, or ``lorakit.adapters.edit_log.read_edits(source)`` if the adapter
-                was loaded from the directory `source`.
-            source: where the adapter was loaded from: tokenizer, chat template and model card beside it are copied.
-            overwrite: allow `directory` to be `source`, or to hold an adapter that lorakit did not write.
-
-        On several processes call it in one of them.
-
-        Raises: SurgeryError if the factors are no longer those that the edit wrote, or are sharded; OverwriteError (a
-        FileExistsError); OSError if the files cannot be written.
-        """
-        check_overwrite(directory, [source], overwrite=overwrite)
-        self._check_unchanged("this record would not describe them: save the last edit, with the others as `previous`")
-        if any(is_sharded(tensor) for tensor in self._model.parameters()):
-            raise SurgeryError(
-                "The model is sharded, so one process cannot save the adapter. Save it from a full state dict, then "
-                "call lorakit.adapters.edit_log.write_edits(directory, [edit.record()])."
-            )
-        edits = [edit.record() if isinstance(edit, SurgeryReport) else edit for edit in previous]
-        with replaced_directory(directory, remove=[CERTIFICATE_NAME]) as beside:
-            self._model.save_pretrained(str(beside), selected_adapters=[self.adapter_name])
-            own = beside / self.adapter_name  # where PEFT puts an adapter that is not called "default"
-            if own.is_dir():
-                _move_up(own)
-            config = self._model.peft_config[self.adapter_name].to_dict()
-            change = f"`surgery` ({self.policy}): {len(self.modules)} modules reweighted."
-            companions_of([source]).write(beside, config, change)
-            write_edits(beside, [*edits, self.record()])
-
-    def _check_unchanged(self, consequence: str) -> None:
-        for backup in self._backups:
-            layer = backup.module.layer
-            if self.adapter_name not in layer.lora_A:
-                raise SurgeryError(f"Adapter {self.adapter_name!r} is no longer in {backup.module.name!r}.")
-            if layer.merged:
-                raise SurgeryError(
-                    f"Adapters {layer.merged_adapters} are merged into {backup.module.name!r}. Call unmerge_adapter() "
-                    f"first: once the factors change, unmerging would no longer restore the weight."
-                )
-            if not all(map(_same, factors_of(backup.module), backup.after)):
-                raise SurgeryError(
-                    f"The factors of {backup.module.name!r} are no longer those that this edit wrote, so {consequence}."
-                )
 
 
 def factors_of(module: LiveModule) -> tuple[Tensor, Tensor]:

@@ -13,19 +13,17 @@ from peft import PeftModel
 from torch import Tensor
 
 from lorakit._checks import check_integer, check_number, check_seed
-from lorakit._distributed.fsdp import unwrapped
 from lorakit.adapters.in_model import resolve_adapter_name
 from lorakit.calibration.losses import LossFn
 from lorakit.calibration.state import no_inference_mode, preserved_rng
-from lorakit.data import tokenizer_for
 from lorakit.errors import EvaluationError, SurgeryError
-from lorakit.evaluation import CertifiedTask, Scores
+from lorakit.evaluation import CertifiedTask, LoadOptions, Scores
 from lorakit.evaluation._certified_task import evidence_of
-from lorakit.evaluation._models import load_tokenizer
 from lorakit.evaluation._task_kinds import Task
 from lorakit.evaluation.comparison import Question
 from lorakit.statistics import Verdict, control_p_value
 from lorakit.surgery._edit import Backup, exchange
+from lorakit.surgery._live import live
 from lorakit.surgery._policies import ENERGIES, Aggregate, Policy, resolve_policy
 from lorakit.surgery._refine_report import RefineCandidate, RefineReport
 from lorakit.surgery._restore import SCALES, RestoreSettings, restore
@@ -62,7 +60,7 @@ class Strengthened:
 
 @no_inference_mode()
 def refine(
-    adapter: PeftModel,
+    adapter: PeftModel | str | os.PathLike[str],
     loader: Any,
     *,
     task: Any,
@@ -83,6 +81,8 @@ def refine(
     loss_fn: LossFn | None = None,
     adapter_name: str | None = None,
     tokenizer: Any = None,
+    base: str | os.PathLike[str] | None = None,
+    options: LoadOptions | None = None,
     seed: int = 0,
     progress: bool = True,
     objective: Literal["improve", "restore"] = "improve",
@@ -107,13 +107,18 @@ def refine(
     take is said on stderr, before the first candidate is scored.
 
     Args:
-        adapter, target_modules, num_examples, loss_fn, adapter_name, tokenizer, progress: see `sensitivity`.
+        adapter, target_modules, num_examples, loss_fn, adapter_name, tokenizer, base, options, progress: see
+            `sensitivity`. An adapter on disk is edited in memory; the report's `save` writes it, if it is kept.
         loader: its first `num_examples` examples calibrate; the next `num_selection` choose, unless `selection` is
             given, which is a loader or source of its own.
         task: what to be better on: as in `lorakit.evaluation.certify`.
         guards, margin: tasks that must not be worse by more than their own margin or, where they have none, `margin`,
             in the units of their scores.
-        policies: names or policy objects; strengths: positive powers; preserve_energy: see `reweight`.
+        policies: names or policy objects. By default the paper's: smooth_abs, its default and of least risk;
+            abs_select, the same by hard selection; and grad_direction, the only one that uses the sign, with the
+            largest gains and the largest harm. The other names are variants of these, and each candidate more costs
+            scorings and makes the best of the selection more a matter of luck.
+        strengths: positive powers; preserve_energy: see `reweight`.
         controls: how many; p ≤ 0.05 takes at least 19.
         limit, groups, used_documents: as in `lorakit.evaluation.certify`.
         seed: of policies and controls.
@@ -121,7 +126,9 @@ def refine(
             by each of `scales`, and reports the frontier of the task against `base_text` (a loss task, or a source or
             batches of text that the base model is good at). From mild to strong, for as long as task and guards are
             non-inferior, the scale with the largest lower bound of the gain on base text is kept, if that bound is
-            above 0 at alpha / len(scales). `loader`, policies and controls are not used: pass None.
+            above 0 at alpha / len(scales) and p is at most `alpha`: each control shrinks, by the same scales, as many
+            components of each module's update, drawn from those that carry the intruders least, and its largest bound
+            counts. `loader` and policies are not used: pass None.
         top_k, intruder_below: as in `lorakit.lens.compare_weights`.
     Returns: a `RefineReport`, or for "restore" a `RestoreReport`; both have `kept`, `reasons`, `undo()` and
         `save(directory)`.
@@ -136,30 +143,29 @@ def refine(
     energy = _checked_energy(preserve_energy)
     check_integer("num_selection", num_selection)
     _check_objective(objective)
-    if objective == "improve":
-        _check_controls(controls, alpha)
+    _check_controls(controls, alpha)
     candidates = _candidates(policies, strengths)
     seed = check_seed("seed", seed)
     asked: dict[str, Any] = {"groups": groups, "limit": limit, "used_documents": used_documents, "progress": False}
     question = Question(tasks=task, margin=margin, alpha=alpha, guards=guards, **asked)
     if len(question.wanted) - len(question.guarded) != 1:
         raise EvaluationError("`task` must be one task; pass what must not become worse as `guards`.")
-    adapter = unwrapped(adapter)
+    given = live(adapter, base, options, tokenizer)
     if objective == "restore":
         kinds: dict[str, Any] = {"target_modules": target_modules, "top_k": top_k, "intruder_below": intruder_below}
-        how = RestoreSettings(base_text=base_text, scales=scales, **kinds)
-        name = resolve_adapter_name(adapter, adapter_name)
-        return restore(adapter, name, question, tokenizer_of(adapter, tokenizer), how, progress=progress)
+        how = RestoreSettings(base_text=base_text, scales=scales, controls=controls, seed=seed, **kinds)
+        name = resolve_adapter_name(given.model, adapter_name)
+        return restore(Scoring(given.model, name, question, given.task_tokenizer, given.source), how, progress=progress)
     counts = {"num_examples": num_examples, "num_selection": num_selection}
-    parts = split(adapter, loader, selection, tokenizer, progress=progress, **counts)
+    parts = split(given.model, loader, selection, given.tokenizer, progress=progress, **counts)
     selected: dict[str, Any] = {"target_modules": target_modules, "adapter_name": adapter_name, "loss_fn": loss_fn}
-    measured = measure(adapter, parts.calibration, num_examples=num_examples, progress=progress, **selected)
+    measured = measure(given.model, parts.calibration, num_examples=num_examples, progress=progress, **selected)
     if not measured.modules:
         raise SurgeryError("No selected module has a singular component that affects the loss: nothing can be refined.")
     question = unused(question, parts.documents)
-    scoring = Scoring(adapter, measured.adapter_name, question, tokenizer_of(adapter, tokenizer))
+    scoring = Scoring(given.model, measured.adapter_name, question, given.task_tokenizer, given.source)
     search = _Search(measured, scoring, energy, seed, controls, alpha)
-    with preserved_rng(adapter):
+    with preserved_rng(given.model):
         return search.run(candidates, selection_task(parts.selection, loss_fn), progress=progress)
 
 
@@ -265,6 +271,7 @@ class _Search:
                 policy_parameters={"strength": policy.strength},
                 preserve_energy=self.energy,
                 seed=self.seed,
+                _source=self.scoring.source,
             )
         report = RefineReport(**found, seconds=seconds, edit=edit)
         if report.kept:
@@ -320,13 +327,6 @@ def _candidates(policies: Sequence[str | Policy], strengths: Sequence[float]) ->
     if not found:
         raise ValueError("`policies` and `strengths` must not be empty.")
     return found
-
-
-def tokenizer_of(adapter: PeftModel, tokenizer: Any) -> Any:
-    """The tokenizer that tasks are scored with."""
-    if tokenizer is None:
-        return load_tokenizer(adapter, None, None)
-    return tokenizer_for(tokenizer) if isinstance(tokenizer, str | os.PathLike) else tokenizer
 
 
 def _backups(plan: Plan) -> list[Backup]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
@@ -13,14 +14,15 @@ from peft import PeftModel
 from torch import Tensor
 
 from lorakit._checks import check_seed
-from lorakit._distributed.fsdp import unwrapped
 from lorakit._distributed.shards import from_first
 from lorakit._version import __version__
 from lorakit.calibration.losses import LossFn
 from lorakit.calibration.state import no_inference_mode, preserved_rng
 from lorakit.errors import SurgeryError
+from lorakit.evaluation import LoadOptions
 from lorakit.spectral import LowRank
 from lorakit.surgery._edit import Backup, SurgeryReport, exchange, factors_of
+from lorakit.surgery._live import live
 from lorakit.surgery._policies import ENERGIES, Aggregate, Policy, preserve, resolve_policy
 from lorakit.surgery._report import EditedRow
 from lorakit.surgery._sensitivity import Measured, aggregate_examples, check_aggregate, measure
@@ -29,7 +31,7 @@ from lorakit.surgery._singular_value_probe import Decomposed
 
 @no_inference_mode()
 def reweight(
-    adapter: PeftModel,
+    adapter: PeftModel | str | os.PathLike[str],
     loader: Any,
     *,
     policy: str | Policy = "smooth_abs",
@@ -40,6 +42,8 @@ def reweight(
     loss_fn: LossFn | None = None,
     adapter_name: str | None = None,
     tokenizer: Any = None,
+    base: str | os.PathLike[str] | None = None,
+    options: LoadOptions | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> SurgeryReport:
@@ -51,7 +55,8 @@ def reweight(
     adapter's type does not change.
 
     Args:
-        adapter, loader, target_modules, num_examples, loss_fn, adapter_name, tokenizer, progress: see `sensitivity`.
+        adapter, loader, target_modules, num_examples, loss_fn, adapter_name, tokenizer, base, options, progress: see
+            `sensitivity`. An adapter on disk is edited in memory; the report's `save` writes it.
         policy: a name (abs_select, smooth_abs, random_index, grad_direction, double_smooth, z_score, robust_z) or a
             policy object, such as ``AbsSelect(core_frac=0.3)``.
         aggregate: None is what the policy needs: ``mean`` (signed) for grad_direction, ``mean_abs`` for the others.
@@ -85,22 +90,22 @@ def reweight(
     if energy not in ENERGIES:
         raise ValueError(f"`preserve_energy` must be one of {', '.join(ENERGIES)}; got {preserve_energy!r}.")
     seed = check_seed("seed", seed)
-    adapter = unwrapped(adapter)
+    given = live(adapter, base, options, tokenizer)
     measured = measure(
-        adapter,
+        given.model,
         loader,
         target_modules=target_modules,
         num_examples=num_examples,
         loss_fn=loss_fn,
         adapter_name=adapter_name,
         progress=progress,
-        tokenizer=tokenizer,
+        tokenizer=given.tokenizer_of(loader),
     )
     edit_id = from_first(uuid.uuid4().hex, loader)
-    with preserved_rng(adapter):  # a policy may draw from other generators than its own
+    with preserved_rng(given.model):  # a policy may draw from other generators than its own
         plan = plan_edit(measured, chosen, aggregate, energy, torch.Generator().manual_seed(seed))
         report = edit_report(
-            adapter,
+            given.model,
             measured,
             plan,
             aggregate=aggregate,
@@ -109,6 +114,7 @@ def reweight(
             policy_parameters=_parameters(chosen),
             preserve_energy=energy,
             seed=seed,
+            _source=given.source,
         )
         exchange([backup for _, backup in plan])
     return report
@@ -121,19 +127,32 @@ def plan_edit(
     measured: Measured, policy: Policy, aggregate: Aggregate, energy: str, generator: torch.Generator
 ) -> Plan:
     """For each module what the edit will do, and its factors before and after; nothing is written yet."""
-
-    def propose(item: Decomposed, g: Tensor) -> Tensor:
-        sigma = item.S.detach().double().cpu()
-        return _checked(policy(sigma.clone(), g.clone(), generator=generator), sigma, item.module.name)
-
-    return plan_of(measured, propose, aggregate, energy)
+    return _with_factors(measured, policy_rows(measured, policy, aggregate, energy, generator))
 
 
 def plan_of(
     measured: Measured, propose: Callable[[Decomposed, Tensor], Tensor], aggregate: Aggregate, energy: str
 ) -> Plan:
     """`plan_edit` with the new singular values (m,) of a module that `propose` gives for its sensitivities (m,)."""
-    plan = []
+    return _with_factors(measured, _rows(measured, propose, aggregate, energy))
+
+
+def policy_rows(
+    measured: Measured, policy: Policy, aggregate: Aggregate, energy: str, generator: torch.Generator
+) -> list[EditedRow]:
+    """What `plan_edit` will do to each module, without the factors."""
+
+    def propose(item: Decomposed, g: Tensor) -> Tensor:
+        sigma = item.S.detach().double().cpu()
+        return _checked(policy(sigma.clone(), g.clone(), generator=generator), sigma, item.module.name)
+
+    return _rows(measured, propose, aggregate, energy)
+
+
+def _rows(
+    measured: Measured, propose: Callable[[Decomposed, Tensor], Tensor], aggregate: Aggregate, energy: str
+) -> list[EditedRow]:
+    rows = []
     for item, per_example in zip(measured.modules, measured.per_example, strict=True):
         g = aggregate_examples(per_example, aggregate)
         sigma = item.S.detach().double().cpu()
@@ -152,7 +171,17 @@ def plan_of(
             energy_scale=float(edited.sum()) / total if total > 0 else 1.0,
             edited_singular_values=edited.tolist(),
         )
+        rows.append(row)
+    return rows
+
+
+def _with_factors(measured: Measured, rows: Sequence[EditedRow]) -> Plan:
+    plan = []
+    for item, row in zip(measured.modules, rows, strict=True):
         before = factors_of(item.module)
+        sigma, edited = (
+            torch.tensor(values, dtype=torch.float64) for values in (row.singular_values, row.edited_singular_values)
+        )
         plan.append((row, Backup(item.module, before, _new_factors(item, edited, sigma, before))))
     return plan
 

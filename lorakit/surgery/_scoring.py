@@ -38,6 +38,7 @@ class Scoring:
     adapter_name: str
     question: Question
     tokenizer: Any
+    source: str | None = None  # where the adapter was loaded from
     seconds: dict[str, float] = field(default_factory=dict)  # of the last time that a task was scored, by its name
     spent: float = 0.0
 
@@ -74,7 +75,9 @@ def bar_of(total: int, seconds: float, *, progress: bool) -> Any:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
 def unused(question: Question, documents: Sequence[str]) -> Question:

@@ -7,6 +7,7 @@ for all examples of a batch: one copy of σ per example is all that takes a grad
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,14 +17,15 @@ from peft import PeftModel
 from torch import Tensor
 
 from lorakit._checks import check_integer
-from lorakit._distributed.fsdp import unwrapped
 from lorakit._signals import all_of
-from lorakit.adapters.in_model import resolve_adapter_name
+from lorakit.adapters.in_model import LiveModule, resolve_adapter_name
 from lorakit.calibration.losses import LossFn
 from lorakit.calibration.run import collect
 from lorakit.calibration.state import activated, base_model_of, check_can_differentiate, no_inference_mode
 from lorakit.calibration.tally import Collected
 from lorakit.data._loader import examples_for
+from lorakit.evaluation import LoadOptions
+from lorakit.surgery._live import live
 from lorakit.surgery._policies import AGGREGATES, Aggregate
 from lorakit.surgery._report import SensitivityReport, SensitivityRow
 from lorakit.surgery._select import check_layers, select_modules
@@ -61,15 +63,7 @@ def measure(
     selected = select_modules(adapter, adapter_name, target_modules)
     check_layers(adapter, adapter_name, selected)
     loader = examples_for(adapter, loader, tokenizer, num_examples=num_examples, progress=progress)
-    decomposed = [decompose(module) for module in selected]
-    zero = [item.module.name for item in decomposed if item.module.scaling == 0 or not item.S.any()]
-    decomposed = [item for item in decomposed if item.module.name not in zero]
-    if not decomposed:
-        warnings.warn(
-            f"The updates of all {len(zero)} selected modules are zero, as those of an untrained adapter are (B = 0): "
-            f"there are no singular components to weigh.",
-            stacklevel=4,
-        )
+    decomposed, zero = _decomposed(selected)
     with activated(adapter, adapter_name), all_of(map(probed, decomposed)) as probes:
         collected = collect(
             adapter,
@@ -80,6 +74,36 @@ def measure(
             progress=progress,
             description="sensitivity",
         )
+    return _measured(adapter, adapter_name, (decomposed, zero), collected)
+
+
+def measured_before(
+    adapter: PeftModel, adapter_name: str, target_modules: Sequence[str], collected: Collected
+) -> Measured:
+    """What `measure` returned when its pass found `collected` on the same adapter and modules."""
+    selected = select_modules(adapter, adapter_name, target_modules)
+    check_layers(adapter, adapter_name, selected)
+    return _measured(adapter, adapter_name, _decomposed(selected), collected)
+
+
+def _decomposed(selected: Sequence[LiveModule]) -> tuple[list[Decomposed], list[str]]:
+    """The modules that have an update, decomposed, and the names of those that have none."""
+    decomposed = [decompose(module) for module in selected]
+    zero = [item.module.name for item in decomposed if item.module.scaling == 0 or not item.S.any()]
+    decomposed = [item for item in decomposed if item.module.name not in zero]
+    if not decomposed:
+        warnings.warn(
+            f"The updates of all {len(zero)} selected modules are zero, as those of an untrained adapter are (B = 0): "
+            f"there are no singular components to weigh.",
+            stacklevel=5,
+        )
+    return decomposed, zero
+
+
+def _measured(
+    adapter: PeftModel, adapter_name: str, modules: tuple[list[Decomposed], list[str]], collected: Collected
+) -> Measured:
+    decomposed, zero = modules
     matters = [bool(statistic.any()) for statistic in collected.statistics]
     base = base_model_of(adapter)
     return Measured(
@@ -95,7 +119,7 @@ def measure(
 
 @no_inference_mode()
 def sensitivity(
-    adapter: PeftModel,
+    adapter: PeftModel | str | os.PathLike[str],
     loader: Any,
     *,
     target_modules: str | Sequence[str] | None = None,
@@ -104,12 +128,15 @@ def sensitivity(
     loss_fn: LossFn | None = None,
     adapter_name: str | None = None,
     tokenizer: Any = None,
+    base: str | os.PathLike[str] | None = None,
+    options: LoadOptions | None = None,
     progress: bool = True,
 ) -> SensitivityReport:
     """Measure ∂ℓ/∂σ_k of every singular component of an adapter's update; the model does not change.
 
     Args:
-        adapter: a PeftModel with a LORA, FISHERLORA or SPECLORA adapter (the low-rank part of SPECLORA).
+        adapter: a PeftModel with a LORA, FISHERLORA or SPECLORA adapter (the low-rank part of SPECLORA), or with `base`
+            the directory or Hub id of such an adapter.
         loader: yields mappings for ``model(**batch)`` with labels, or anything that `loss_fn` takes; or a path, a
             dataset id or a `datasets.Dataset`, which is read as `lorakit.data.loader` does by default.
         target_modules: names, matched as PEFT matches its own `target_modules`: a list of names or name endings, a
@@ -120,7 +147,8 @@ def sensitivity(
         loss_fn: ``loss_fn(model, batch)`` returns the loss of each example, (n,).
         adapter_name: which adapter; required unless exactly one is active.
         tokenizer: with a path, dataset id or Dataset: a tokenizer, or the path of the adapter beside which it lies.
-            None: the one that the base model was saved with.
+            None: the one beside an adapter on disk, or else the one that the base model was saved with.
+        base, options: for an adapter on disk, the path or Hub id of its base model, and how that is loaded.
         progress: show a progress bar on stderr.
 
     Each example's sensitivities belong to its own mean loss, whatever the batch size, order and padding. For several
@@ -143,15 +171,16 @@ def sensitivity(
         [('0', 2)]
     """
     check_aggregate(aggregate)
+    given = live(adapter, base, options, tokenizer)
     measured = measure(
-        unwrapped(adapter),
+        given.model,
         loader,
         target_modules=target_modules,
         num_examples=num_examples,
         loss_fn=loss_fn,
         adapter_name=adapter_name,
         progress=progress,
-        tokenizer=tokenizer,
+        tokenizer=given.tokenizer_of(loader),
     )
     rows = [
         SensitivityRow(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,12 +35,6 @@ class StudiedEdit:
     lower: float
     upper: float
     guard_changes: Mapping[str, float]
-
-    @property
-    def mean_guard_change(self) -> float | None:
-        """The mean of the guards' changes; None without guards."""
-        changes = list(self.guard_changes.values())
-        return sum(changes) / len(changes) if changes else None
 
 
 @dataclass(frozen=True, repr=False)
@@ -86,8 +81,18 @@ class StudyReport(Report):
         )
 
     def tables(self) -> list[Table]:
-        """The edits, best first."""
-        columns = [
+        """The policies beside the controls, and the edits, best first."""
+        groups = {"random controls": list(self.controls)} | self._by_policy()
+        summary: list[tuple[str, Callable[[tuple[str, list[StudiedEdit]]], str]]] = [
+            ("policy", lambda group: group[0]),
+            ("edits", lambda group: str(len(group[1]))),
+            ("mean gain", lambda group: f"{_mean([e.gain for e in group[1]]):+.4f}"),
+            ("least", lambda group: f"{min(e.gain for e in group[1]):+.4f}"),
+            ("largest", lambda group: f"{max(e.gain for e in group[1]):+.4f}"),
+            ("bound above 0", lambda group: str(sum(e.lower > 0 for e in group[1]))),
+            *((f"mean change on {name}", _change_on(name)) for name in self.guards),
+        ]
+        columns: list[tuple[str, Callable[[StudiedEdit], str]]] = [
             ("policy", lambda e: e.policy),
             ("modules", lambda e: e.modules),
             ("energy", lambda e: e.energy),
@@ -95,10 +100,14 @@ class StudyReport(Report):
             ("seed", lambda e: str(e.seed)),
             ("gain", lambda e: f"{e.gain:+.4f}"),
             ("lower", lambda e: f"{e.lower:+.4f}"),
-            ("guards", lambda e: "" if e.mean_guard_change is None else f"{e.mean_guard_change:+.4f}"),
+            *((name, lambda e, name=name: f"{e.guard_changes[name]:+.4f}") for name in self.guards),
             ("p", lambda e: f"{self.p_value(e):.3f}"),
         ]
-        return [Table.of("Edits", columns, sorted(self.edits, key=lambda e: -e.gain), long=len(self.edits) > 20)]
+        ranked = sorted(self.edits, key=lambda e: -e.gain)
+        return [
+            Table.of("Policies", summary, groups.items(), note="Controls are draws of random_index."),
+            Table.of("Edits", columns, ranked, long=len(self.edits) > 20),
+        ]
 
     def rows(self) -> list[dict[str, Any]]:
         """One row an edit and control, with a column for each guard."""
@@ -114,26 +123,45 @@ class StudyReport(Report):
         return data
 
     def plot(self) -> Figure:
-        """Reward against risk: gain on the task against the mean change on the guards; controls are gray.
+        """Reward against risk: the gain on the task against the drop on each guard, a panel a guard.
 
-        Without guards, each policy's gains in a column of its own.
+        Controls are gray; a color is a policy, and a marker a set of modules. Without guards, each policy's gains in a
+        column of its own.
         """
-        figure = new_figure(6, 5)
-        axes = figure.subplots()
-        groups: dict[str, list[StudiedEdit]] = {"random controls": list(self.controls)}
+        panels = self.guards or (None,)
+        figure = new_figure(1 + 5 * len(panels), 5)
+        figure.suptitle(escape_mathtext(f"{self.model_name}, adapter {self.adapter_name!r}"), wrap=True)
+        markers = dict(zip(dict.fromkeys(e.modules for e in self.edits), itertools.cycle("o^sDv"), strict=False))
+        for axes, guard in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            groups = {"random controls": list(self.controls)} | self._by_policy()
+            for place, (name, group) in enumerate(groups.items()):
+                for modules, marker in markers.items():
+                    some = [edit for edit in group if edit.modules == modules]
+                    risks = [place if guard is None else -edit.guard_changes[guard] for edit in some]
+                    label = name if len(markers) == 1 else f"{name}, {modules}"
+                    style: dict[str, Any] = {"color": f"C{place - 1}" if place else "lightgray", "zorder": 1 + place}
+                    gains = [edit.gain for edit in some]
+                    axes.scatter(risks, gains, label=escape_mathtext(label), marker=marker, **style)
+            axes.axhline(0, color="gray", linewidth=0.8)
+            if guard is None:
+                axes.set_xticks([])
+            else:
+                axes.axvline(0, color="gray", linewidth=0.8)
+            xlabel = "policies (no guards were given)" if guard is None else f"risk: drop on {guard}"
+            axes.set(xlabel=escape_mathtext(xlabel), ylabel=escape_mathtext(f"reward: gain on {self.task}"))
+        axes.legend(fontsize="small")
+        return figure
+
+    def _by_policy(self) -> dict[str, list[StudiedEdit]]:
+        groups: dict[str, list[StudiedEdit]] = {}
         for edit in self.edits:
             groups.setdefault(edit.policy, []).append(edit)
-        for place, (name, group) in enumerate(groups.items()):
-            style: dict[str, Any] = {"color": "lightgray", "zorder": 1} if group[0].control else {"zorder": 2}
-            risks = [place if one.mean_guard_change is None else one.mean_guard_change for one in group]
-            axes.scatter(risks, [one.gain for one in group], label=escape_mathtext(name), **style)
-        axes.axhline(0, color="gray", linewidth=0.8)
-        if self.guards:
-            axes.axvline(0, color="gray", linewidth=0.8)
-        else:
-            axes.set_xticks([])
-        xlabel = "mean change on the guards" if self.guards else "policies (no guards were given)"
-        axes.set(xlabel=xlabel, ylabel=escape_mathtext(f"gain on {self.task}"))
-        axes.set_title(escape_mathtext(f"{self.model_name}, adapter {self.adapter_name!r}"))
-        axes.legend()
-        return figure
+        return groups
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _change_on(guard: str) -> Callable[[tuple[str, list[StudiedEdit]]], str]:
+    return lambda group: f"{_mean([edit.guard_changes[guard] for edit in group[1]]):+.4f}"

@@ -153,3 +153,16 @@ def test_the_fit_is_what_peft_loads(home, tmp_path):
         loaded = {k: v for k, v in model.state_dict().items() if "lora_" in k}
     assert loaded
     assert all(torch.equal(v, tensors[k.replace(".default", "")]) for k, v in loaded.items())
+
+
+def test_a_function_s_fingerprint_is_the_same_in_every_process():
+    class Scorer:
+        def __call__(self, model):
+            return torch.zeros(1)
+
+    def fingerprint(function, name="task"):
+        return evaluation.function(function, name=name).fingerprint()
+
+    assert fingerprint(Scorer()) == fingerprint(Scorer())  # no address in memory
+    assert fingerprint(Scorer()) != fingerprint(Scorer(), "other")
+    assert fingerprint(Scorer()) != fingerprint(lambda model: torch.zeros(1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -56,3 +58,15 @@ def adapted(tiny_llama, randomize):
         return randomize(model, std=0.3)
 
     return make
+
+
+@pytest.fixture
+def saved(adapted, base_model, tmp_path):
+    """Directories of a base model and of an adapter for it, and files of rows to calibrate on and to be judged by."""
+    adapted().save_pretrained(tmp_path / "adapter")
+    places = {"base": base_model, "adapter": tmp_path / "adapter"}
+    for name, start in (("calibration", 0), ("own", 20), ("other", 40)):
+        rows = [{"text": f"w{i % 60} w{(2 * i + 1) % 60} w{(3 * i) % 60} w{i % 7}"} for i in range(start, start + 12)]
+        places[name] = tmp_path / f"{name}.jsonl"
+        places[name].write_text("\n".join(map(json.dumps, rows)))
+    return places

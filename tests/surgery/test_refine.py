@@ -264,3 +264,23 @@ def test_a_strength_is_a_power_of_the_gate(name, strength, seed):
     once = policy(sigma, g, generator=torch.Generator().manual_seed(1))
     found = Strengthened(policy, strength)(sigma, g, generator=torch.Generator().manual_seed(1))
     assert torch.allclose(found, sigma * (once.clamp(min=0) / sigma) ** strength, rtol=1e-12)
+
+
+def test_an_adapter_on_disk_is_refined_as_in_its_model(saved, tmp_path):
+    task = evaluation.loss(saved["own"], name="own")
+    settings = {"task": task, "num_examples": 6, "num_selection": 6, "strengths": (1,), "progress": False}
+    settings["policies"] = ["grad_direction"]
+    files = {path: path.read_bytes() for path in saved["adapter"].iterdir()}
+    report = refine(saved["adapter"], saved["calibration"], base=saved["base"], **settings)
+    model = evaluation.load_adapted(saved["base"], saved["adapter"])
+    live = refine(model, saved["calibration"], tokenizer=saved["base"], **settings)
+    assert (report.candidates, report.controls, report.reasons) == (live.candidates, live.controls, live.reasons)
+    assert {path: path.read_bytes() for path in saved["adapter"].iterdir()} == files
+    if report.kept:
+        report.save(tmp_path / "out")
+    else:
+        with pytest.raises(SurgeryError, match="nothing to be saved"):
+            report.save(tmp_path / "out")
+    assert (tmp_path / "out").exists() == report.kept
+    with pytest.raises(TypeError, match="`base` must be the path or Hub id"):
+        refine(saved["adapter"], saved["calibration"], **settings)

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lorakit import evaluation
-from lorakit.errors import EvaluationError, SurgeryError
+from lorakit.errors import EvaluationError, PlanError, SurgeryError
 from lorakit.surgery import reweight, study
 from lorakit.surgery._study import drawn_examples
 
@@ -136,3 +136,124 @@ def test_what_cannot_be_asked(model):
     ):
         with pytest.raises(error, match=message):
             run(model, **options)
+
+
+class Counted:
+    """A function task that counts its calls, and is interrupted at one of them."""
+
+    def __init__(self, seed, fails_at=0):
+        self.seed, self.calls, self.fails_at = seed, 0, fails_at
+
+    def __call__(self, model):
+        self.calls += 1
+        if self.calls == self.fails_at:
+            raise KeyboardInterrupt
+        return torch.cat([-loss_fn(model, batch) for batch in batches(self.seed, 12)])
+
+
+def counted(seed, name, **options):
+    function = Counted(seed, **options)
+    return evaluation.function(function, name=name), function
+
+
+SMALL = {"policies": ("abs_select", "grad_direction"), "sizes": (5, 12), "energies": ("l1",), "seeds": (0, 1)}
+
+
+def test_an_interrupted_study_goes_on_where_it_was(model, tmp_path, monkeypatch):
+    from lorakit.surgery import _study
+
+    before = state_of(model)
+    (own, calls), (other, _) = counted(7, "own"), counted(8, "other")
+    whole = run(model, task=own, guards=[other], **SMALL)
+    passes, measure = [], _study.measure
+    monkeypatch.setattr(_study, "measure", lambda *a, **k: passes.append(1) or measure(*a, **k))
+    (own, first), (other, _) = counted(7, "own", fails_at=10), counted(8, "other")
+    with pytest.raises(KeyboardInterrupt):
+        run(model, task=own, guards=[other], records=tmp_path, **SMALL)
+    assert same(model, before)
+    (own, second), (other, _) = counted(7, "own"), counted(8, "other")
+    resumed = run(model, task=own, guards=[other], records=tmp_path, **SMALL)
+    assert (resumed.edits, resumed.controls) == (whole.edits, whole.controls)
+    assert first.calls - 1 + second.calls == calls.calls
+    assert second.calls > 5
+    assert len(passes) == 1
+    (own, third), (other, fourth) = counted(7, "own"), counted(8, "other")
+    again = run(model, task=own, guards=[other], records=tmp_path, alpha=0.1, **SMALL)
+    assert third.calls == fourth.calls == 0
+    assert again.estimated_seconds == again.seconds == 0
+    assert [e.gain for e in again.edits] == [e.gain for e in whole.edits]
+    assert all(a.lower > w.lower for a, w in zip(again.edits, whole.edits, strict=True))
+
+
+def distinct(report):
+    """How many edits and controls differ: at rank 4 there are few draws, and 12 examples are the same for all seeds."""
+    return len({(one.gain, *one.guard_changes.values()) for one in (*report.edits, *report.controls)})
+
+
+def test_a_larger_study_scores_only_what_is_new(model, tmp_path):
+    one = SMALL | {"seeds": (0,), "records": tmp_path}
+    (own, first), (other, _) = counted(7, "own"), counted(8, "other")
+    small = run(model, task=own, guards=[other], **one)
+    assert first.calls == 1 + distinct(small)
+    (own, more), (other, _), (third, guard) = counted(7, "own"), counted(8, "other"), counted(9, "third")
+    large = run(model, task=own, guards=[other, third], **one | {"seeds": (0, 1)})
+    assert more.calls == distinct(large) - distinct(small) <= 2 * 2  # the other seed's draws of 5 examples
+    assert guard.calls == 1 + distinct(large)
+    fresh = run(model, task=own, guards=[other, third], **SMALL)
+    assert (large.edits, large.controls) == (fresh.edits, fresh.controls)
+    assert {e.gain for e in small.edits} <= {e.gain for e in large.edits}
+    # another largest size is another pass, with other draws; controls do not depend on it
+    (own, other_size), (other, _) = counted(7, "own"), counted(8, "other")
+    settings = {"task": own, "guards": [other], "sizes": (5, 9), "module_sets": {"renamed": ["0", "2"]}}
+    shorter = run(model, **one | settings)
+    assert [e.gain for e in shorter.controls] == [e.gain for e in small.controls if e.modules == "both"]
+    assert other_size.calls <= 4
+    assert shorter.edits == run(model, **SMALL | settings | {"seeds": (0,)}).edits
+
+
+def test_how_long_it_will_take_counts_equal_edits_once(model, capsys):
+    report = run(model, progress=True, **SMALL)
+    assert f"{2 * distinct(report)} scorings, about" in capsys.readouterr().err
+    assert distinct(report) < len(report.edits) + len(report.controls)
+
+
+def test_records_of_another_adapter_and_damaged_ones_are_refused(model, tmp_path):
+    run(model, records=tmp_path, **SMALL)
+    (saved,) = tmp_path.glob("*.safetensors")
+    content = saved.read_bytes()
+    saved.write_bytes(b"nothing")
+    with pytest.raises(PlanError, match="cannot be read. Remove it"):
+        run(model, records=tmp_path, **SMALL)
+    saved.write_bytes(content)
+    with torch.no_grad():
+        model.base_model.model[0].lora_A["default"].weight[0, 0] += 1
+    with pytest.raises(PlanError, match="has other settings: adapter"):
+        run(model, records=tmp_path, **SMALL)
+
+
+def test_the_figure_has_a_panel_for_each_guard(model):
+    (own, _), (a, _), (b, _) = counted(7, "own"), counted(8, "a"), counted(9, "b")
+    report = run(model, task=own, guards=[a, b], **SMALL)
+    figure = report.plot()
+    assert [axes.get_xlabel() for axes in figure.axes] == ["risk: drop on a", "risk: drop on b"]
+    shown = sorted(float(x) for part in figure.axes[0].collections for x in part.get_offsets()[:, 0])
+    assert shown == pytest.approx(sorted(-e.guard_changes["a"] for e in (*report.edits, *report.controls)))
+    summary, edits = report.tables()
+    assert [row[0] for row in summary.rows] == ["random controls", "abs_select", "grad_direction"]
+    assert len(edits.rows) == len(report.edits)
+    assert run(model, guards=(), **SMALL).plot().axes[0].get_ylabel() == "reward: gain on own"
+
+
+def test_an_adapter_on_disk_is_studied_as_in_its_model(saved):
+    settings = {"guards": [evaluation.loss(saved["other"], name="other")], "policies": ["smooth_abs"], "sizes": (6,)}
+    task = evaluation.loss(saved["own"], name="own")
+    files = {path: path.read_bytes() for path in saved["adapter"].iterdir()}
+    report = study(saved["adapter"], saved["calibration"], base=saved["base"], task=task, progress=False, **settings)
+    model = evaluation.load_adapted(saved["base"], saved["adapter"])
+    live = study(model, saved["calibration"], task=task, progress=False, **settings)
+    assert report.edits == live.edits
+    assert {path: path.read_bytes() for path in saved["adapter"].iterdir()} == files
+    with pytest.raises(TypeError, match="`base` must be the path or Hub id of the base model"):
+        study(saved["adapter"], saved["calibration"], task=task)
+    with pytest.raises(TypeError, match="`base` and `options` are for the path"):
+        study(model, saved["calibration"], task=task, base=saved["base"])
