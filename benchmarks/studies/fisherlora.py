@@ -11,6 +11,7 @@ done again. Several processes may work on different arms.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -127,44 +128,60 @@ def initialize_eva(out: Path, model: Any, examples: Any) -> None:
     peft.initialize_lora_eva_weights(model, eva_state_dict=load_file(file))
 
 
-def run(arm: str, out: Path, *, steps: int = STEPS, data: str = "train.jsonl", key: str | None = None) -> None:
-    """Choose the arm's learning rate, train all seeds, score them."""
-    name = key or arm
-    initialize = functools.partial(initialize_eva, out) if arm == "eva" else None
+@dataclass(frozen=True)
+class Cell:
+    """One arm on one part of the data."""
 
-    def train(seed: int, learning_rate: float) -> dict[str, Any]:
+    out: Path
+    arm: str
+    name: str
+    steps: int = STEPS
+    data: str = "train.jsonl"
+
+    def title(self, rate: float, seed: int) -> str:
+        return f"{self.name} lr {rate:g} seed {seed}"
+
+    def adapter(self, rate: float, seed: int) -> Path:
+        """The trained adapter's directory; trained again if its record is of another machine."""
+        target = self.out / "adapters" / self.title(rate, seed).replace(" ", "-")
+        if not target.exists():
+            self.train(rate, seed)
+        return target
+
+    def train(self, rate: float, seed: int) -> dict[str, Any]:
+        """See `tools.train`."""
         return tools.train(
-            out,
-            config_of(arm, out, seed),
-            adapter_of(seed, learning_rate),
+            self.out,
+            config_of(self.arm, self.out, seed),
+            self.out / "adapters" / self.title(rate, seed).replace(" ", "-"),
             seed=seed,
-            learning_rate=learning_rate,
-            steps=steps,
-            data=data,
-            initialize=initialize,
+            learning_rate=rate,
+            steps=self.steps,
+            data=self.data,
+            initialize=functools.partial(initialize_eva, self.out) if self.arm == "eva" else None,
         )
 
-    def adapter_of(seed: int, learning_rate: float) -> Path:
-        return out / "adapters" / f"{name}-lr-{learning_rate:g}-seed-{seed}"
+    def trained(self, rate: float, seed: int) -> dict[str, Any]:
+        """The record of a training."""
+        settings = {"arm": self.arm, "data": self.data, "steps": self.steps, "learning_rate": rate, "seed": seed}
+        return tools.recorded(STUDY, self.title(rate, seed), self.train, settings, rate=rate, seed=seed)
 
-    def trained(seed: int, learning_rate: float) -> dict[str, Any]:
-        settings = {"arm": arm, "data": data, "steps": steps, "learning_rate": learning_rate, "seed": seed}
-        given = {"seed": seed, "learning_rate": learning_rate}
-        return tools.recorded(STUDY, f"{name} lr {learning_rate:g} seed {seed}", train, settings, **given)
+    def scored(self, rate: float, seed: int) -> dict[str, Any]:
+        """The record of an adapter's scores."""
 
-    def scored(seed: int, learning_rate: float) -> dict[str, Any]:
-        adapter = adapter_of(seed, learning_rate)
-        if not adapter.exists():  # trained on another machine: its record is there, the adapter is not
-            train(seed, learning_rate)
-        return tools.score(out, adapter)
+        def score() -> dict[str, Any]:
+            return tools.score(self.out, self.adapter(rate, seed))
 
-    losses = {rate: trained(tools.SEEDS[0], rate)["validation"] for rate in tools.GRID}
-    rate = min(losses, key=lambda rate: sum(losses[rate]))
-    for seed in tools.SEEDS:
-        trained(seed, rate)
-        title = f"{name} lr {rate:g} seed {seed}"
-        given = {"seed": seed, "learning_rate": rate}
-        tools.recorded(STUDY, f"scores of {title}", scored, {"adapter": title}, **given)
+        title = self.title(rate, seed)
+        return tools.recorded(STUDY, f"scores of {title}", score, {"adapter": title})
+
+    def run(self) -> None:
+        """Choose the learning rate, train all seeds, score them."""
+        losses = {rate: sum(self.trained(rate, tools.SEEDS[0])["validation"]) for rate in tools.GRID}
+        rate = min(losses, key=losses.__getitem__)
+        for seed in tools.SEEDS:
+            self.trained(rate, seed)
+            self.scored(rate, seed)
 
 
 def ratios(out: Path) -> None:
@@ -187,9 +204,9 @@ def main() -> None:
             ratios(out)
         elif part in FRACTIONS:
             share, steps = FRACTIONS[part]
-            run(arm, out, steps=steps, data=f"train_{share}.jsonl", key=stage)
+            Cell(out, arm, stage, steps, f"train_{share}.jsonl").run()
         else:
-            run(stage, out)
+            Cell(out, stage, stage).run()
 
 
 if __name__ == "__main__":

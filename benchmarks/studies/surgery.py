@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import tools
-from page_fisherlora import Arm
+from arms import Arm
+from fisherlora import Cell
 from pages import records
 from transformers import AutoTokenizer
 
@@ -44,8 +45,8 @@ def adapters(out: Path) -> list[Path]:
     arm = Arm("all_linear", records("fisherlora"))
     if not arm.whole:
         raise SystemExit("Run `fisherlora.py all_linear` first: its adapters are operated on.")
-    titles = [f"all_linear lr {arm.rate:g} seed {seed}" for seed in tools.SEEDS]
-    return [out / "adapters" / title.replace(" ", "-") for title in titles]
+    cell = Cell(out, "all_linear", "all_linear")
+    return [cell.adapter(arm.rate, seed) for seed in tools.SEEDS]
 
 
 def loss(out: Path, name: str) -> Any:

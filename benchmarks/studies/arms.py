@@ -1,4 +1,4 @@
-"""docs/studies/fisherlora.md, from the records of the FisherLoRA study."""
+"""The arms of the FisherLoRA study, from its records."""
 
 from __future__ import annotations
 
@@ -7,21 +7,6 @@ from typing import Any
 import pages
 import tools
 from fisherlora import ARMS, FRACTION_ARMS, FRACTIONS
-
-ACCURACY, LOSS = tools.SETS, tuple(f"{name}_loss" for name in tools.SETS)
-MARGIN, LOSS_MARGIN = 0.02, 0.02  # two points; nats a token
-LABELS = {
-    "all_linear": "uniform, r = 16, all linear modules",
-    "uniform": "uniform, r = 16",
-    "uniform_reduced": "uniform, reduced",
-    "fisherlora": "FisherLoRA: r_q = 4, r_v = 16",
-    "fisher": "by Fisher information of each module",
-    "spectral": "opposite: r_q = 16, r_v smaller",
-    "shuffled": "the ranks of the row before last, shuffled",
-    "adalora": "AdaLoRA",
-    "eva": "EVA",
-}
-LABELS["shuffled"] = "the Fisher ranks, shuffled"
 
 
 class Arm:
@@ -57,27 +42,3 @@ def arms() -> dict[str, Arm]:
     found = pages.records("fisherlora")
     names = [*ARMS, *(f"{arm}_{part}" for part in FRACTIONS for arm in FRACTION_ARMS)]
     return {name: arm for name in names if (arm := Arm(name, found)).whole}
-
-
-def build() -> list[pages.Claim]:
-    """Write the page; the rows of the index."""
-    found, trained = pages.records("fisherlora"), arms()
-    if "uniform" not in trained:
-        return []
-    uniform = trained["uniform"]
-    difference = {
-        name: {
-            kind: pages.interval(uniform.of(tasks), arm.of(tasks))
-            for kind, tasks in (("accuracy", ACCURACY), ("loss", LOSS))
-        }
-        for name, arm in trained.items()
-        if name != "uniform"
-    }
-    print(
-        {name: {kind: pages.shown(one) for kind, one in rows.items()} for name, rows in difference.items()}, len(found)
-    )
-    return []
-
-
-if __name__ == "__main__":
-    build()
