@@ -175,10 +175,14 @@ class Cell:
         title = self.title(rate, seed)
         return tools.recorded(STUDY, f"scores of {title}", score, {"adapter": title})
 
+    def rate(self) -> float:
+        """The learning rate of the grid with the lowest validation loss."""
+        losses = {rate: sum(self.trained(rate, tools.SEEDS[0])["validation"]) for rate in tools.GRID}
+        return min(losses, key=losses.__getitem__)
+
     def run(self) -> None:
         """Choose the learning rate, train all seeds, score them."""
-        losses = {rate: sum(self.trained(rate, tools.SEEDS[0])["validation"]) for rate in tools.GRID}
-        rate = min(losses, key=losses.__getitem__)
+        rate = self.rate()
         for seed in tools.SEEDS:
             self.trained(rate, seed)
             self.scored(rate, seed)
@@ -188,9 +192,15 @@ def ratios(out: Path) -> None:
     """The V/Q ratio of a new adapter, after 50 steps, and of the trained adapters of the arm `uniform`."""
     tools.recorded(STUDY, "probe at the start", probe, {"examples": PROBED, "steps": 0}, out=out)
     _probe_report(out)
-    for adapter in sorted((out / "adapters").glob("uniform-lr-*")):
-        title = adapter.name.replace("-", " ")
-        tools.recorded(STUDY, f"probe of {title}", probe, {"adapter": title}, out=out, adapter=adapter)
+    cell = Cell(out, "uniform", "uniform")
+    rate = cell.rate()
+    for seed in tools.SEEDS:
+
+        def of_trained(seed: int) -> dict[str, Any]:
+            return probe(out, cell.adapter(rate, seed))
+
+        title = cell.title(rate, seed)
+        tools.recorded(STUDY, f"probe of {title}", of_trained, {"adapter": title}, seed=seed)
 
 
 def main() -> None:
