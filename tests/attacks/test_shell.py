@@ -33,7 +33,16 @@ def test_a_full_disk_is_one_message(write):
     assert "No space left" in done.stderr
 
 
+@pytest.fixture
+def interruptible():
+    """Children do not ignore Ctrl-C, as those of a job in the background do."""
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, inherited)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("delay", [0.3, 1.0, 3.0])
 def test_ctrl_c_is_quiet_and_130(write, tmp_path, delay):
     fifo = tmp_path / "fifo"
