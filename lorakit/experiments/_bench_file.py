@@ -1,4 +1,4 @@
-"""A bench's arguments from a YAML file."""
+"""The arguments of a bench, or of a comparison of methods, from a YAML file."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ import yaml
 
 from lorakit.data import loader
 from lorakit.errors import EvaluationError
-from lorakit.evaluation import LoadOptions, choices, exact_match, lm_eval, loss
+from lorakit.evaluation import LoadOptions, choices, classification, exact_match, lm_eval, loss
+from lorakit.evaluation._classification import OPTIONS as CLASSIFICATION_OPTIONS
 from lorakit.experiments._bench import bench
 from lorakit.experiments._bench_settings import PROBE_FIELDS
+from lorakit.experiments._compare import compare_methods
 
 _OPTIONS = tuple(field.name for field in fields(LoadOptions))
 _CALL = ("options", "executor", "shard", "progress")  # of the call, not of the bench
-_ARGUMENTS = {name: parameter for name, parameter in inspect.signature(bench).parameters.items() if name not in _CALL}
-_NEEDED = tuple(name for name, parameter in _ARGUMENTS.items() if parameter.default is inspect.Parameter.empty)
 _LOADER = tuple(name for name in inspect.signature(loader).parameters if name not in ("tokenizer", "progress"))
 _TASKS: dict[str, Callable[..., Any]] = {
     "loss": loss,
     "choices": choices,
     "exact_match": exact_match,
     "lm_eval": lm_eval,
+    "classification": classification,
 }
-_NUMBERS = ("margin", "learning_rate", "weight_decay", "energy", "alpha", "gate", "tolerance")
+_MORE: dict[str, tuple[str, ...]] = {"loss": _LOADER[1:], "classification": CLASSIFICATION_OPTIONS}  # their `**options`
+_NUMBERS = ("margin", "learning_rate", "weight_decay", "energy", "alpha", "gate", "tolerance", "warmup_ratio", "epochs")
 
 
 def read_bench_file(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -38,26 +40,68 @@ def read_bench_file(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Its keys are the names of the arguments, and of the fields of `lorakit.evaluation.LoadOptions`. `probe` is a mapping
     of LoraConfig's fields. A task is a path, or a mapping with the name of a function of `lorakit.evaluation` (loss,
-    choices, exact_match or lm_eval), its first argument beside it, and its other arguments as further keys.
+    choices, exact_match, lm_eval or classification), its first argument beside it, and its other arguments as further
+    keys.
 
     Raises: EvaluationError, which names the file and the key, for a file that is not YAML or not a mapping, keys that
     are missing, unknown or there twice, and values of another form; OSError for a file that is not there.
     """
-    file = os.fspath(path)
-    content = _parsed(Path(path).read_text(encoding="utf-8"), file)
-    _check_keys(content, (*_ARGUMENTS, *_OPTIONS), file, "")
-    missing = [name for name in _NEEDED if name not in content]
-    if missing:
-        raise EvaluationError(f"{file}: the key {missing[0]!r} is needed (needed are {', '.join(_NEEDED)}).")
-    for name in _NUMBERS:
-        if name in content:
-            content[name] = _number(content[name])
-    probe = content["probe"]
+    return _bench_arguments(_parsed(path), os.fspath(path))
+
+
+def read_methods_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The arguments of `lorakit.experiments.compare_methods` that a YAML file has, in the form of `read_bench_file`.
+
+    `methods` maps each name to the fields of a PEFT config with its `peft_type`. Raises: as `read_bench_file`.
+    """
+    return _methods_arguments(_parsed(path), os.fspath(path))
+
+
+def read_either_file(path: str | os.PathLike[str]) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The function that a YAML file is for, and its arguments: `compare_methods` where the file has `methods`."""
+    content, file = _parsed(path), os.fspath(path)
+    if "methods" in content:
+        return compare_methods, _methods_arguments(content, file)
+    return bench, _bench_arguments(content, file)
+
+
+def _bench_arguments(content: dict[str, Any], file: str) -> dict[str, Any]:
+    found = _arguments(content, bench, file)
+    probe = found["probe"]
     if not isinstance(probe, Mapping):
         raise EvaluationError(f"{file}: `probe` must be a mapping of LoraConfig's fields; got {probe!r}.")
     _check_keys(probe, PROBE_FIELDS, file, "probe.")
-    if isinstance(content["train"], Mapping):
-        _check_keys(content["train"], _LOADER, file, "train.")
+    if isinstance(found["train"], Mapping):
+        _check_keys(found["train"], _LOADER, file, "train.")
+    return found
+
+
+def _methods_arguments(content: dict[str, Any], file: str) -> dict[str, Any]:
+    found = _arguments(content, compare_methods, file)
+    methods = found["methods"]
+    if not isinstance(methods, Mapping) or not all(isinstance(one, Mapping) for one in methods.values()):
+        raise EvaluationError(f"{file}: `methods` must map names to mappings of a PEFT config's fields.")
+    found["methods"] = {name: _with_rates(one) for name, one in methods.items()}
+    return _with_rates(found)
+
+
+def _with_rates(content: Mapping[str, Any]) -> dict[str, Any]:
+    rates = content.get("learning_rates")
+    numbers = {"learning_rates": [_number(rate) for rate in rates]} if isinstance(rates, list) else {}
+    return {**content, **numbers, **{name: _number(content[name]) for name in ("learning_rate",) if name in content}}
+
+
+def _arguments(content: dict[str, Any], function: Callable[..., Any], file: str) -> dict[str, Any]:
+    """The arguments that both kinds have in one form."""
+    known = {name: one for name, one in inspect.signature(function).parameters.items() if name not in _CALL}
+    _check_keys(content, (*known, *_OPTIONS), file, "")
+    needed = [name for name, parameter in known.items() if parameter.default is inspect.Parameter.empty]
+    missing = [name for name in needed if name not in content]
+    if missing:
+        raise EvaluationError(f"{file}: the key {missing[0]!r} is needed (needed are {', '.join(needed)}).")
+    for name in _NUMBERS:
+        if name in content:
+            content[name] = _number(content[name])
     given = content["tasks"] if isinstance(content["tasks"], list) else [content["tasks"]]
     content["tasks"] = [_task(task, file, f"tasks[{i}]") for i, task in enumerate(given)]
     try:
@@ -67,7 +111,8 @@ def read_bench_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-def _parsed(text: str, file: str) -> dict[str, Any]:
+def _parsed(path: str | os.PathLike[str]) -> dict[str, Any]:
+    text, file = Path(path).read_text(encoding="utf-8"), os.fspath(path)
     try:
         for node in _mappings(yaml.compose(text, Loader=yaml.SafeLoader)):
             names = [key.value for key, _ in node.value]
@@ -111,11 +156,8 @@ def _task(given: Any, file: str, where: str) -> Any:
         )
     make = _TASKS[kinds[0]]
     first, *others = inspect.signature(make).parameters
-    others = [name for name in others if name != "options" or kinds[0] != "loss"]
-    if kinds[0] == "loss":
-        others += [
-            name for name in inspect.signature(loader).parameters if name not in ("source", "tokenizer", "progress")
-        ]
+    others = [name for name in others if name != "options" or kinds[0] not in _MORE]
+    others += _MORE.get(kinds[0], ())
     _check_keys(given, (kinds[0], *others), file, f"{where}.")
     arguments = {first: given[kinds[0]], **{key: value for key, value in given.items() if key != kinds[0]}}
     if "margin" in arguments:

@@ -22,6 +22,7 @@ MAX_GRAD_NORM = 1.0
 class TrainSettings:
     """The arguments of a training that `rank_sweep` and `adapt_each_layer` share; see `rank_sweep` for their meaning.
 
+    `group_by_length`: batches are of examples of similar length, as transformers' Trainer groups them.
     Raises: ValueError, naming the argument, for values that are not allowed.
     """
 
@@ -33,6 +34,7 @@ class TrainSettings:
     schedule: Schedule
     collate_fn: Callable[[list[Any]], Any] | None
     train: Train | None
+    group_by_length: bool = False
 
     def __post_init__(self) -> None:
         check_integer("steps", self.steps)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 from tqdm.auto import tqdm
 from transformers import get_scheduler, set_seed
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from lorakit.calibration.state import preserved_rng, preserved_state
 from lorakit.errors import CalibrationError
@@ -145,12 +146,28 @@ def batches_of(data: Any, settings: TrainSettings, seed: int, bar: Any) -> Itera
     """Batches in an order that depends on the seed alone. Before each one all generators are seeded anew."""
     generator = torch.Generator().manual_seed(seed)
     size = settings.batch_size
-    sampler = RandomSampler(data, num_samples=settings.steps * (size or 1), generator=generator)
-    loader = iter(DataLoader(data, size, sampler=sampler, collate_fn=settings.collate_fn, generator=generator))
+    if settings.group_by_length and size is not None:
+        order = _grouped(data, size, settings.steps, generator)
+        loader: Any = DataLoader(data, batch_sampler=order, collate_fn=settings.collate_fn, generator=generator)
+    else:
+        sampler = RandomSampler(data, num_samples=settings.steps * (size or 1), generator=generator)
+        loader = DataLoader(data, size, sampler=sampler, collate_fn=settings.collate_fn, generator=generator)
+    loader = iter(loader)
     for step in range(settings.steps):
         set_seed((seed * 1_000_003 + step) % 2**32)
         yield next(loader)
         bar.update()
+
+
+def _grouped(data: Any, size: int, steps: int, generator: torch.Generator) -> list[list[int]]:
+    """The places of each batch's examples, of similar length; epoch after epoch, in random order."""
+    lengths = [len(example["input_ids"]) for example in data]
+    batches: list[list[int]] = []
+    while len(batches) < steps:
+        places = get_length_grouped_indices(lengths, size, generator=generator)
+        epoch = [places[start : start + size] for start in range(0, len(places), size)]
+        batches += [epoch[i] for i in torch.randperm(len(epoch), generator=generator).tolist()]
+    return batches[:steps]
 
 
 def train_adapter(model: Any, batches: Iterator[Any], settings: TrainSettings, seed: int, what: str) -> float | None:
