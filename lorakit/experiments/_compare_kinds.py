@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import json
@@ -201,6 +202,14 @@ def split(documents: Sequence[str], left_out: Iterable[str], validation: int) ->
         raise EvaluationError(f"`validation` must leave documents to train on; got {validation} of {len(kept)}.")
     held = frozenset(sorted(kept)[:validation])
     return frozenset(kept) - held, held
+
+
+def with_head(config: Any, head: Sequence[str]) -> Any:
+    """A copy of a config that also trains these modules in full, where the method can."""
+    config = copy.deepcopy(config)
+    if head and hasattr(config, "modules_to_save"):
+        config.modules_to_save = sorted({*(config.modules_to_save or ()), *head})
+    return config
 
 
 def _tokenizer(base: str, options: LoadOptions) -> Any:

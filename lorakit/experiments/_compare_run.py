@@ -14,6 +14,7 @@ from lorakit.errors import EvaluationError, Finding
 from lorakit.evaluation._digests import data_digest
 from lorakit.experiments import _compare_trials as trials
 from lorakit.experiments._compare_kinds import loaded
+from lorakit.experiments._compare_probes import probed_values, with_values
 from lorakit.experiments._compare_report import ComparedMethod, MethodsReport, TriedRate
 from lorakit.experiments._compare_settings import Method, MethodsSettings
 from lorakit.experiments._compare_verdicts import MethodScores, compared, overall, verdicts
@@ -52,11 +53,15 @@ class MethodsRun:
         self._fingerprints = {task.name: task.fingerprint() for task in settings.tasks}
         self._data_sha256 = data_digest(settings.data["source"])
         self._data: dict[str, Any] = {}
+        self._probes: Results = {}
 
     def run(self) -> MethodsReport:
         """Every stage, up to the report."""
         settings = self._settings
         self._data = self._stage("training data", [self._read_data()])[_DATA]
+        owners = [one for one in settings.methods if one.probe is not None and one.probe.of == one.name]
+        if owners:
+            self._probes = self._stage("probes", [self._probe(one) for one in owners])
         tuned = [one for one in settings.methods if len(one.learning_rates) > 1]
         first = settings.seeds[0]
         tries = [self._train(one, rate, first) for one in tuned for rate in one.learning_rates]
@@ -88,30 +93,47 @@ class MethodsRun:
         own = {"kind": settings.model, "data": settings.data, "validation": settings.validation}
         return Trial(_DATA, trials.read_data, arguments | own, stated | {"validation": settings.validation})
 
-    def _train(self, method: Method, rate: float, seed: int) -> Trial:
-        settings, data = self._settings, self._data
+    def _probe(self, method: Method) -> Trial:
+        assert method.probe is not None
+        settings, seed = method.probe.settings, self._settings.seeds[0]
         arguments, stated = self._shared()
-        training = {**settings.training.on(data["documents"]), "learning_rate": rate}
-        config = prepared(method.name, method.config, training["steps"], own_loop=False)
-        given = {
-            "kind": settings.model,
-            "train": settings.data,
-            "left_out": data["left_out"],
-            "validation": data["validation"],
-            "num_labels": data["num_labels"],
-            "progress": self._show_steps,
-        }
+        own = {"config": method.config, "settings": settings, "training": self._settings.training.more, "seed": seed}
+        return Trial(
+            _probe_key(method.name),
+            probed_values,
+            {name: arguments[name] for name in ("base", "options")} | own | {"data": self._given()},
+            stated | own | {"config": plain_config(method.config)} | self._trained_on(),
+        )
+
+    def _config(self, method: Method, seed: int) -> Any:
+        """A method's config for one seed."""
+        if method.probe is None:
+            return method.config
+        shuffle = None if method.probe.shuffle_seed is None else method.probe.shuffle_seed + seed
+        return with_values(method.config, self._probes[_probe_key(method.probe.of)], shuffle)
+
+    def _given(self) -> dict[str, Any]:
+        """The data as trials take them."""
+        known = {name: self._data[name] for name in ("left_out", "validation", "num_labels")}
+        return {"kind": self._settings.model, "train": self._settings.data, "progress": self._show_steps} | known
+
+    def _trained_on(self) -> dict[str, Any]:
+        return {name: self._data[name] for name in ("trained_sha256", "validation_sha256", "num_labels")}
+
+    def _train(self, method: Method, rate: float, seed: int) -> Trial:
+        settings = self._settings
+        arguments, stated = self._shared()
+        training = {**settings.training.on(self._data["documents"]), "learning_rate": rate}
+        config = prepared(method.name, self._config(method, seed), training["steps"], own_loop=False)
         key = _key(method, rate, seed)
         out = os.fspath(settings.directory / "adapters" / re.sub(r"[^\w.-]+", "-", key))
         return Trial(
             key,
             trials.train_and_score,
             arguments
-            | {"data": given, "config": config, "training": training, "seed": seed}
+            | {"data": self._given(), "config": config, "training": training, "seed": seed}
             | {"out": out if settings.save_adapters else None},
-            stated
-            | {"config": plain_config(config), "training": training, "seed": seed}
-            | {name: data[name] for name in ("trained_sha256", "validation_sha256", "num_labels")},
+            stated | {"config": plain_config(config), "training": training, "seed": seed} | self._trained_on(),
         )
 
     def _chosen(self, method: Method, tried: Results) -> float:
@@ -221,6 +243,10 @@ class MethodsRun:
 
 def _key(method: Method, rate: float, seed: int) -> str:
     return f"{method.name}, learning rate {rate:g}, seed {seed}"
+
+
+def _probe_key(name: str) -> str:
+    return f"probe of {name}"
 
 
 def _path(settings: MethodsSettings, method: Method, rate: float, seed: int) -> str:

@@ -6,31 +6,33 @@ import difflib
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, get_peft_config
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from lorakit._checks import check_integer, check_number
+from lorakit._checks import check_integer, check_number, check_seed
 from lorakit.errors import EvaluationError
 from lorakit.evaluation import LoadOptions, Task
 from lorakit.evaluation._evaluate import tasks_of
 from lorakit.experiments._compare_kinds import KINDS
+from lorakit.experiments._compare_probes import FromProbe, check_probe_settings
 from lorakit.experiments._settings import MAX_GRAD_NORM, TrainSettings
 from lorakit.experiments._training import plain_config
 
-OWN = ("learning_rate", "learning_rates")  # keys of a method beside its config's fields
+OWN = ("learning_rate", "learning_rates", "from_probe", "shuffle_seed")  # keys of a method beside its config's fields
 
 
 @dataclass(frozen=True)
 class Method:
-    """One method: its PEFT config, and the learning rates to choose from."""
+    """One method: its PEFT config, the learning rates to choose from, and whether a probe decides on ks or ranks."""
 
     name: str
     config: PeftConfig
     learning_rates: tuple[float, ...]
+    probe: FromProbe | None = None
 
     @property
     def peft_type(self) -> str:
@@ -99,7 +101,11 @@ class MethodsSettings:
             "model": self.model,
             "train": dict(self.data),
             "methods": {
-                one.name: {"config": plain_config(one.config), "learning_rates": list(one.learning_rates)}
+                one.name: {
+                    "config": plain_config(one.config),
+                    "learning_rates": list(one.learning_rates),
+                    "probe": None if one.probe is None else asdict(one.probe),
+                }
                 for one in self.methods
             },
             "reference": self.reference,
@@ -122,7 +128,31 @@ def check_methods(methods: Any, learning_rates: Sequence[float], model: str) -> 
     """Raises: ValueError, TypeError, naming the method and the field."""
     if not isinstance(methods, Mapping) or len(methods) < 2:
         raise ValueError("`methods` must map at least two names to PEFT configs, or to mappings of their fields.")
-    return tuple(_method(str(name), given, learning_rates, model) for name, given in methods.items())
+    found = {str(name): _method(str(name), given, learning_rates, model) for name, given in methods.items()}
+    for name, given in methods.items():
+        if isinstance(given, Mapping) and ("from_probe" in given or "shuffle_seed" in given):
+            found[str(name)] = replace(found[str(name)], probe=_from_probe(str(name), methods, found))
+    return tuple(found.values())
+
+
+def _from_probe(name: str, given: Mapping[str, Any], methods: Mapping[str, Method]) -> FromProbe:
+    """Raises: ValueError."""
+    where, own = f"methods[{name!r}]", given[name]
+    of, seed = own.get("from_probe"), own.get("shuffle_seed")
+    if seed is not None:
+        check_seed(f"{where}.shuffle_seed", seed)
+    if isinstance(of, str):
+        other = given.get(of)
+        if not isinstance(other, Mapping) or not isinstance(other.get("from_probe"), Mapping):
+            raise ValueError(f"`{where}.from_probe` must be a method with a probe of its own; got {of!r}.")
+        if methods[of].peft_type != methods[name].peft_type:
+            raise ValueError(f"`{where}` and {of!r}, whose probe it takes, must be of one `peft_type`.")
+        settings = other["from_probe"]
+    else:
+        settings, of = of, name
+    owner = methods[of]
+    checked = check_probe_settings(where, settings, owner.config, owner.learning_rates[0])
+    return FromProbe(of, checked, seed)
 
 
 def _method(name: str, given: Any, learning_rates: Sequence[float], model: str) -> Method:

@@ -21,7 +21,7 @@ from lorakit.evaluation import LoadOptions, Task
 from lorakit.evaluation._classification import shared_logits
 from lorakit.evaluation._digests import digest
 from lorakit.evaluation._evaluate import environment, scored
-from lorakit.experiments._compare_kinds import KINDS, inputs_of, loaded, split
+from lorakit.experiments._compare_kinds import KINDS, inputs_of, loaded, split, with_head
 from lorakit.experiments._methods import check_model, removed_parameters
 from lorakit.experiments._preserve import preserved_base
 from lorakit.experiments._settings import TrainSettings
@@ -129,14 +129,6 @@ def train_and_score(
         "train_seconds": round(trained - started, 3),
         "seconds": round(time.perf_counter() - started, 3),
     }
-
-
-def with_head(config: Any, head: Sequence[str]) -> Any:
-    """A copy of a config that also trains these modules in full, where the method can."""
-    config = copy.deepcopy(config)
-    if head and hasattr(config, "modules_to_save"):
-        config.modules_to_save = sorted({*(config.modules_to_save or ()), *head})
-    return config
 
 
 def head_parameters(model: nn.Module) -> int:
