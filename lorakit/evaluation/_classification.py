@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lorakit._checks import check_integer, check_number
-from lorakit.data._labelled import Inputs, Labelled, labelled, text_inputs
+from lorakit.data._labelled import Inputs, Labelled, inputs_for, labelled
 from lorakit.data._sources import is_source
 from lorakit.errors import EvaluationError
 from lorakit.evaluation._digests import data_digest, digest
@@ -25,7 +25,8 @@ from lorakit.statistics._corpus_metrics import CORPUS_METRICS
 
 _SHARED: ContextVar[dict[str, Tensor] | None] = ContextVar("_SHARED", default=None)
 OPTIONS = ("columns", "num_examples", "shuffle_seed", "start", "split", "subset")
-ClassMetric = Literal["acc", "mcc", "f1", "macro_f1", "loss"]
+ClassMetric = Literal["acc", "mcc", "f1", "macro_f1", "pearson", "loss"]
+_OF_NUMBERS = ("pearson",)
 
 
 @dataclass(frozen=True)
@@ -51,35 +52,42 @@ class ClassificationTask:
         return labelled(self.source, **self.options)
 
     def score(self, model: Any, tokenizer: Any, *, limit: int | None, progress: bool) -> Scored:
-        """Classify the first documents."""
+        """Classify the first documents; of a model of images `tokenizer` is its image processor."""
         if tokenizer is None:
-            raise EvaluationError(f"Task {self.name!r} needs the model's tokenizer; pass `tokenizer`.")
+            raise EvaluationError(f"Task {self.name!r} needs the model's tokenizer or processor; pass `tokenizer`.")
         data = self.read()
         if limit is not None:
             first = frozenset(data.documents[:limit])
             data = data.chosen(first.__contains__)
         logits = self._logits(model, data, tokenizer)
-        labels = torch.tensor(data.labels)
-        if int(labels.max()) >= logits.shape[1]:
+        self._check(data, logits)
+        settings = {"length": self.length, "metric": self.metric, "copies_left_out": data.num_copies}
+        documents, labels = list(data.documents), torch.tensor(data.labels)
+        if self.metric == "loss":
+            return Scored(documents, (-label_losses(logits, labels)).tolist(), settings)
+        predicted = logits[:, 0] if self.metric in _OF_NUMBERS else logits.argmax(1)
+        if self.metric in CORPUS_METRICS:
+            return Scored(documents, predicted.tolist(), settings, self.metric, labels.double().tolist())
+        return Scored(documents, (predicted == labels).double().tolist(), settings)
+
+    def _check(self, data: Labelled, logits: Tensor) -> None:
+        """Raise EvaluationError for labels that the metric or the model is not for."""
+        numbers = logits.shape[1] == 1
+        if numbers != (self.metric in _OF_NUMBERS) and self.metric != "loss":
+            what = "predicts a number" if numbers else f"knows {logits.shape[1]} classes"
+            raise EvaluationError(f"Task {self.name!r} has the metric {self.metric!r}, and the model {what}.")
+        if not numbers and not (data.has_classes and max(data.labels) < logits.shape[1]):
             raise EvaluationError(
-                f"Task {self.name!r} has the class {int(labels.max())}, and the model knows {logits.shape[1]} classes, "
+                f"Task {self.name!r} has the label {max(data.labels)}, and the model knows {logits.shape[1]} classes, "
                 f"from 0. Train it on data with all of them."
             )
-        predicted = logits.argmax(1)
-        settings = {"length": self.length, "metric": self.metric, "copies_left_out": data.num_copies}
-        documents = list(data.documents)
-        if self.metric in CORPUS_METRICS:
-            return Scored(documents, predicted.tolist(), settings, self.metric, list(map(float, data.labels)))
-        if self.metric == "loss":
-            return Scored(documents, (-class_losses(logits, labels)).tolist(), settings)
-        return Scored(documents, (predicted == labels).double().tolist(), settings)
 
     def _logits(self, model: Any, data: Labelled, tokenizer: Any) -> Tensor:
         shared = _SHARED.get()
         shared = {} if shared is None else shared
         key = digest([list(data.documents), self.length])
         if key not in shared:
-            shared[key] = class_logits(model, text_inputs(data, tokenizer, self.length), self.batch_size)
+            shared[key] = class_logits(model, inputs_for(data, tokenizer, self.length), self.batch_size)
         return shared[key]
 
 
@@ -103,15 +111,17 @@ def classification(
     margin: float | None = None,
     **options: Any,
 ) -> ClassificationTask:
-    """Documents with a class each, for a model that classifies sequences: 1 where it finds the class, else 0.
+    """Texts or images with a class each, for a model that classifies: 1 where it finds the class, else 0.
 
     Args:
-        path: a file, a `datasets.Dataset` or a dataset id with the columns `text`, for pairs `text_pair`, and `label`,
-            an integer from 0.
+        path: a file, a `datasets.Dataset` or a dataset id with the columns `text` (and, for pairs, `text_pair`) or
+            `image`, and `label`, an integer from 0; or a directory of images with a folder for each class. Labels that
+            are no integers are numbers that the model predicts.
         name: the task's name; None: the file's, with the metric where that is not "acc".
         metric: "acc"; "loss", a document's negative cross-entropy in nats; "mcc" (Matthews' correlation), "f1" (of
-            class 1 of two) and "macro_f1" are of the whole corpus.
-        length: the longest document in tokens.
+            class 1 of two) and "macro_f1" are of the whole corpus. Of predicted numbers "pearson", their correlation
+            with the labels, or "loss", a document's negative squared error.
+        length: the longest text in tokens.
         batch_size: documents a batch.
         margin: the task's own margin; None: that of the call.
         options: `columns`, such as ``{"text": "sentence", "label": "label"}``, `num_examples`, `start`, `shuffle_seed`,
@@ -147,16 +157,19 @@ def class_logits(model: Any, inputs: Inputs, batch_size: int) -> Tensor:
     return found[torch.tensor(order).argsort()]
 
 
-def class_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """The cross-entropy (n,) of each document, float64, in nats."""
+def label_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """The cross-entropy (n,) of each document in nats, or the squared error of a number; float64."""
+    if logits.shape[1] == 1:
+        return (logits[:, 0].double() - labels.double()) ** 2
     return F.cross_entropy(logits.double(), labels, reduction="none")
 
 
 def _batches(inputs: Inputs, order: list[int], batch_size: int, model: Any) -> Iterator[dict[str, Tensor]]:
     loader: Any = DataLoader(inputs.examples, batch_size, sampler=order, collate_fn=inputs.collate_fn)  # type: ignore[arg-type]
     for batch in loader:
-        yield {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
+        moved = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
+        yield {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in moved.items()}
 
 
 def _size(example: Any) -> int:
-    return len(example["input_ids"])
+    return len(example["input_ids"]) if "input_ids" in example else 0

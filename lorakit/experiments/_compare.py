@@ -82,7 +82,8 @@ def compare_methods(
             be, a `learning_rate` or `learning_rates` of its own.
         tasks: a task or several; see `lorakit.evaluation.classification` and the functions beside it.
         directory: holds records, adapters and the report.
-        model: "causal_lm", or "sequence_classification", whose new head each method trains in full.
+        model: "causal_lm"; or "sequence_classification" or "image_classification", whose new head every method trains
+            in full.
         reference: the method that the others are compared with; None: the first.
         steps, epochs: how long every training is, in either of the two.
         learning_rate, learning_rates: one for all methods, or those to choose from.

@@ -7,22 +7,23 @@ import functools
 import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
 from transformers import set_seed
 
 from lorakit.data import loader
-from lorakit.data._labelled import Inputs, Labelled, labelled, text_inputs
-from lorakit.errors import EvaluationError
+from lorakit.data._labelled import Inputs, Labelled, inputs_for, labelled
+from lorakit.errors import EvaluationError, raised_as
 from lorakit.evaluation import LoadOptions, load_base
-from lorakit.evaluation._classification import ClassificationTask, class_logits, class_losses
+from lorakit.evaluation._classification import ClassificationTask, class_logits, label_losses
 from lorakit.evaluation._digests import base_digest, document_digests, weights_digest
 from lorakit.evaluation._models import load_classifier, load_tokenizer
 from lorakit.evaluation._task_kinds import LossTask, document_losses
 
-ModelKind = Literal["causal_lm", "sequence_classification"]
+ModelKind = Literal["causal_lm", "sequence_classification", "image_classification"]
+_HEADS = ("classifier", "score", "head", "fc")
 _SCORED_AT_ONCE = 32
 
 
@@ -109,16 +110,16 @@ class CausalLM:
 
     def losses(self, model: Any, inputs: Inputs) -> list[float]:
         """The mean loss of each document's labelled tokens."""
-        batches = (inputs.collate_fn([example]) for example in inputs.examples)
+        batches = (inputs.collate_fn([inputs.examples[i]]) for i in range(len(inputs.examples)))
         return [loss for _, loss in document_losses(model, batches)]
 
 
 @dataclass(frozen=True)
-class _LabelledTexts:
-    """Texts with classes."""
+class _LabelledDocuments:
+    """Texts or images with labels."""
 
     rows: Labelled
-    tokenizer: Any
+    processor: Any
     length: int
 
     @property
@@ -131,47 +132,70 @@ class _LabelledTexts:
 
     @property
     def num_labels(self) -> int:
-        return max(self.rows.labels) + 1
+        return self.rows.num_labels
 
     def inputs(self, keep: Callable[[str], bool]) -> Inputs:
-        return text_inputs(self.rows.chosen(keep), self.tokenizer, self.length)
+        return inputs_for(self.rows.chosen(keep), self.processor, self.length)
 
 
 class SequenceClassifier:
-    """Texts or pairs of texts with classes."""
+    """Texts or pairs of texts with classes, or with a number."""
 
-    task_type = "SEQ_CLS"
+    task_type: str | None = "SEQ_CLS"
     data_options = (*inspect.signature(labelled).parameters, "length")
 
     def load(self, base: str, options: LoadOptions, num_labels: int | None, seed: int) -> Loaded:
         """The model with a head that depends on the seed alone."""
-        set_seed(seed % 2**32)
-        model, new = load_classifier(base, options, task_type=self.task_type, num_labels=num_labels or 2)
-        known = {key: value for key, value in model.state_dict().items() if key.rpartition(".")[0] not in new}
-        return Loaded(model, new, weights_digest(known))
+        return _with_new_head(base, options, "SEQ_CLS", num_labels or 2, seed)
 
     def processor(self, base: str, options: LoadOptions) -> Any:
         """The tokenizer."""
         return _tokenizer(base, options)
 
     def read(self, data: Mapping[str, Any], processor: Any) -> Documents:
-        """Raises: as `lorakit.data._labelled.labelled`."""
+        """Raises: DataError."""
         given = dict(data)
         length = given.pop("length", 512)
-        return _LabelledTexts(labelled(**given), processor, length)
+        return _LabelledDocuments(labelled(**given), processor, length)
 
     def tested(self, task: Any, processor: Any) -> Sequence[str] | None:
         """The documents of a classification."""
         return task.read().documents if isinstance(task, ClassificationTask) else None
 
     def losses(self, model: Any, inputs: Inputs) -> list[float]:
-        """The cross-entropy of each document."""
-        labels = torch.tensor([example["labels"] for example in inputs.examples])
-        found: list[float] = class_losses(class_logits(model, inputs, _SCORED_AT_ONCE), labels).tolist()
+        """The loss of each document."""
+        labels = torch.tensor([inputs.examples[i]["labels"] for i in range(len(inputs.examples))])
+        found: list[float] = label_losses(class_logits(model, inputs, _SCORED_AT_ONCE), labels).tolist()
         return found
 
 
-KINDS: dict[str, Kind] = {"causal_lm": CausalLM(), "sequence_classification": SequenceClassifier()}
+class ImageClassifier(SequenceClassifier):
+    """Images with classes. PEFT has no task type for them, so that their head is named in `modules_to_save`."""
+
+    task_type = None
+    data_options = tuple(inspect.signature(labelled).parameters)
+
+    def load(self, base: str, options: LoadOptions, num_labels: int | None, seed: int) -> Loaded:
+        """The model with a head that depends on the seed alone; one that fits already is trained from what it is."""
+        found = _with_new_head(base, options, "IMAGE_CLS", num_labels or 2, seed)
+        named = [name for name, _ in found.model.named_children() if name in _HEADS]
+        return replace(found, head=found.head or tuple(named))
+
+    def processor(self, base: str, options: LoadOptions) -> Any:
+        """The image processor. Raises: EvaluationError where there is none."""
+        from transformers import AutoImageProcessor
+
+        with raised_as(EvaluationError, f"The base model {base!r} has no image processor that can be loaded"):
+            return AutoImageProcessor.from_pretrained(
+                base, revision=options.revision, trust_remote_code=options.trust_remote_code
+            )
+
+
+KINDS: dict[str, Kind] = {
+    "causal_lm": CausalLM(),
+    "sequence_classification": SequenceClassifier(),
+    "image_classification": ImageClassifier(),
+}
 
 
 @functools.lru_cache(maxsize=1)
@@ -202,6 +226,13 @@ def split(documents: Sequence[str], left_out: Iterable[str], validation: int) ->
         raise EvaluationError(f"`validation` must leave documents to train on; got {validation} of {len(kept)}.")
     held = frozenset(sorted(kept)[:validation])
     return frozenset(kept) - held, held
+
+
+def _with_new_head(base: str, options: LoadOptions, task_type: str, num_labels: int, seed: int) -> Loaded:
+    set_seed(seed % 2**32)
+    model, new = load_classifier(base, options, task_type=task_type, num_labels=num_labels)
+    known = {key: value for key, value in model.state_dict().items() if key.rpartition(".")[0] not in new}
+    return Loaded(model, new, weights_digest(known))
 
 
 def with_head(config: Any, head: Sequence[str]) -> Any:
