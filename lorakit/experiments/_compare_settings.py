@@ -266,7 +266,5 @@ def check_tasks(tasks: Any, margin: float | None) -> tuple[tuple[Task, ...], dic
     margins = {task.name: margin if task.margin is None else task.margin for task in found}
     without = [name for name, value in margins.items() if value is None]
     if without and len(without) < len(margins):
-        raise EvaluationError(
-            f"`margin` must be given where some tasks have one of their own; {without[0]!r} has none."
-        )
+        raise EvaluationError(f"`margin` must be given where some tasks have their own; {without[0]!r} has none.")
     return tuple(found), {name: float(value) for name, value in margins.items() if value is not None}
