@@ -48,6 +48,7 @@ def compare_methods(
     learning_rates: Sequence[float] | None = None,
     validation: int | None = None,
     batch_size: int = 8,
+    micro_batch_size: int | None = None,
     weight_decay: float = 0.0,
     warmup_steps: int | None = None,
     warmup_ratio: float | None = None,
@@ -90,6 +91,7 @@ def compare_methods(
         validation: how many documents the losses are of that learning rates are chosen by; None: a tenth of the
             training documents where there is something to choose, else 0.
         batch_size, weight_decay, warmup_steps, schedule: of every training, as in `lorakit.experiments.rank_sweep`.
+        micro_batch_size: how many examples of a batch run at a time, where memory is short; None: all.
         warmup_ratio: the warm-up as a share of the steps, in place of `warmup_steps`.
         group_by_length: whether batches are of documents of similar length, which saves padding.
         seeds: at least three.
@@ -120,6 +122,7 @@ def compare_methods(
         "warmup_ratio": warmup_ratio,
     }
     training: dict[str, Any] = {"batch_size": batch_size, "weight_decay": weight_decay, "schedule": schedule}
+    training |= {} if micro_batch_size is None else {"micro_batch_size": micro_batch_size}
     settings = MethodsSettings(
         base=os.fspath(base),
         options=options or LoadOptions(),

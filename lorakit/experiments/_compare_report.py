@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit._figures import escape_mathtext, new_figure
+from lorakit._figures import escape_mathtext, message_figure, new_figure
 from lorakit._files import write_file
 from lorakit._format import count
 from lorakit._report import Report, Table
@@ -97,6 +97,10 @@ class MethodsReport(Report):
     def headline(self) -> str:
         """The result on the first task, in one line."""
         task = self.methods[0].tasks[0].name
+        if len(self.methods) == 1:
+            return (
+                f"{self.reference} scores {self.methods[0].tasks[0].mean:.4f} on {task}, over {len(self.seeds)} seeds."
+            )
         rows = {method.name: method.tasks[0] for method in self.methods if method.name != self.reference}
         better = [name for name, row in rows.items() if row.outcome == "better"]
         worse = [name for name, row in rows.items() if row.outcome == "worse"]
@@ -160,6 +164,8 @@ class MethodsReport(Report):
     def plot(self) -> Figure:
         """Each method's difference from the reference with its bounds and seeds: one panel a task."""
         tasks = [task.name for task in self.methods[0].tasks]
+        if len(self.methods) == 1:
+            return message_figure("Methods", "one method: there is nothing to compare it with")
         figure = new_figure(3.5 + 4.5 * len(tasks), 1.6 + 0.42 * len(self.methods))
         panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
         for place, (axes, task) in enumerate(zip(panels, tasks, strict=True)):

@@ -126,8 +126,8 @@ def check_model(model: str) -> str:
 
 def check_methods(methods: Any, learning_rates: Sequence[float], model: str) -> tuple[Method, ...]:
     """Raises: ValueError, TypeError, naming the method and the field."""
-    if not isinstance(methods, Mapping) or len(methods) < 2:
-        raise ValueError("`methods` must map at least two names to PEFT configs, or to mappings of their fields.")
+    if not isinstance(methods, Mapping) or not methods:
+        raise ValueError("`methods` must map names to PEFT configs, or to mappings of their fields; got none.")
     found = {str(name): _method(str(name), given, learning_rates, model) for name, given in methods.items()}
     for name, given in methods.items():
         if isinstance(given, Mapping) and ("from_probe" in given or "shuffle_seed" in given):

@@ -82,6 +82,8 @@ def verdicts(
         for name in scores.methods
         if name != reference
     }
+    if not intervals:
+        return {}
     together = compare_candidates(intervals, margins)
     return {
         name: MethodVerdict(together.verdicts[name], together.pass_p_values[name], together.fail_p_values[name])

@@ -361,10 +361,52 @@ def test_images(tmp_path):
     assert method(report, "SpecLoRA").parameters - method(report, "LoRA").parameters == 2 * 8
 
 
+def test_one_method_is_trained_and_scored_alone(quick, tmp_path):
+    changed = {"methods": {"only": LORA}, "margin": 0.1}
+    report = experiments.compare_methods(**quick | changed, directory=tmp_path)
+    report.verify()
+    assert report.verdict is None
+    assert report.headline.startswith("only scores")
+    assert any("nothing to compare" in text.get_text() for text in report.plot().texts)
+
+
+@pytest.mark.parametrize("labels", ["tokens", "examples"])
+def test_micro_batches_have_the_gradient_and_the_loss_of_the_whole_batch(labels, tiny_llama, home):
+    from lorakit.evaluation import LoadOptions
+    from lorakit.evaluation._models import load_classifier
+    from lorakit.experiments._training import micro_batches
+
+    mask = torch.arange(9) < torch.tensor([[9], [4], [6], [3], [2]])
+    ids = torch.randint(4, 30, (5, 9), generator=torch.Generator().manual_seed(0)) * mask
+    batch = {"input_ids": ids, "attention_mask": mask.long(), "labels": torch.tensor([0, 1, 1, 0, 1])}
+    model = load_classifier(home / "base", LoadOptions(device="cpu"), task_type="SEQ_CLS", num_labels=2)[0]
+    if labels == "tokens":
+        model, batch["labels"] = tiny_llama(), torch.where(mask, ids, -100)
+    model.eval()
+
+    def gradient(parts):
+        model.zero_grad()
+        loss = sum(share * model(**part).loss for part, share in parts)
+        loss.backward()
+        return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    parts = micro_batches(batch, 2)
+    assert [part["input_ids"].shape for part, _ in parts] == [(2, 9), (2, 6), (1, 2)]
+    assert sum(share for _, share in parts) == pytest.approx(1)
+    (loss, whole), (other, summed) = gradient(micro_batches(batch, None)), gradient(parts)
+    assert other == pytest.approx(loss, rel=1e-5)
+    torch.testing.assert_close(summed, whole, rtol=1e-3, atol=1e-6)
+
+
+def test_a_training_in_micro_batches_says_so(quick, tmp_path):
+    report = experiments.compare_methods(**quick | {"micro_batch_size": 3}, directory=tmp_path)
+    assert report.settings["micro_batch_size"] == 3
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": {"a": LORA}}, "`methods` must map at least two names"),
+        ({"methods": {}}, "`methods` must map names to PEFT configs"),
         (
             {"methods": {"a": LORA, "b": {"peft_type": "LORAX"}}},
             "`methods\\['b'\\]`: `peft_type` must be one of .*SPECLORA",
