@@ -41,7 +41,8 @@ def bench(
         show(report, as_json)
         print_lines(*([] if as_json else ["The bench verifies."]))
         return
-    function, arguments = read_either_file(file)
+    name, arguments = read_either_file(file)
+    function: Any = getattr(experiments, name)
     with executor_of(backend, workers) as executor:
         found = function(**arguments, executor=executor, shard=shard)
     if as_json:

@@ -64,12 +64,12 @@ def read_methods_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     return _methods_arguments(_parsed(path), os.fspath(path))
 
 
-def read_either_file(path: str | os.PathLike[str]) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """The function that a YAML file is for, and its arguments: `compare_methods` where the file has `methods`."""
+def read_either_file(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
+    """The name of the function that a file is for ("compare_methods" where it has `methods`), and its arguments."""
     content, file = _parsed(path), os.fspath(path)
     if "methods" in content:
-        return compare_methods, _methods_arguments(content, file)
-    return bench, _bench_arguments(content, file)
+        return "compare_methods", _methods_arguments(content, file)
+    return "bench", _bench_arguments(content, file)
 
 
 def _bench_arguments(content: dict[str, Any], file: str) -> dict[str, Any]:
