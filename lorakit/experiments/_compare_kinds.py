@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
-from transformers import set_seed
+from transformers import AutoImageProcessor, set_seed
 
 from lorakit.data import loader
 from lorakit.data._labelled import Inputs, Labelled, inputs_for, labelled
@@ -183,8 +183,6 @@ class ImageClassifier(SequenceClassifier):
 
     def processor(self, base: str, options: LoadOptions) -> Any:
         """The image processor. Raises: EvaluationError where there is none."""
-        from transformers import AutoImageProcessor
-
         with raised_as(EvaluationError, f"The base model {base!r} has no image processor that can be loaded"):
             return AutoImageProcessor.from_pretrained(
                 base, revision=options.revision, trust_remote_code=options.trust_remote_code
