@@ -35,6 +35,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # The packages that may be imported inside a function, and why: none of them loads at `import lorakit`, and only those
 # marked "audit" at `lorakit audit`.
 DEFERRED = {
+    "PIL": "needed only for images",
     "accelerate": "heavy: imports torch and transformers' stack",
     "datasets": "heavy: imports pyarrow",
     "gguf": "optional extra",

@@ -98,17 +98,19 @@ def loader(
     start: int = 0,
     columns: Mapping[str, str] | None = None,
     split: str | None = None,
+    subset: str | None = None,
     assistant_only: bool | None = None,
     progress: bool = True,
 ) -> ExampleLoader:
     """Examples tokenized as TRL's SFTTrainer does, in batches of `input_ids`, `attention_mask`, `labels` (n, length).
 
     `source` is a ``.jsonl``, ``.json``, ``.csv``, ``.parquet`` or ``.txt`` file (paragraphs), a Dataset, or the id of
-    one on the Hub, of which `split` ("train") is read. Its columns are `text`; `prompt` and `completion`, both strings
-    or both messages; or `messages`; `columns` gives other names, as in ``{"text": "sentence"}``. Texts and completions
-    end with the EOS token. Labels are all of a text, the completion after a prompt, and of a chat what the template
-    marks by ``{% generation %}`` (all of it where the template marks nothing): TRL's defaults, and for chats its
-    `assistant_only_loss` wherever that works. `assistant_only` says always or never.
+    one on the Hub, of which `split` ("train") is read, and `subset` where it has several. Its columns are `text`;
+    `prompt` and `completion`, both strings or both messages; or `messages`; `columns` gives other names, as in
+    ``{"text": "sentence"}``. Texts and completions end with the EOS token. Labels are all of a text, the completion
+    after a prompt, and of a chat what the template marks by ``{% generation %}`` (all of it where the template marks
+    nothing): TRL's defaults, and for chats its `assistant_only_loss` wherever that works. `assistant_only` says always
+    or never.
 
     The rows used are those from `start` on, `num_examples` of them (default: all), in the source's order or in
     ``numpy.random.default_rng(shuffle_seed).permutation``: ranges that do not overlap share no row, whatever tokenizer
@@ -126,15 +128,10 @@ def loader(
     """
     check_integer("length", length, least=2)
     check_integer("batch_size", batch_size)
-    check_integer("start", start, least=0)
-    if num_examples is not None:
-        check_integer("num_examples", num_examples)
-    if shuffle_seed is not None:
-        check_integer("shuffle_seed", shuffle_seed, least=0)
     name = name_of(source)
-    rows = read(source, split)
+    rows = read(source, split, subset)
     fields = resolve_columns(rows.column_names, columns, name)
-    order = _order(len(rows), start, num_examples, shuffle_seed)
+    order = row_order(len(rows), start, num_examples, shuffle_seed)
     encoder = Encoder(tokenizer, assistant_only)
     used = rows.select_columns(list(dict.fromkeys(fields.values()))).select(order)
     bar = tqdm(used, desc=f"tokenizing {visible(name)}", unit="row", disable=not progress, delay=1.0)
@@ -198,7 +195,13 @@ def _tokenizer_of(model: nn.Module) -> Any:
     return tokenizer_for(name)
 
 
-def _order(num_rows: int, start: int, num_examples: int | None, shuffle_seed: int | None) -> list[int]:
+def row_order(num_rows: int, start: int, num_examples: int | None, shuffle_seed: int | None) -> list[int]:
+    """The places of the rows used, from `start` on. Raises: DataError, ValueError."""
+    check_integer("start", start, least=0)
+    if num_examples is not None:
+        check_integer("num_examples", num_examples)
+    if shuffle_seed is not None:
+        check_integer("shuffle_seed", shuffle_seed, least=0)
     if start >= num_rows:
         raise DataError(f"`start` must be below the number of rows, {num_rows}; got {start}.")
     order = range(num_rows) if shuffle_seed is None else np.random.default_rng(shuffle_seed).permutation(num_rows)

@@ -35,15 +35,18 @@ def name_of(source: object) -> str:
     return os.fspath(source) if isinstance(source, str | os.PathLike) else f"a {type(source).__name__}"
 
 
-def read(source: str | os.PathLike[str] | Dataset, split: str | None = None) -> Dataset:
+def read(source: str | os.PathLike[str] | Dataset, split: str | None = None, subset: str | None = None) -> Dataset:
     """The rows of a file, a `datasets.Dataset`, one split of a `DatasetDict`, or of a dataset on the Hub.
 
-    A file is read without the network, and nothing of it stays in a cache. A string is a dataset id if it is not the
-    path of something that exists, does not end like a file, and has the form of an id.
+    `subset` names one of several parts that a dataset on the Hub has, such as "cola" of GLUE. A file is read without
+    the network, and nothing of it stays in a cache. A string is a dataset id if it is not the path of something that
+    exists, does not end like a file, and has the form of an id.
     Raises: DataError for what cannot be read or has no row; OSError for a file that is not there.
     """
     import datasets
 
+    if subset is not None and not _is_dataset_id(source):
+        raise DataError(f"`subset` is for a dataset id; got {subset!r} with {name_of(source)}.")
     if isinstance(source, datasets.DatasetDict):
         source = source[_split_among(list(source), split)]
     elif split is not None and (isinstance(source, datasets.Dataset) or not _is_dataset_id(source)):
@@ -56,7 +59,7 @@ def read(source: str | os.PathLike[str] | Dataset, split: str | None = None) -> 
             f"become one by `datasets.Dataset.from_list(rows)`."
         )
     else:
-        rows = _from_hub(os.fspath(source), split) if _is_dataset_id(source) else _from_file(Path(source))
+        rows = _from_hub(os.fspath(source), split, subset) if _is_dataset_id(source) else _from_file(Path(source))
     if len(rows) == 0:
         raise DataError(f"{name_of(source)!r} has no example.")
     return rows
@@ -75,11 +78,11 @@ def _split_among(names: list[str], split: str | None) -> str:
     return wanted
 
 
-def _from_hub(name: str, split: str | None) -> Dataset:
+def _from_hub(name: str, split: str | None, subset: str | None) -> Dataset:
     import datasets
 
     try:
-        return datasets.load_dataset(name, split=split or "train")
+        return datasets.load_dataset(name, subset, split=split or "train")
     except Exception as error:
         raise DataError(
             f"{name!r} is no file here, and split {split or 'train'!r} of a dataset of this id cannot be fetched: "

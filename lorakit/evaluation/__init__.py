@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lorakit.evaluation._certify import CertificationPlan as CertificationPlan
     from lorakit.evaluation._certify import certify as certify
     from lorakit.evaluation._certify import evaluate_adapters as evaluate_adapters
+    from lorakit.evaluation._classification import classification as classification
     from lorakit.evaluation._digests import document_hashes as document_hashes
     from lorakit.evaluation._evaluate import evaluate as evaluate
     from lorakit.evaluation._hub import push_to_hub as push_to_hub

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from lorakit._signals import restoring
 from lorakit.data import tokenizer_for
 from lorakit.errors import EvaluationError, UnsupportedModelError, raised_as
 
@@ -22,6 +24,7 @@ _AUTO_CLASSES = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
+    "IMAGE_CLS": "AutoModelForImageClassification",  # PEFT has no name for it
 }
 
 
@@ -66,6 +69,39 @@ def load_base(
         return base
     if not isinstance(base, str | os.PathLike):
         raise TypeError(f"`base` must be a path, a Hub id or a model; got {type(base).__name__}.")
+    return _loaded(base, task_type, options)
+
+
+def load_classifier(
+    base: str | os.PathLike[str], options: LoadOptions, *, task_type: str, num_labels: int
+) -> tuple[Any, tuple[str, ...]]:
+    """A model that classifies, in eval mode, and the names of its modules that the base model has no weights for.
+
+    `task_type` is PEFT's SEQ_CLS, or IMAGE_CLS. New weights are drawn from torch's generator.
+    Raises: as `load_base`.
+    """
+    more = {"num_labels": num_labels, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    with _without_load_report():
+        model, info = _loaded(base, task_type, options, **more)
+    new = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    return model, tuple(sorted({key.rpartition(".")[0] for key in new}))
+
+
+@restoring
+def _without_load_report() -> Iterator[None]:
+    """Without what transformers says of weights that are missing: here they are wanted."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _loaded(base: str | os.PathLike[str], task_type: str | None, options: LoadOptions, **more: Any) -> Any:
+    """A base model in eval mode; with the loading info where `more` asks for it."""
     from transformers import BitsAndBytesConfig
 
     settings: dict[str, Any] = {"revision": options.revision or "main", "trust_remote_code": options.trust_remote_code}
@@ -75,9 +111,10 @@ def load_base(
         cls = _class_of(base, task_type, settings)
         if options.load_in_4bit:
             settings |= {"quantization_config": BitsAndBytesConfig(load_in_4bit=True), "device_map": {"": device}}
-        model = cls.from_pretrained(os.fspath(base), dtype=options.dtype, **settings)
-        model = model if options.load_in_4bit else model.to(device)
-    return model.eval()
+        found = cls.from_pretrained(os.fspath(base), dtype=options.dtype, **settings, **more)
+        model, *info = found if isinstance(found, tuple) else (found,)
+        model = (model if options.load_in_4bit else model.to(device)).eval()
+    return (model, *info) if info else model
 
 
 def _class_of(base: str | os.PathLike[str], task_type: str | None, settings: dict[str, Any]) -> Any:

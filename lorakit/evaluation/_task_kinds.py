@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from lorakit.calibration.losses import IGNORED_LABEL
 from lorakit.data import loader
 from lorakit.errors import EvaluationError
-from lorakit.evaluation._digests import data_digest, digest, document_digests, file_digest
+from lorakit.evaluation._digests import data_digest, digest, document_digests, document_hashes, file_digest
 from lorakit.evaluation._harness import run_task
 
 
@@ -118,27 +118,34 @@ class LossTask:
         """Losses of the first documents, each over its own tokens."""
 
         limits = [number for number in (self.num_examples, limit) if number is not None]
-        batches: Any = self.source
-        if isinstance(self.source, str | os.PathLike) or hasattr(self.source, "column_names"):
-            if tokenizer is None:
-                raise EvaluationError(f"Task {self.name!r} needs the model's tokenizer; pass `tokenizer`.")
-            batches = loader(
-                self.source,
-                tokenizer,
-                length=self.length,
-                batch_size=self.batch_size,
-                num_examples=min(limits) if limits else None,
-                progress=progress,
-                **self.options,
-            )
+        batches = self._batches(tokenizer, min(limits) if limits else None, progress)
         documents: list[str] = []
         scores: list[float] = []
-        for document, loss in _losses(model, batches):
+        for document, loss in document_losses(model, batches):
             if limits and len(documents) >= min(limits):
                 break
             documents.append(document)
             scores.append(-loss)
         return Scored(documents, scores, {"length": self.length, "loss": "mean over labelled tokens"})
+
+    def documents(self, tokenizer: Any) -> list[str]:
+        """The hashes of the documents, without scores."""
+        return document_hashes(self._batches(tokenizer, self.num_examples, False))[: self.num_examples]
+
+    def _batches(self, tokenizer: Any, num_examples: int | None, progress: bool) -> Any:
+        if not isinstance(self.source, str | os.PathLike) and not hasattr(self.source, "column_names"):
+            return self.source
+        if tokenizer is None:
+            raise EvaluationError(f"Task {self.name!r} needs the model's tokenizer; pass `tokenizer`.")
+        return loader(
+            self.source,
+            tokenizer,
+            length=self.length,
+            batch_size=self.batch_size,
+            num_examples=num_examples,
+            progress=progress,
+            **self.options,
+        )
 
 
 @dataclass(frozen=True)
@@ -184,7 +191,7 @@ class FunctionTask:
 
 
 @torch.no_grad()
-def _losses(model: Any, batches: Any) -> Iterator[tuple[str, float]]:
+def document_losses(model: Any, batches: Any) -> Iterator[tuple[str, float]]:
     """Each document's hash and mean loss, over its labelled tokens; documents without one are left out."""
     device = model.get_input_embeddings().weight.device
     for batch in batches:

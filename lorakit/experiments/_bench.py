@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lorakit._checks import check_number
 from lorakit.evaluation import LoadOptions
 from lorakit.experiments._bench_report import BenchReport
-from lorakit.experiments._bench_run import BenchRun, MissingTrialsError, UnfinishedBench
+from lorakit.experiments._bench_run import BenchRun
 from lorakit.experiments._bench_settings import (
     BenchSettings,
     Policy,
@@ -30,6 +30,7 @@ from lorakit.experiments._bench_settings import (
 from lorakit.experiments._bench_trials import loaded_base
 from lorakit.experiments._plan import Shard
 from lorakit.experiments._settings import Schedule
+from lorakit.experiments._stages import MissingTrialsError, UnfinishedBench
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -252,7 +252,7 @@ class BenchReport(Report):
             ("variants", stated, computed),
             ("verdict", self.verdict, verdict),
         ):
-            if not _same(one, other):
+            if not same_figures(one, other):
                 raise EvaluationError(f"The bench does not verify: its {what} are not those of its scores.")
 
 
@@ -274,7 +274,7 @@ def read_bench(path: str | os.PathLike[str]) -> BenchReport:
                 "variants": tuple(_variant(row) for row in content["variants"]),
                 "findings": tuple(Finding(**row) for row in content["findings"]),
             },
-            scores=BenchScores(**_tuples(scores)),
+            scores=BenchScores(**tuples_of(scores)),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise EvaluationError(f"{os.fspath(path)!r} is not a bench of lorakit's: {error}.") from error
@@ -286,24 +286,25 @@ def _variant(row: dict[str, Any]) -> BenchVariant:
     return BenchVariant(**row | lists | {"tasks": tasks})
 
 
-def _tuples(value: Any) -> Any:
+def tuples_of(value: Any) -> Any:
+    """JSON data with tuples for its lists."""
     if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+        return {key: tuples_of(item) for key, item in value.items()}
+    return tuple(map(tuples_of, value)) if isinstance(value, list) else value
 
 
 def _figures(verdict: str, headline: str, tasks: tuple[BenchTask, ...]) -> list[Any]:
     return [verdict, headline, [asdict(task) for task in tasks]]
 
 
-def _same(a: Any, b: Any) -> bool:
+def same_figures(a: Any, b: Any) -> bool:
     """Whether two figures are the same but for another machine's rounding."""
     if isinstance(a, float) and isinstance(b, float):
         return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-9)
     if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(same_figures(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(map(_same, a, b))
+        return len(a) == len(b) and all(map(same_figures, a, b))
     return bool(a == b)
 
 

@@ -8,54 +8,17 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from lorakit._report import Report
 from lorakit.errors import EvaluationError, Finding
 from lorakit.experiments._bench_plan import DATA_KEY, BenchAdapter, BenchPlan, plain_config, score_key
 from lorakit.experiments._bench_ranks import BenchRanks, ranks_to_test
 from lorakit.experiments._bench_report import BenchReport, BenchVariant, Method
 from lorakit.experiments._bench_settings import BenchSettings
 from lorakit.experiments._bench_verdicts import BenchGate, BenchScores, Judgement, gates, judge, overall
-from lorakit.experiments._plan import Shard, Trial, read_shard, run_plan
+from lorakit.experiments._plan import Shard, Trial
+from lorakit.experiments._stages import run_stage
 from lorakit.lens import audit
 
 Results = Mapping[str, dict[str, Any]]
-
-
-@dataclass(frozen=True, repr=False)
-class UnfinishedBench(Report):
-    """A shard has done its part of a stage, and other shards have not yet recorded theirs."""
-
-    directory: str
-    stage: str
-    finished: int
-    missing: tuple[str, ...]
-    shards: tuple[str, ...]
-
-    verdict = "INCONCLUSIVE"
-
-    @property
-    def headline(self) -> str:
-        """What is missing, in a line."""
-        total = self.finished + len(self.missing)
-        return (
-            f"Not finished: {self.finished} of {total} trials of the stage {self.stage!r} have a record; missing are "
-            f"{', '.join(self.missing[:5])}{' …' if len(self.missing) > 5 else ''}."
-        )
-
-    @property
-    def details(self) -> tuple[str, ...]:
-        """Which shards go on."""
-        return (f"they belong to the shards {', '.join(self.shards)}; then every shard goes on by the same call",)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One row a missing trial."""
-        return [{"stage": self.stage, "trial": key} for key in self.missing]
-
-
-class MissingTrialsError(Exception):
-    def __init__(self, report: UnfinishedBench) -> None:
-        super().__init__(report.headline)
-        self.report = report
 
 
 @dataclass(frozen=True)
@@ -109,24 +72,14 @@ class BenchRun:
         return self._report(replace(scores, variants=variants), gate, probes, made)
 
     def _stage(self, name: str, plan: Sequence[Trial]) -> Results:
-        results = run_plan(
+        return run_stage(
+            name,
             plan,
-            self._settings.directory / "records",
+            self._settings.directory,
             executor=self._executor,
             shard=self._shard,
             progress=self._progress,
         )
-        if results.missing and self._shard is not None:
-            raise MissingTrialsError(
-                UnfinishedBench(
-                    directory=str(self._settings.directory),
-                    stage=name,
-                    finished=len(results),
-                    missing=results.missing,
-                    shards=_shards(plan, results.missing, self._shard),
-                )
-            )
-        return results
 
     def _made(self, stage: str, plan: Sequence[tuple[str, Trial]]) -> list[BenchAdapter]:
         results = self._stage(stage, [trial for _, trial in plan])
@@ -267,10 +220,3 @@ def _in_order(record: Mapping[str, Any], reference: Mapping[str, Any], task: str
     if scores.keys() != set(reference["documents"]):
         raise EvaluationError(f"Task {task!r} was scored on other documents than the base model's.")
     return tuple(scores[document] for document in reference["documents"])
-
-
-def _shards(plan: Sequence[Trial], missing: Sequence[str], shard: Shard) -> tuple[str, ...]:
-    """The shards, as "i/n", that the missing trials belong to."""
-    n = read_shard(shard)[1]
-    found = sorted({place % n + 1 for place, trial in enumerate(plan) if trial.key in missing})
-    return tuple(f"{i}/{n}" for i in found)

@@ -22,6 +22,8 @@ MAX_GRAD_NORM = 1.0
 class TrainSettings:
     """The arguments of a training that `rank_sweep` and `adapt_each_layer` share; see `rank_sweep` for their meaning.
 
+    `group_by_length`: batches are of examples of similar length, as transformers' Trainer groups them.
+    `micro_batch_size`: how many examples of a batch run at a time; the gradient is that of the whole batch.
     Raises: ValueError, naming the argument, for values that are not allowed.
     """
 
@@ -33,11 +35,15 @@ class TrainSettings:
     schedule: Schedule
     collate_fn: Callable[[list[Any]], Any] | None
     train: Train | None
+    group_by_length: bool = False
+    micro_batch_size: int | None = None
 
     def __post_init__(self) -> None:
         check_integer("steps", self.steps)
         if self.batch_size is not None:
             check_integer("batch_size", self.batch_size)
+        if self.micro_batch_size is not None:
+            check_integer("micro_batch_size", self.micro_batch_size)
         check_number("learning_rate", self.learning_rate, above=0.0)
         if self.warmup_steps is not None:
             check_integer("warmup_steps", self.warmup_steps, least=0)

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 from tqdm.auto import tqdm
 from transformers import get_scheduler, set_seed
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from lorakit.calibration.losses import IGNORED_LABEL
 from lorakit.calibration.state import preserved_rng, preserved_state
 from lorakit.errors import CalibrationError
 from lorakit.experiments._losses import losses_of
@@ -145,12 +147,28 @@ def batches_of(data: Any, settings: TrainSettings, seed: int, bar: Any) -> Itera
     """Batches in an order that depends on the seed alone. Before each one all generators are seeded anew."""
     generator = torch.Generator().manual_seed(seed)
     size = settings.batch_size
-    sampler = RandomSampler(data, num_samples=settings.steps * (size or 1), generator=generator)
-    loader = iter(DataLoader(data, size, sampler=sampler, collate_fn=settings.collate_fn, generator=generator))
+    if settings.group_by_length and size is not None:
+        order = _grouped(data, size, settings.steps, generator)
+        loader: Any = DataLoader(data, batch_sampler=order, collate_fn=settings.collate_fn, generator=generator)
+    else:
+        sampler = RandomSampler(data, num_samples=settings.steps * (size or 1), generator=generator)
+        loader = DataLoader(data, size, sampler=sampler, collate_fn=settings.collate_fn, generator=generator)
+    loader = iter(loader)
     for step in range(settings.steps):
         set_seed((seed * 1_000_003 + step) % 2**32)
         yield next(loader)
         bar.update()
+
+
+def _grouped(data: Any, size: int, steps: int, generator: torch.Generator) -> list[list[int]]:
+    """The places of each batch's examples, of similar length; epoch after epoch, in random order."""
+    lengths = [len(example["input_ids"]) for example in data]
+    batches: list[list[int]] = []
+    while len(batches) < steps:
+        places = get_length_grouped_indices(lengths, size, generator=generator)
+        epoch = [places[start : start + size] for start in range(0, len(places), size)]
+        batches += [epoch[i] for i in torch.randperm(len(epoch), generator=generator).tolist()]
+    return batches[:steps]
 
 
 def train_adapter(model: Any, batches: Iterator[Any], settings: TrainSettings, seed: int, what: str) -> float | None:
@@ -188,19 +206,48 @@ def _minimize(model: Any, batches: Iterator[Any], settings: TrainSettings, what:
                 f"`train_data` must give mappings for model(**batch); got {type(batch).__name__}. Tokenize the "
                 f"examples, or let `collate_fn` do it."
             )
-        loss = model(**send_to_device(batch, device)).loss
-        if loss is None:
-            raise CalibrationError("The model returned no loss for a training batch. Give the examples labels.")
-        total = loss if config is None else loss_terms(model, config, loss)
-        total.backward()
+        loss = torch.zeros((), device=device)
+        for part, share in micro_batches(batch, settings.micro_batch_size):
+            part_loss = model(**send_to_device(part, device)).loss
+            if part_loss is None:
+                raise CalibrationError("The model returned no loss for a training batch. Give the examples labels.")
+            total = part_loss if config is None else loss_terms(model, config, part_loss)
+            (total if share == 1 else share * total).backward()
+            loss = loss + share * part_loss.detach()
         nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
         optimizer.step()
         if config is not None:
             after_step(model, step)
         schedule.step()
         optimizer.zero_grad()
-        losses.append(loss.detach())
+        losses.append(loss)
     return torch.stack(losses).double()
+
+
+def micro_batches(batch: Any, size: int | None) -> list[tuple[Any, float]]:
+    """A batch in parts of at most `size` examples, without padding on the right that a part does not need.
+
+    The share of each in the batch's mean loss: of its labelled tokens, or where labels are of examples of these.
+    """
+    if size is None or len(batch["labels"]) <= size:
+        return [(batch, 1.0)]
+    cut = {name: value.split(size) for name, value in batch.items()}
+    parts = [{name: values[i] for name, values in cut.items()} for i in range(len(cut["labels"]))]
+    counts = [_labelled(part["labels"]) for part in parts]
+    return [(_trimmed(part), n / sum(counts)) for part, n in zip(parts, counts, strict=True) if n]
+
+
+def _labelled(labels: Tensor) -> int:
+    """Labelled tokens, of which a causal model predicts all but the first; or examples."""
+    return int((labels[:, 1:] != IGNORED_LABEL).sum()) if labels.ndim == 2 else len(labels)
+
+
+def _trimmed(part: dict[str, Tensor]) -> dict[str, Tensor]:
+    mask = part.get("attention_mask")
+    if mask is None or mask.ndim != 2:
+        return part
+    length = int(mask.any(0).nonzero()[-1]) + 1
+    return {name: value[:, :length] if value.shape[:2] == mask.shape else value for name, value in part.items()}
 
 
 def plain_config(config: PeftConfig) -> dict[str, Any]:

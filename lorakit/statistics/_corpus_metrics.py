@@ -1,4 +1,4 @@
-"""Corpus metrics by name, for predicted and true classes as integers. Higher is better; 0/0 is 0."""
+"""Corpus metrics by name, of predicted and true classes, or of numbers. Higher is better; 0/0 is 0."""
 
 from __future__ import annotations
 
@@ -48,7 +48,14 @@ def macro_f1(labels: Classes, predictions: Classes) -> float:
     return float(np.mean(2 * np.diag(counts) / totals))
 
 
-CORPUS_METRICS: dict[str, CorpusMetric] = {"mcc": matthews, "f1": f1, "macro_f1": macro_f1}
+def pearson(labels: Classes, predictions: Classes) -> float:
+    """Pearson's correlation of numbers; 0 where one side is constant."""
+    if np.ptp(labels) == 0 or np.ptp(predictions) == 0:
+        return 0.0
+    return float(np.corrcoef(labels, predictions)[0, 1])
+
+
+CORPUS_METRICS: dict[str, CorpusMetric] = {"mcc": matthews, "f1": f1, "macro_f1": macro_f1, "pearson": pearson}
 
 
 def corpus_metric(name: str) -> CorpusMetric:

@@ -76,7 +76,7 @@ def test_a_function_with_a_corpus_metric(home):
         EvaluationError, match=r"'classes' must return \(labels, predictions\) for the metric 'f1'; got list"
     ):
         evaluated(home, evaluation.function(lambda model: labels, name="classes", metric="f1"))
-    with pytest.raises(EvaluationError, match="must be one of mcc, f1, macro_f1; got 'accuracy'"):
+    with pytest.raises(EvaluationError, match="must be one of mcc, f1, macro_f1, pearson; got 'accuracy'"):
         evaluation.function(lambda model: labels, metric="accuracy")
 
 

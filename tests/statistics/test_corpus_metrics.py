@@ -1,4 +1,4 @@
-"""Corpus metrics against scikit-learn's."""
+"""Corpus metrics against scikit-learn's and scipy's."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from lorakit.errors import EvaluationError
 from lorakit.statistics._corpus_metrics import CORPUS_METRICS, corpus_metric
@@ -15,6 +16,7 @@ metrics = pytest.importorskip("sklearn.metrics")
 REFERENCES = {
     "mcc": metrics.matthews_corrcoef,
     "f1": lambda y, p: metrics.f1_score(y, p, zero_division=0),
+    "pearson": lambda y, p: stats.pearsonr(y, p).statistic if np.ptp(y) and np.ptp(p) else 0.0,
     "macro_f1": lambda y, p: metrics.f1_score(y, p, average="macro", zero_division=0),
 }
 
@@ -31,7 +33,7 @@ def test_they_are_scikit_learn_s(name, data):
 
 
 def test_what_is_refused():
-    with pytest.raises(EvaluationError, match=r"must be one of mcc, f1, macro_f1; got 'bleu'"):
+    with pytest.raises(EvaluationError, match=r"must be one of mcc, f1, macro_f1, pearson; got 'bleu'"):
         corpus_metric("bleu")
     with pytest.raises(EvaluationError, match=r'"f1" is for the classes 0 and 1; got 2. Use "macro_f1"'):
         corpus_metric("f1")(np.array([0.0, 2.0]), np.array([0.0, 1.0]))
