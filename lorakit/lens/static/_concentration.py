@@ -50,6 +50,8 @@ class _Lanczos:
     def __init__(self, W: Tensor, vectors: Tensor, outside: Tensor) -> None:
         self._W = W
         self._outside = outside
+        longest = torch.linalg.vector_norm(outside[:, :1].mT @ W).double()
+        self._null = 1e-10 * float(longest.square())  # eigenvalues of W Wᵀ that are rounding
         self._most_steps = W.shape[0] - outside.shape[1]
         first = (vectors / torch.linalg.vector_norm(vectors, dim=0)).mT
         self._basis = first[:, None]  # (n, steps + 1, d_out)
@@ -79,14 +81,15 @@ class _Lanczos:
         alpha = torch.stack([a[i] for a in self._alpha])
         beta = torch.stack([b[i] for b in self._beta])
         largest = float(torch.linalg.vector_norm(alpha, torch.inf) + 2 * beta[:-1].abs().max()) if steps > 1 else 0.0
-        spent = (beta <= 1e-6 * max(largest, float(alpha.abs().max()))).nonzero()
+        spent = (beta <= max(1e-6 * max(largest, float(alpha.abs().max())), self._null)).nonzero()
         if len(spent):  # an invariant subspace: everything is known
             steps = int(spent[0]) + 1
         T = torch.diag(alpha[:steps]) + torch.diag(beta[: steps - 1], 1) + torch.diag(beta[: steps - 1], -1)
         values, vectors = torch.linalg.eigh(T)
         masses = vectors[0].square()
         if len(spent):
-            real = values > 1e-10 * values[-1].abs()  # what W maps to 0 is no singular vector of it
+            # what W maps to 0 is no singular vector of it
+            real = values > (1e-10 * values[-1].abs()).clamp_min(self._null)
             return bool((masses[real].sqrt() >= below).any())
         if self._most(alpha[:steps], beta[:steps], values, masses, below**2) * _SLACK < below**2:
             return False

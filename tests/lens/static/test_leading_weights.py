@@ -132,3 +132,9 @@ def test_a_vector_spread_over_many_singular_vectors_is_told_in_few_steps():
     one = torch.zeros(d, 1, dtype=torch.float64)
     one[1234] = 1
     assert concentrated(W, one, [0.5], outside=none) == [True]
+
+
+def test_what_a_weight_of_low_rank_maps_to_nothing_is_no_singular_vector_of_it():
+    U, V = orthonormal(200, 9, 3).float(), orthonormal(200, 8, 4).float()
+    W = (U[:, :8] * torch.arange(8.0, 0.0, -1.0)) @ V.mT
+    assert concentrated(W, U[:, 8:], [0.5], outside=U[:, :8]) == [False]
