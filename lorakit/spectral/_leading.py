@@ -55,8 +55,13 @@ def leading_svd(W: Float[Tensor, "d_out d_in"], k: int) -> SVD | None:
             found = _ritz(U, images, V, k)
             if _converged(W, found):
                 return found if _nothing_missed(W, found, generator) else None
-        new = W.mT @ U[:, -_BLOCK:]
+        new = _transposed_times(W, U[:, -_BLOCK:])
     return None
+
+
+def _transposed_times(W: Tensor, X: Tensor) -> Tensor:
+    """Wᵀ X for few columns, several times as fast on a CPU as ``W.mT @ X``."""
+    return (X.mT @ W).mT
 
 
 def _orthonormal(new: Tensor, basis: Tensor, generator: torch.Generator) -> Tensor:
@@ -82,7 +87,7 @@ def _converged(W: Tensor, found: SVD) -> bool:
     U, S, Vh = found
     limit = _TOLERANCE[W.dtype] * S[0]
     outputs = torch.linalg.vector_norm(W @ Vh.mT - U * S, dim=0)
-    inputs = torch.linalg.vector_norm(W.mT @ U - Vh.mT * S, dim=0)
+    inputs = torch.linalg.vector_norm(_transposed_times(W, U) - Vh.mT * S, dim=0)
     return bool((torch.maximum(outputs, inputs) <= limit).all())
 
 
@@ -94,6 +99,6 @@ def _nothing_missed(W: Tensor, found: SVD, generator: torch.Generator) -> bool:
         x = torch.linalg.qr(x - Vh.mT @ (Vh @ x)).Q
         y = W @ x
         y = y - U @ (U.mT @ y)
-        x = W.mT @ y
+        x = _transposed_times(W, y)
     longest = torch.linalg.matrix_norm(y, 2)
     return bool(longest <= S[-1] + _TOLERANCE[W.dtype] * S[0])

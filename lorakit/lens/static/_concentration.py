@@ -18,21 +18,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_STEPS = (24, 48, 96, 160)  # Lanczos steps after which is looked
+_STEPS = (12, 16, 24, 32, 48, 96, 160)  # Lanczos steps after which is looked
 _RATIO = 1.1  # of the distances from a Ritz value of neighbouring points at which the Christoffel function is looked at
 _CLOSEST = 1e-9  # of those distances, relative to the gap between two Ritz values
 _SLACK = 1.05  # for what lies between two points
 _TOLERANCE = 1e-6  # residual of a Ritz vector, relative to the largest eigenvalue
 
 
-def concentrated(W: Tensor, vectors: Tensor, below: Sequence[float]) -> list[bool] | None:
+def concentrated(W: Tensor, vectors: Tensor, below: Sequence[float], *, outside: Tensor) -> list[bool] | None:
     """For each column u (d_out, n): whether a left singular vector of W has |cos| of at least its `below` with it.
 
-    None where that cannot be told within 160 steps. Raises nothing; W is finite.
+    `outside` (d_out, m): leading left singular vectors of W, m >= 0, that the columns are orthogonal to. Without their
+    long directions a few steps settle it. None where that cannot be told within 160. Raises nothing; W is finite.
     """
     count = vectors.shape[1]
     answers: list[bool | None] = [None] * count
-    process = _Lanczos(W, vectors)
+    process = _Lanczos(W, vectors, outside)
     for steps in _STEPS:
         process.run(steps)
         for i in range(count):
@@ -44,28 +45,35 @@ def concentrated(W: Tensor, vectors: Tensor, below: Sequence[float]) -> list[boo
 
 
 class _Lanczos:
-    """Lanczos processes from several vectors side by side, with full reorthogonalization."""
+    """Lanczos processes from several vectors side by side, with full reorthogonalization, outside a subspace."""
 
-    def __init__(self, W: Tensor, vectors: Tensor) -> None:
+    def __init__(self, W: Tensor, vectors: Tensor, outside: Tensor) -> None:
         self._W = W
-        first = vectors / torch.linalg.vector_norm(vectors, dim=0)
-        self._basis = [first]  # each (d_out, n)
+        self._outside = outside
+        longest = torch.linalg.vector_norm(outside[:, :1].mT @ W).double()
+        self._null = 1e-10 * float(longest.square())  # eigenvalues of W Wᵀ that are rounding
+        self._most_steps = W.shape[0] - outside.shape[1]
+        first = (vectors / torch.linalg.vector_norm(vectors, dim=0)).mT
+        self._basis = first[:, None]  # (n, steps + 1, d_out)
         self._alpha: list[Tensor] = []
         self._beta: list[Tensor] = []
-        self._next: Tensor | None = first
 
     def run(self, steps: int) -> None:
         """Go on until there are so many steps, or the space is exhausted for all vectors."""
-        while len(self._alpha) < min(steps, self._W.shape[0]):
-            q = self._basis[len(self._alpha)]
-            image = self._W @ (self._W.mT @ q)
-            self._alpha.append((q * image).sum(0).double())
-            basis = torch.stack(self._basis)
+        done, steps = len(self._alpha), min(steps, self._most_steps)
+        room = self._basis.new_empty(self._basis.shape[0], max(steps - done, 0), self._basis.shape[2])
+        self._basis = torch.cat([self._basis, room], 1)
+        for j in range(done, steps):
+            q, basis = self._basis[:, j], self._basis[:, : j + 1]
+            image = (q @ self._W) @ self._W.mT
+            self._alpha.append((q * image).sum(1).double())
             for _ in range(2):
-                image = image - torch.einsum("jdn,jn->dn", basis, torch.einsum("jdn,dn->jn", basis, image))
-            beta = torch.linalg.vector_norm(image, dim=0)
+                image = image - (image @ self._outside) @ self._outside.mT
+                image = image - ((basis @ image[..., None]).mT @ basis)[:, 0]
+            beta = torch.linalg.vector_norm(image, dim=1)
             self._beta.append(beta.double())
-            self._basis.append(torch.where(beta > 0, image / beta.clamp_min(torch.finfo(beta.dtype).tiny), 0))
+            scaled = image / beta.clamp_min(torch.finfo(beta.dtype).tiny)[:, None]
+            self._basis[:, j + 1] = torch.where(beta[:, None] > 0, scaled, 0)
 
     def answer(self, i: int, below: float) -> bool | None:
         """Whether vector i is concentrated in one singular vector; None: not known yet."""
@@ -73,14 +81,15 @@ class _Lanczos:
         alpha = torch.stack([a[i] for a in self._alpha])
         beta = torch.stack([b[i] for b in self._beta])
         largest = float(torch.linalg.vector_norm(alpha, torch.inf) + 2 * beta[:-1].abs().max()) if steps > 1 else 0.0
-        spent = (beta <= 1e-6 * max(largest, float(alpha.abs().max()))).nonzero()
+        spent = (beta <= max(1e-6 * max(largest, float(alpha.abs().max())), self._null)).nonzero()
         if len(spent):  # an invariant subspace: everything is known
             steps = int(spent[0]) + 1
         T = torch.diag(alpha[:steps]) + torch.diag(beta[: steps - 1], 1) + torch.diag(beta[: steps - 1], -1)
         values, vectors = torch.linalg.eigh(T)
         masses = vectors[0].square()
         if len(spent):
-            real = values > 1e-10 * values[-1].abs()  # what W maps to 0 is no singular vector of it
+            # what W maps to 0 is no singular vector of it
+            real = values > (1e-10 * values[-1].abs()).clamp_min(self._null)
             return bool((masses[real].sqrt() >= below).any())
         if self._most(alpha[:steps], beta[:steps], values, masses, below**2) * _SLACK < below**2:
             return False

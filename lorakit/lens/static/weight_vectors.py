@@ -14,6 +14,7 @@ from lorakit.spectral._leading import leading_svd
 
 _SMALL = 1024  # the smaller side of a weight up to which full SVDs are taken
 _MORE = 8  # triplets beyond those asked for, so that a subspace at the end is whole
+_GRAM_ROWS = 512  # of a Gram matrix computed at once
 _RANK_TOLERANCE = 64  # spacings of ‖ΔW‖_F that rounding leaves outside the leading directions
 
 
@@ -37,14 +38,33 @@ def _update_spectrum(update: Tensor, rank: int | None) -> Tensor:
     if rank is None or min(update.shape) <= _SMALL or update.dtype == torch.float64:
         every: Tensor = torch.linalg.svdvals(update)
         return every
-    found = leading_svd(update, rank + _MORE)
-    if found is not None:
-        rest = update - (found.U * found.S) @ found.Vh
-        if norm(rest) <= _RANK_TOLERANCE * torch.finfo(update.dtype).eps * norm(update):
-            return found.S
-    wide = update.double()  # squares of float32's singular values are exact enough in float64
-    gram = wide.mT @ wide if wide.shape[0] >= wide.shape[1] else wide @ wide.mT
-    squares: Tensor = torch.linalg.eigvalsh(gram)
+    few = _low_rank_spectrum(update, rank + _MORE)
+    return _gram_spectrum(update) if few is None else few
+
+
+def _low_rank_spectrum(update: Tensor, rank: int) -> Tensor | None:
+    """The singular values of ΔW if its rank is at most `rank` but for rounding: random combinations of its columns
+    then span them all, which what they leave of ΔW shows."""
+    generator = torch.Generator(update.device).manual_seed(0)
+    mix = torch.randn(update.shape[1], rank, generator=generator, dtype=update.dtype, device=update.device)
+    basis = torch.linalg.qr(update @ mix).Q
+    inside = basis.mT @ update
+    left = norm(torch.addmm(update, basis, inside, alpha=-1))
+    if left > _RANK_TOLERANCE * torch.finfo(update.dtype).eps * norm(update):
+        return None
+    sigma: Tensor = torch.linalg.svdvals(inside)
+    return sigma
+
+
+def _gram_spectrum(update: Tensor) -> Tensor:
+    """Every singular value of ΔW from a Gram matrix in float64, where squares of float32's are exact enough."""
+    wide = update.double()
+    wide = wide if wide.shape[0] >= wide.shape[1] else wide.mT
+    gram = wide.new_empty(wide.shape[1], wide.shape[1])
+    for start in range(0, len(gram), _GRAM_ROWS):  # the lower triangle is all that `eigvalsh` reads
+        end = min(start + _GRAM_ROWS, len(gram))
+        gram[start:end, :end] = wide[:, start:end].mT @ wide[:, :end]
+    squares: Tensor = torch.linalg.eigvalsh(gram, UPLO="L")
     return squares.flip(-1).clamp_min(0).sqrt().to(update.dtype)
 
 
@@ -114,7 +134,8 @@ def _leading_intruders(W: Tensor, S: Tensor, base: Tensor, vectors: Tensor, belo
     open_ones = ((nearest < below) & (sizes >= below)).nonzero()[:, 0].tolist()
     intruders = set(((nearest < below) & (sizes < below)).nonzero()[:, 0].tolist())
     if open_ones:
-        answers = concentrated(W, rest[:, open_ones], [below / float(sizes[i]) for i in open_ones])
+        limits = [below / float(sizes[i]) for i in open_ones]
+        answers = concentrated(W, rest[:, open_ones], limits, outside=base)
         if answers is None:
             return None
         intruders |= {i for i, near in zip(open_ones, answers, strict=True) if not near}

@@ -118,7 +118,7 @@ def test_concentration_is_what_the_singular_vectors_say(seed, weight, below):
     u = weight * U[:, seed % 60] + (1 - weight) * noise / noise.norm()
     u = u / u.norm()
     largest = float((U.mT @ u).abs().max())
-    answer = concentrated(W, u[:, None], [below])
+    answer = concentrated(W, u[:, None], [below], outside=u.new_empty(60, 0))
     if answer is not None and abs(largest - below) > 1e-6:
         assert answer == [largest >= below]
 
@@ -127,7 +127,14 @@ def test_a_vector_spread_over_many_singular_vectors_is_told_in_few_steps():
     d = 2000
     W = torch.diag(torch.linspace(3, 1, d, dtype=torch.float64))
     spread = torch.full((d, 1), d**-0.5, dtype=torch.float64)
-    assert concentrated(W, spread, [0.5]) == [False]
+    none = W.new_empty(d, 0)
+    assert concentrated(W, spread, [0.5], outside=none) == [False]
     one = torch.zeros(d, 1, dtype=torch.float64)
     one[1234] = 1
-    assert concentrated(W, one, [0.5]) == [True]
+    assert concentrated(W, one, [0.5], outside=none) == [True]
+
+
+def test_what_a_weight_of_low_rank_maps_to_nothing_is_no_singular_vector_of_it():
+    U, V = orthonormal(200, 9, 3).float(), orthonormal(200, 8, 4).float()
+    W = (U[:, :8] * torch.arange(8.0, 0.0, -1.0)) @ V.mT
+    assert concentrated(W, U[:, 8:], [0.5], outside=U[:, :8]) == [False]
