@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 
 import pages
 from pages import Claim, Row
@@ -13,16 +14,16 @@ from lorakit.statistics import Interval
 
 REPORTS = {"cola": "speclora_cola_minilm", "rte": "speclora_rte_minilm"}
 # What the papers' tables say of DeBERTaV3-base on CoLA, in points of Matthews' correlation.
-PAIRS: tuple[tuple[str, str, str, str], ...] = (
-    ("SpecLoRA is better than LoRA", "SpecLoRA", "LoRA", "+1.91"),
-    ("and not because it has more parameters", "SpecLoRA", "LoRA, equal parameters", "–"),
-    ("the top block is better than the bottom block", "SpecLoRA", "hadamard_bottom", "+0.46"),
-    ("the bottom block too is better than LoRA", "hadamard_bottom", "LoRA", "+1.45"),
-    ("SpecLoRA is better than DoRA", "SpecLoRA", "DoRA", "+1.73"),
-    ("rescaling a block does what rescaling singular directions does", "SpecLoRA", "svd", "–"),
-    ("of the singular directions the top ones are better", "svd", "svd_bottom", "–"),
-    ("ks from a probe are better than one k", "k from a probe", "SpecLoRA", "left open"),
-    ("it matters which module has which k", "k from a probe", "shuffled k", "left open"),
+PAIRS: tuple[tuple[str, str, str, float | None], ...] = (
+    ("SpecLoRA is better than LoRA", "SpecLoRA", "LoRA", 1.91),
+    ("and not because it has more parameters", "SpecLoRA", "LoRA, equal parameters", None),
+    ("the top block is better than the bottom block", "SpecLoRA", "hadamard_bottom", 0.46),
+    ("the bottom block too is better than LoRA", "hadamard_bottom", "LoRA", 1.45),
+    ("SpecLoRA is better than DoRA", "SpecLoRA", "DoRA", 1.73),
+    ("rescaling a block does what rescaling singular directions does", "SpecLoRA", "svd", None),
+    ("of the singular directions the top ones are better", "svd", "svd_bottom", None),
+    ("ks from a probe are better than one k", "k from a probe", "SpecLoRA", None),
+    ("it matters which module has which k", "k from a probe", "shuffled k", None),
 )
 
 
@@ -58,8 +59,35 @@ def build() -> list[Claim]:
         )
         sections.append(section(name, report, rows))
         claims += [claim(name, report, row) for row in rows]
-    pages.save("speclora", pages.template("speclora").replace("<sections>", "\n\n".join(sections)))
+    text = pages.template("speclora").replace("<sections>", "\n\n".join(sections))
+    for name, value in numbers(found["cola"]).items():
+        text = text.replace(f"<{name}>", value)
+    pages.save("speclora", text)
     return claims
+
+
+def numbers(report: MethodsReport) -> dict[str, str]:
+    """What the page's text says in numbers."""
+    file = pages.HERE / "records" / "speclora" / f"{REPORTS['cola']}_masks.json"
+    masks = json.loads(file.read_text(encoding="utf-8"))
+    rates = {method.name: method.learning_rate for method in report.methods}
+    used = [
+        row
+        for name, row in masks.items()
+        for method in ("SpecLoRA", "hadamard_bottom")
+        if name.startswith(f"{method}-learning-rate-{rates[method]:g}-")
+    ]
+    edge = [method for method in report.methods if method.at_edge]
+    rate = rates["SpecLoRA"]
+    return {
+        "count": str(len(report.methods)),
+        "seeds": str(len(report.seeds)),
+        "edge": f"The chosen learning rate is at the edge of its grid for {len(edge)} of the methods." if edge else "",
+        "moved": f"{sum(row['mean'] for row in used) / len(used):.3f}",
+        "largest": f"{max(row['largest'] for row in used):.2f}",
+        "steps": str(report.data["steps"]),
+        "allowed": f"{rate * report.data['steps'] / 2:.2f}",
+    }
 
 
 def comparisons(report: MethodsReport) -> list[Row]:
@@ -99,15 +127,16 @@ def section(name: str, report: MethodsReport, rows: list[Row]) -> str:
         ],
     )
     pairs = pages.table(
-        ("claim", "in the paper", f"{metric} × 100", "minus the loss", "verdict by score", "by loss"),
+        ("claim", "in the paper", f"{metric} × 100", "minus the loss", "verdict by score", "by loss", "for 1 point"),
         [
             (
                 row["claim"],
-                row["paper"],
+                in_paper(row),
                 pages.shown(row["score"], 100),
                 pages.shown(row["loss"]),
-                pages.better(row["score"]),
+                by_score(row),
                 pages.better(row["loss"]),
+                needed(row["score"]),
             )
             for row in rows
         ],
@@ -117,7 +146,9 @@ def section(name: str, report: MethodsReport, rows: list[Row]) -> str:
         f"## {name.upper() if name == 'rte' else 'CoLA'}\n\n{methods}\n\n{documents} test documents, seeds "
         f"{', '.join(map(str, report.seeds))}, {report.data['steps']} steps on {report.data['documents']} documents; "
         f"learning rates by the loss on {report.data['validation']} others, with seed {report.seeds[0]}. Head "
-        f"parameters, the same for all, are not counted.\n\n{pairs}\n\n![Differences](speclora/{name}.png)"
+        f"parameters, the same for all, are not counted.\n\n{pairs}\n\n*Less than the paper's*: the bounds exclude a "
+        f"difference as large as that. *For 1 point*: the test documents that it would take, with as many seeds, to "
+        f"tell such a difference from none.\n\n![Differences](speclora/{name}.png)"
     )
 
 
@@ -126,13 +157,30 @@ def claim(name: str, report: MethodsReport, row: Row) -> Claim:
     metric = {"cola": "Matthews' correlation × 100", "rte": "points of accuracy"}[name]
     return Claim(
         claim=f"{row['claim']} ({'CoLA' if name == 'cola' else 'RTE'})",
-        paper=row["paper"] if name == "cola" else "–",
+        paper=in_paper(row) if name == "cola" else "–",
         ours=f"{pages.shown(row['score'], 100)} ({metric}); −loss {pages.shown(row['loss'])}",
-        verdict=both(pages.better(row["score"]), pages.better(row["loss"])),
+        verdict=both(by_score(row), pages.better(row["loss"])),
         documents=str(report.methods[0].tasks[0].documents),
         seeds=str(len(report.seeds)),
         link="[SpecLoRA](speclora.md)",
     )
+
+
+def in_paper(row: Row) -> str:
+    return "–" if row["paper"] is None else f"{row['paper']:+.2f}"
+
+
+def by_score(row: Row) -> str:
+    """The verdict, and whether a difference as large as the paper's is excluded."""
+    word = pages.better(row["score"])
+    excluded = row["paper"] is not None and 100 * row["score"].upper < row["paper"]
+    return f"{word}; less than the paper's" if excluded and word != "not held" else word
+
+
+def needed(found: Interval) -> str:
+    """What it would take to tell a difference of one point from none."""
+    documents = found.documents_needed(0.01)
+    return "more seeds" if documents is None else f"{documents:,} documents"
 
 
 def both(score: str, loss: str) -> str:
