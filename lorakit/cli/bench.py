@@ -10,8 +10,6 @@ import typer
 from lorakit import experiments
 from lorakit.cli._executors import Backend, ShardOf, Workers, executor_of
 from lorakit.cli._output import EXIT_CODES, print_json, print_lines, show
-from lorakit.experiments._bench_file import read_either_file
-from lorakit.experiments._compare_report import JSON_NAME
 
 
 def bench(
@@ -34,6 +32,10 @@ def bench(
 
     A comparison of methods without a margin has no verdict: exit code 0 once it is finished.
     """
+    # Here, since they import transformers, for which every other command would wait.
+    from lorakit.experiments._bench_file import read_either_file
+    from lorakit.experiments._compare_report import JSON_NAME
+
     if verify:
         read: Any = experiments.read_methods if Path(file).name == JSON_NAME else experiments.read_bench
         report = read(file)
