@@ -97,7 +97,8 @@ class RayExecutor(Executor):
             self._pending.discard(done)
             if done.cancelled():
                 done.set_running_or_notify_cancel()  # for those who wait for it
-                self._ray.cancel(reference)
+                # With its worker: an interrupt may be lost in an import. What a trial writes is whole or not there.
+                self._ray.cancel(reference, force=True)
 
         self._pending.add(future)
         future.add_done_callback(forget)
