@@ -87,8 +87,10 @@ def test_a_models_number_is_scored_by_its_correlation_and_its_squared_error(bert
     scores = evaluate(model, tasks, tokenizer=tokenizer, progress=False)
     numbers = reference_logits(model, tokenizer, [row["sentence"] for row in rows])[:, 0]
     labels = 0.3 * np.arange(12)
-    assert scores["pearson"].mean == pytest.approx(np.corrcoef(labels, numbers)[0, 1], abs=1e-5)
-    assert_allclose(scores["loss"].scores, -((numbers - labels) ** 2), rtol=1e-5, atol=1e-6)
+    predicted = scores["pearson"].scores  # they differ little, so that their correlation is less exact than they are
+    assert_allclose(predicted, numbers, rtol=1e-4, atol=1e-5)
+    assert scores["pearson"].mean == pytest.approx(np.corrcoef(labels, predicted)[0, 1], abs=1e-9)
+    assert_allclose(scores["loss"].scores, -((numbers - labels) ** 2), rtol=1e-4, atol=1e-5)
     with pytest.raises(EvaluationError, match="has the metric 'acc', and the model predicts a number"):
         evaluate(model, classification(data, columns=COLUMNS), tokenizer=tokenizer, progress=False)
 
