@@ -66,7 +66,7 @@ def test_scores_are_those_of_each_document_alone(bert, spread):
     assert set(predicted) == {0, 1}
     assert_allclose(scores["acc"].scores, predicted == labels)
     log_probability = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-    assert_allclose(scores["loss"].scores, log_probability[np.arange(30), labels], rtol=1e-5, atol=1e-6)
+    assert_allclose(scores["loss"].scores, log_probability[np.arange(30), labels], rtol=1e-4, atol=1e-5)
     assert scores["mcc"].mean == pytest.approx(np.corrcoef(labels, predicted)[0, 1])
     assert scores["mcc"].scores == tuple(map(float, predicted))
     assert scores["mcc"].labels == tuple(map(float, labels))
@@ -165,7 +165,7 @@ def test_images_are_classified(tmp_path):
         batch = inputs.collate_fn([inputs.examples[i] for i in range(6)])
         logits = model(pixel_values=batch["pixel_values"]).logits.double().numpy()
     expected = (logits - np.log(np.exp(logits).sum(1, keepdims=True)))[np.arange(6), list(data.labels)]
-    assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
+    assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_new_head_depends_on_the_seed_and_is_named(bert):
