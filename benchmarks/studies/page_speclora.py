@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import json
 
 import pages
 from pages import Claim, Row
 
-from lorakit.evaluation._scores import interval_of
 from lorakit.experiments import MethodsReport, read_methods
+from lorakit.experiments._compare_verdicts import interval_between
 from lorakit.statistics import Interval
 
 REPORTS = {"cola": "speclora_cola_minilm", "rte": "speclora_rte_minilm"}
@@ -25,18 +24,6 @@ PAIRS: tuple[tuple[str, str, str, float | None], ...] = (
     ("ks from a probe are better than one k", "k from a probe", "SpecLoRA", None),
     ("it matters which module has which k", "k from a probe", "shuffled k", None),
 )
-
-
-def difference(report: MethodsReport, task: str, candidate: str, reference: str) -> Interval:
-    """candidate − reference on a task, over seeds and documents."""
-    scores = report.scores
-    return interval_of(
-        scores.methods[reference][task],
-        scores.methods[candidate][task],
-        report.alpha,
-        metric=scores.metrics[task],
-        labels=scores.labels[task],
-    )
 
 
 def build() -> list[Claim]:
@@ -93,7 +80,6 @@ def numbers(report: MethodsReport) -> dict[str, str]:
 def comparisons(report: MethodsReport) -> list[Row]:
     """Each pair of methods that is there, on the first task and on the loss."""
     first, loss = (task.name for task in report.methods[0].tasks)
-    between = functools.partial(difference, report)
     names = {method.name for method in report.methods}
     return [
         {
@@ -101,8 +87,8 @@ def comparisons(report: MethodsReport) -> list[Row]:
             "candidate": candidate,
             "reference": reference,
             "paper": paper,
-            "score": between(first, candidate, reference),
-            "loss": between(loss, candidate, reference),
+            "score": interval_between(report.scores, reference, candidate, first, report.alpha),
+            "loss": interval_between(report.scores, reference, candidate, loss, report.alpha),
         }
         for claim, candidate, reference, paper in PAIRS
         if {candidate, reference} <= names

@@ -9,16 +9,13 @@ where a certificate would say PASS, FAIL or INCONCLUSIVE. All bounds are one-sid
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lorakit._figures import new_figure
-from lorakit.statistics import Interval, paired_interval, seeds_interval, verdict
+from lorakit.statistics import Interval
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parents[1] / "docs" / "studies"
@@ -39,34 +36,9 @@ class Claim:
     link: str
 
 
-def records(study: str) -> dict[str, dict[str, Any]]:
-    """The results of a study's trials by key, and their settings."""
-    found = {}
-    for file in sorted((HERE / "records" / study).glob("*.json")):
-        record = json.loads(file.read_text(encoding="utf-8"))
-        found[record["key"]] = {**record["result"], "settings": record["settings"]}
-    return found
-
-
-def interval(reference: Sequence[Sequence[float]], candidate: Sequence[Sequence[float]]) -> Interval:
-    """The difference candidate − reference over the seeds and documents of (S, n) scores; of one pair if S is 1."""
-    if len(reference) == 1:
-        return paired_interval(reference[0], candidate[0])
-    return seeds_interval(reference, candidate)
-
-
 def better(found: Interval) -> str:
     """Whether the candidate is better than the reference."""
     return "held" if found.lower > 0 else "not held" if found.upper < 0 else "not decided"
-
-
-def as_good(found: Interval, margin: float) -> str:
-    """Whether the candidate is as good as the reference, within the margin."""
-    word = WORDS[verdict(found.lower, found.upper, margin)]
-    if word != "not decided":
-        return word
-    needed = found.documents_needed(margin)
-    return f"{word}: {f'about {needed} documents' if needed else 'more seeds'} would tell"
 
 
 def shown(found: Interval, scale: float = 1.0, unit: str = "") -> str:
@@ -74,11 +46,6 @@ def shown(found: Interval, scale: float = 1.0, unit: str = "") -> str:
     difference, lower, upper = (scale * value for value in (found.difference, found.lower, found.upper))
     digits = 1 if scale > 1 else 4
     return f"{difference:+.{digits}f}{unit} [{lower:+.{digits}f}, {upper:+.{digits}f}]"
-
-
-def points(found: Interval) -> str:
-    """A difference of accuracies in points."""
-    return shown(found, 100, " points")
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -98,11 +65,6 @@ def save(name: str, text: str) -> None:
     (DOCS / f"{name}.md").write_text(text.strip() + "\n", encoding="utf-8")
 
 
-def pooled(record: dict[str, Any], tasks: Sequence[str]) -> list[float]:
-    """The scores of several tasks' documents, one after the other."""
-    return [score for task in tasks for score in record[task]["scores"]]
-
-
 def forest(path: Path, rows: Sequence[tuple[str, Interval]], label: str, scale: float = 1.0) -> None:
     """Differences with their bounds, one line each."""
     figure = new_figure(7, 0.6 + 0.35 * len(rows))
@@ -116,8 +78,3 @@ def forest(path: Path, rows: Sequence[tuple[str, Interval]], label: str, scale: 
     axes.set_xlabel(label)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-
-
-def mean(values: Any) -> float:
-    """The mean of numbers, or of nested lists of them."""
-    return float(np.mean(values))

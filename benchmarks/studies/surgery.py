@@ -2,7 +2,7 @@
 
     python benchmarks/studies/surgery.py STAGE... --data DIR --out DIR
 
-The adapters are the arm `all_linear` of the FisherLoRA study (which must have run), one a seed. ARC-Easy is the aligned
+The adapters are the arm `all_linear` of the FisherLoRA study, one a seed. ARC-Easy is the aligned
 task: its training questions calibrate, its test questions score; OpenBookQA and Python's documentation are the guards.
 Stages: `centre` (all adapters: every policy, 20 random controls, residual-writing modules, 128 examples, l1),
 `accuracy` (the same edits of the first adapter, by accuracy), `sizes`, `modules`, `energies` (one factor at a time,
@@ -19,9 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import tools
-from arms import Arm
 from fisherlora import Cell
-from pages import records
 from transformers import AutoTokenizer
 
 from lorakit import evaluation, surgery
@@ -41,12 +39,10 @@ CONTROLS = 20
 
 
 def adapters(out: Path) -> list[Path]:
-    """The trained LoRAs, one a seed."""
-    arm = Arm("all_linear", records("fisherlora"))
-    if not arm.whole:
-        raise SystemExit("Run `fisherlora.py all_linear` first: its adapters are operated on.")
+    """The LoRAs of the arm `all_linear`, one a seed, trained where they are missing."""
     cell = Cell(out, "all_linear", "all_linear")
-    return [cell.adapter(arm.rate, seed) for seed in tools.SEEDS]
+    rate = cell.rate()
+    return [cell.adapter(rate, seed) for seed in tools.SEEDS]
 
 
 def loss(out: Path, name: str) -> Any:

@@ -13,8 +13,7 @@ from lorakit.cli._data import DATA_HELP, BatchSize, Length, NumExamples, named_t
 from lorakit.cli._executors import Backend, ShardOf, Workers, executor_of
 from lorakit.cli._models import Device, Dtype, FourBit, Revision, Trust, load_options
 from lorakit.cli._output import EXIT_CODES, print_json, print_lines, show
-from lorakit.errors import EvaluationError
-from lorakit.evaluation._models import load_tokenizer
+from lorakit.evaluation._models import training_tokenizer
 from lorakit.lens.render.html import write_html
 
 Model = Annotated[str, typer.Argument(help="A causal language model: a path or Hub id, with its tokenizer.")]
@@ -79,7 +78,7 @@ def select(
     elsewhere = _elsewhere(backend, workers, options)
     sweep = _ranks(ranks)
     base: Any = model if elsewhere else evaluation.load_base(model, options)
-    tokenizer = _tokenizer(model, options)
+    tokenizer = training_tokenizer(model, options)
     examples = read_examples(data, tokenizer, columns, length=length, batch_size=batch_size)
     with executor_of(backend, workers) as executor:
         found = experiments.select_ranks(
@@ -108,13 +107,6 @@ def _elsewhere(backend: str, workers: int | None, options: evaluation.LoadOption
             param_hint="--backend, --workers",
         )
     return elsewhere
-
-
-def _tokenizer(model: str, options: evaluation.LoadOptions) -> Any:
-    found = load_tokenizer(model, options=options)
-    if found is None:
-        raise EvaluationError(f"The model {model!r} has no tokenizer, which training on text needs.")
-    return found
 
 
 def _template(rank: int, lora_alpha: int | None, targets: str) -> Any:

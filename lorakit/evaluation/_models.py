@@ -173,6 +173,14 @@ def load_tokenizer(base: Any, adapter: Any = None, options: LoadOptions | None =
     return None
 
 
+def training_tokenizer(base: str, options: LoadOptions) -> Any:
+    """The base model's tokenizer. Raises: EvaluationError where it has none."""
+    tokenizer = load_tokenizer(base, options=options)
+    if tokenizer is None:
+        raise EvaluationError(f"The base model {base!r} has no tokenizer, which training on text needs.")
+    return tokenizer
+
+
 def label_of(model: Any) -> str:
     """A name for a model or an adapter: its path, or what it says of itself."""
     if isinstance(model, str | os.PathLike):

@@ -30,7 +30,7 @@ from lorakit.experiments._bench_settings import (
 from lorakit.experiments._bench_trials import loaded_base
 from lorakit.experiments._plan import Shard
 from lorakit.experiments._settings import Schedule
-from lorakit.experiments._stages import MissingTrialsError, UnfinishedBench
+from lorakit.experiments._stages import UnfinishedBench, finished
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -127,11 +127,5 @@ def bench(
         tolerance=None if tolerance is None else check_number("tolerance", tolerance, above=0),
         directory=Path(directory),
     )
-    try:
-        report = BenchRun(settings, executor=executor, shard=shard, progress=progress).run()
-    except MissingTrialsError as waiting:
-        return waiting.report
-    finally:
-        loaded_base.cache_clear()
-    report.save(settings.directory)
-    return report
+    run = BenchRun(settings, executor=executor, shard=shard, progress=progress).run
+    return finished(run, settings.directory, release=loaded_base.cache_clear)

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lorakit._figures import escape_mathtext, message_figure, new_figure
-from lorakit._files import write_file
+from lorakit._figures import message_figure
 from lorakit._format import count, extent, size
-from lorakit._report import Report, Table
+from lorakit._report import Table
 from lorakit.errors import EvaluationError, Finding
-from lorakit.evaluation._digests import digest
 from lorakit.experiments._bench_verdicts import BenchGate, BenchScores, BenchTask, gates, judge, overall
-from lorakit.lens.render.html import write_html
+from lorakit.experiments._signed_report import (
+    DrawnDifference,
+    SignedReport,
+    difference_panels,
+    draw_differences,
+    read_signed,
+    same_figures,
+)
 from lorakit.statistics import Verdict
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FORMAT = "lorakit-bench-1"
 Method = Literal["retrained", "truncated"]
-JSON_NAME, HTML_NAME = "bench.json", "report.html"
 
 
 @dataclass(frozen=True)
@@ -68,13 +67,17 @@ class BenchVariant:
 
 
 @dataclass(frozen=True, repr=False)
-class BenchReport(Report):
+class BenchReport(SignedReport):
     """What `lorakit.experiments.bench` found.
 
     `verdict` is PASS where a variant PASSes, FAIL where all of them FAIL, else INCONCLUSIVE; also where the probe does
     not pass the gate, when there are no variants. `probe` says how large the probes are, and where they lie. `sha256`
     is of everything else.
     """
+
+    _kind = "bench"
+    _format = "lorakit-bench-1"
+    _file = "bench.json"
 
     verdict: Verdict
     base: str
@@ -201,46 +204,18 @@ class BenchReport(Report):
         """Each variant's difference with its bounds and seeds, beside the margin: one panel a task."""
         if not self.variants:
             return message_figure("Bench", "stopped at the gate: no variant was made")
-        tasks = [task.name for task in self.variants[0].tasks]
-        figure = new_figure(3.5 + 4.5 * len(tasks), 1.6 + 0.42 * len(self.variants))
-        for axes, task in zip(figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0], tasks, strict=True):
-            self._draw(axes, task)
+        figure, panels = difference_panels(len(self.variants[0].tasks), len(self.variants))
+        for place, (axes, first) in enumerate(zip(panels, self.variants[0].tasks, strict=True)):
+            rows = [_drawn(variant, variant.tasks[place]) for variant in self.variants]
+            draw_differences(axes, rows, first.margin, title=first.name, of="variant − probe")
         return figure
-
-    def _draw(self, axes: Axes, name: str) -> None:
-        labels = []
-        for place, variant in enumerate(self.variants):
-            task = next(one for one in variant.tasks if one.name == name)
-            color = _COLORS[variant.verdict]
-            error = [[task.difference - task.lower], [task.upper - task.difference]]
-            axes.errorbar([task.difference], [place], xerr=error, fmt="o", capsize=4, color=color)
-            axes.plot(task.seed_differences, [place] * len(task.seed_differences), "|", color="black", markersize=9)
-            labels.append(escape_mathtext(f"{variant.name}, {count(variant.parameters)}: {variant.verdict}"))
-        margin = next(one for one in self.variants[0].tasks if one.name == name).margin
-        axes.axvline(-margin, color="black", linestyle="--", linewidth=1, label=f"margin {margin:g}")
-        axes.axvline(0, color="gray", linewidth=1)
-        axes.set_yticks(range(len(labels)), labels)
-        axes.set_ylim(len(labels) - 0.5, -0.5)
-        axes.set(xlabel="variant − probe; short bars are the seeds", title=escape_mathtext(name))
-        axes.legend(fontsize=8)
-
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write `bench.json` and `report.html`, each whole or not at all."""
-        content = json.dumps({"format": FORMAT, **self.to_dict()}, indent=1, allow_nan=False)
-        write_file(Path(directory, JSON_NAME), content)
-        write_html(self, Path(directory, HTML_NAME))
-
-    def signed(self) -> str:
-        """SHA-256 of everything but `sha256`."""
-        return digest({key: value for key, value in self.to_dict().items() if key != "sha256"})
 
     def verify(self) -> None:
         """Compute the hash, the gate and every verdict anew from the scores.
 
         Raises: EvaluationError where one of them is not what the report says.
         """
-        if self.signed() != self.sha256:
-            raise EvaluationError("The bench does not verify: its content is not what its SHA-256 says.")
+        self._check_signature()
         minimum, margins = self.settings["gate"], self.settings["margins"]
         again = judge(self.scores, margins, self.alpha, self.tolerance)
         gate = gates(self.scores, minimum, self.alpha)
@@ -261,23 +236,18 @@ def read_bench(path: str | os.PathLike[str]) -> BenchReport:
 
     Raises: EvaluationError where the file is none.
     """
-    try:
-        content = json.loads(Path(path).read_bytes())
-        if content.pop("format") != FORMAT:
-            raise ValueError("another format")
-        scores = content.pop("scores")
-        return BenchReport(
-            **content
-            | {
-                "seeds": tuple(content["seeds"]),
-                "gate": tuple(BenchGate(**row) for row in content["gate"]),
-                "variants": tuple(_variant(row) for row in content["variants"]),
-                "findings": tuple(Finding(**row) for row in content["findings"]),
-            },
-            scores=BenchScores(**tuples_of(scores)),
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise EvaluationError(f"{os.fspath(path)!r} is not a bench of lorakit's: {error}.") from error
+    return read_signed(path, BenchReport, _report)
+
+
+def _report(content: dict[str, Any]) -> BenchReport:
+    return BenchReport(
+        **content
+        | {
+            "gate": tuple(BenchGate(**row) for row in content["gate"]),
+            "variants": tuple(_variant(row) for row in content["variants"]),
+            "scores": BenchScores(**content["scores"]),
+        }
+    )
 
 
 def _variant(row: dict[str, Any]) -> BenchVariant:
@@ -286,26 +256,14 @@ def _variant(row: dict[str, Any]) -> BenchVariant:
     return BenchVariant(**row | lists | {"tasks": tasks})
 
 
-def tuples_of(value: Any) -> Any:
-    """JSON data with tuples for its lists."""
-    if isinstance(value, dict):
-        return {key: tuples_of(item) for key, item in value.items()}
-    return tuple(map(tuples_of, value)) if isinstance(value, list) else value
-
-
 def _figures(verdict: str, headline: str, tasks: tuple[BenchTask, ...]) -> list[Any]:
     return [verdict, headline, [asdict(task) for task in tasks]]
 
 
-def same_figures(a: Any, b: Any) -> bool:
-    """Whether two figures are the same but for another machine's rounding."""
-    if isinstance(a, float) and isinstance(b, float):
-        return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-9)
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(same_figures(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(map(same_figures, a, b))
-    return bool(a == b)
+def _drawn(variant: BenchVariant, task: BenchTask) -> DrawnDifference:
+    label = f"{variant.name}, {count(variant.parameters)}: {variant.verdict}"
+    color = _COLORS[variant.verdict]
+    return DrawnDifference(label, color, task.difference, task.lower, task.upper, task.seed_differences)
 
 
 def _rank_in(variant: BenchVariant) -> Any:

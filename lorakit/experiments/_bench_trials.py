@@ -26,7 +26,7 @@ from lorakit.evaluation import LoadOptions, Task, load_base
 from lorakit.evaluation._attach import adapted
 from lorakit.evaluation._digests import adapter_digest, base_digest, document_digests
 from lorakit.evaluation._evaluate import environment, scored
-from lorakit.evaluation._models import load_tokenizer
+from lorakit.evaluation._models import load_tokenizer, training_tokenizer
 from lorakit.experiments._preserve import preserved_base
 from lorakit.experiments._settings import TrainSettings
 from lorakit.experiments._training import batches_of, train_adapter
@@ -35,7 +35,7 @@ from lorakit.naming.patterns import compact_pattern
 
 def read_data(*, base: str, options: LoadOptions, data: Mapping[str, Any]) -> dict[str, Any]:
     """What becomes of the training data, and the hash of each example."""
-    examples = loader(tokenizer=_tokenizer(base, options), progress=False, **data)
+    examples = loader(tokenizer=training_tokenizer(base, options), progress=False, **data)
     documents = [document for batch in examples for document in document_digests(batch)]
     return {"report": examples.report.to_dict(), "documents": documents}
 
@@ -54,7 +54,7 @@ def train(
     """Train one adapter and write it to `out`, whole or not at all."""
     started = time.perf_counter()
     model, _ = loaded_base(base, options)
-    tokenizer = _tokenizer(base, options)
+    tokenizer = training_tokenizer(base, options)
     examples = loader(tokenizer=tokenizer, progress=False, **data)
     settings = TrainSettings(**training, collate_fn=examples.collate_fn, train=None)
     lora = LoraConfig(**copy.deepcopy(dict(config)))
@@ -113,13 +113,6 @@ def check_unchanged(adapter: str | os.PathLike[str], sha256: str | None) -> None
             f"The adapter in {os.fspath(adapter)!r} is not the one that the bench wrote: it was changed or removed "
             f"since. Delete its record to make it again."
         )
-
-
-def _tokenizer(base: str, options: LoadOptions) -> Any:
-    tokenizer = load_tokenizer(base, options=options)
-    if tokenizer is None:
-        raise EvaluationError(f"The base model {base!r} has no tokenizer, which training on text needs.")
-    return tokenizer
 
 
 def _written(out: str) -> dict[str, Any]:

@@ -126,8 +126,11 @@ def judge(
 
 def overall(gate: Sequence[BenchGate], verdicts: Sequence[Verdict]) -> Verdict:
     """PASS where a variant PASSes, FAIL where all of them FAIL, else INCONCLUSIVE; so too where the gate holds."""
-    if not all(row.passed for row in gate) or not verdicts:
-        return "INCONCLUSIVE"
+    return best_of(verdicts) if all(row.passed for row in gate) else "INCONCLUSIVE"
+
+
+def best_of(verdicts: Sequence[Verdict]) -> Verdict:
+    """PASS where one of several candidates PASSes, FAIL where all of them FAIL, else INCONCLUSIVE; so too of none."""
     if "PASS" in verdicts:
         return "PASS"
     return "FAIL" if set(verdicts) == {"FAIL"} else "INCONCLUSIVE"

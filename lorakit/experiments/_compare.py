@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from lorakit._checks import check_number
 from lorakit.evaluation import LoadOptions
 from lorakit.experiments._bench_settings import check_seeds
-from lorakit.experiments._compare_kinds import ModelKind
+from lorakit.experiments._compare_kinds import ModelKind, loaded
 from lorakit.experiments._compare_report import MethodsReport
-from lorakit.experiments._compare_run import finished
+from lorakit.experiments._compare_run import MethodsRun
 from lorakit.experiments._compare_settings import (
     MethodsSettings,
     check_methods,
@@ -27,7 +27,7 @@ from lorakit.experiments._compare_settings import (
 )
 from lorakit.experiments._plan import Shard
 from lorakit.experiments._settings import Schedule
-from lorakit.experiments._stages import UnfinishedBench
+from lorakit.experiments._stages import UnfinishedBench, finished
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -139,4 +139,5 @@ def compare_methods(
         save_adapters=bool(save_adapters),
         directory=Path(directory),
     )
-    return finished(settings, executor=executor, shard=shard, progress=progress)
+    run = MethodsRun(settings, executor=executor, shard=shard, progress=progress).run
+    return finished(run, settings.directory, release=loaded.cache_clear)

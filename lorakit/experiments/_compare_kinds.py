@@ -19,7 +19,7 @@ from lorakit.errors import EvaluationError, raised_as
 from lorakit.evaluation import LoadOptions, load_base
 from lorakit.evaluation._classification import ClassificationTask, class_logits, label_losses
 from lorakit.evaluation._digests import base_digest, document_digests, weights_digest
-from lorakit.evaluation._models import load_classifier, load_tokenizer
+from lorakit.evaluation._models import load_classifier, training_tokenizer
 from lorakit.evaluation._task_kinds import LossTask, document_losses
 
 ModelKind = Literal["causal_lm", "sequence_classification", "image_classification"]
@@ -95,7 +95,7 @@ class CausalLM:
 
     def processor(self, base: str, options: LoadOptions) -> Any:
         """The tokenizer."""
-        return _tokenizer(base, options)
+        return training_tokenizer(base, options)
 
     def read(self, data: Mapping[str, Any], processor: Any) -> Documents:
         """Raises: as `lorakit.data.loader`."""
@@ -150,7 +150,7 @@ class SequenceClassifier:
 
     def processor(self, base: str, options: LoadOptions) -> Any:
         """The tokenizer."""
-        return _tokenizer(base, options)
+        return training_tokenizer(base, options)
 
     def read(self, data: Mapping[str, Any], processor: Any) -> Documents:
         """Raises: DataError."""
@@ -239,10 +239,3 @@ def with_head(config: Any, head: Sequence[str]) -> Any:
     if head and hasattr(config, "modules_to_save"):
         config.modules_to_save = sorted({*(config.modules_to_save or ()), *head})
     return config
-
-
-def _tokenizer(base: str, options: LoadOptions) -> Any:
-    tokenizer = load_tokenizer(base, options=options)
-    if tokenizer is None:
-        raise EvaluationError(f"The base model {base!r} has no tokenizer, which training on text needs.")
-    return tokenizer

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit._figures import escape_mathtext, message_figure, new_figure
-from lorakit._files import write_file
+from lorakit._figures import message_figure
 from lorakit._format import count
-from lorakit._report import Report, Table
+from lorakit._report import Table
 from lorakit.errors import EvaluationError, Finding
-from lorakit.evaluation._digests import digest
-from lorakit.experiments._bench_report import same_figures, tuples_of
 from lorakit.experiments._compare_verdicts import MethodScores, MethodTask, MethodVerdict, compared, overall, verdicts
-from lorakit.lens.render.html import write_html
+from lorakit.experiments._signed_report import (
+    DrawnDifference,
+    SignedReport,
+    difference_panels,
+    draw_differences,
+    read_signed,
+    same_figures,
+    tuples_of,
+)
 from lorakit.statistics import Verdict
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FORMAT = "lorakit-methods-1"
-JSON_NAME, HTML_NAME = "methods.json", "report.html"
+JSON_NAME = "methods.json"
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,16 @@ class ComparedMethod:
 
 
 @dataclass(frozen=True, repr=False)
-class MethodsReport(Report):
+class MethodsReport(SignedReport):
     """What `lorakit.experiments.compare_methods` found.
 
     `verdict` is None without margins; else PASS where a method PASSes against the reference, FAIL where all of them
     FAIL, else INCONCLUSIVE. `data` says what was trained on. `sha256` is of everything else.
     """
+
+    _kind = "comparison"
+    _format = "lorakit-methods-1"
+    _file = JSON_NAME
 
     verdict: Verdict | None
     base: str
@@ -163,53 +168,22 @@ class MethodsReport(Report):
 
     def plot(self) -> Figure:
         """Each method's difference from the reference with its bounds and seeds: one panel a task."""
-        tasks = [task.name for task in self.methods[0].tasks]
         if len(self.methods) == 1:
             return message_figure("Methods", "one method: there is nothing to compare it with")
-        figure = new_figure(3.5 + 4.5 * len(tasks), 1.6 + 0.42 * len(self.methods))
-        panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
-        for place, (axes, task) in enumerate(zip(panels, tasks, strict=True)):
-            self._draw(axes, task, place)
-        return figure
-
-    def _draw(self, axes: Axes, name: str, place: int) -> None:
+        figure, panels = difference_panels(len(self.methods[0].tasks), len(self.methods))
         others = [method for method in self.methods if method.name != self.reference]
-        for row, method in enumerate(others):
-            task = method.tasks[place]
-            difference, lower, upper = (number or 0.0 for number in (task.difference, task.lower, task.upper))
-            color = _COLORS[task.outcome or "not shown"]
-            axes.errorbar(
-                [difference], [row], xerr=[[difference - lower], [upper - difference]], fmt="o", capsize=4, color=color
-            )
-            seeds = task.seed_differences or ()
-            axes.plot(seeds, [row] * len(seeds), "|", color="black", markersize=9)
-        margin = self.settings["margins"].get(name)
-        if margin is not None:
-            axes.axvline(-margin, color="black", linestyle="--", linewidth=1, label=f"margin {margin:g}")
-            axes.legend(fontsize=8)
-        axes.axvline(0, color="gray", linewidth=1)
-        axes.set_yticks(range(len(others)), [escape_mathtext(method.name) for method in others])
-        axes.set_ylim(len(others) - 0.5, -0.5)
-        label = f"method − {self.reference}; short bars are the seeds"
-        axes.set(xlabel=escape_mathtext(label), title=escape_mathtext(name))
-
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write `methods.json` and `report.html`, each whole or not at all."""
-        content = json.dumps({"format": FORMAT, **self.to_dict()}, indent=1, allow_nan=False)
-        write_file(Path(directory, JSON_NAME), content)
-        write_html(self, Path(directory, HTML_NAME))
-
-    def signed(self) -> str:
-        """SHA-256 of everything but `sha256`."""
-        return digest({key: value for key, value in self.to_dict().items() if key != "sha256"})
+        for place, (axes, first) in enumerate(zip(panels, self.methods[0].tasks, strict=True)):
+            rows = [_drawn(method, method.tasks[place]) for method in others]
+            margin = self.settings["margins"].get(first.name)
+            draw_differences(axes, rows, margin, title=first.name, of=f"method − {self.reference}")
+        return figure
 
     def verify(self) -> None:
         """Compute the hash and every figure anew from the scores.
 
         Raises: EvaluationError where one of them is not what the report says.
         """
-        if self.signed() != self.sha256:
-            raise EvaluationError("The comparison does not verify: its content is not what its SHA-256 says.")
+        self._check_signature()
         rows = compared(self.scores, self.reference, self.alpha)
         margins = self.settings["margins"]
         judged = verdicts(self.scores, self.reference, margins, self.alpha) if margins else {}
@@ -229,22 +203,12 @@ def read_methods(path: str | os.PathLike[str]) -> MethodsReport:
 
     Raises: EvaluationError where the file is none.
     """
-    try:
-        content = json.loads(Path(path).read_bytes())
-        if content.pop("format") != FORMAT:
-            raise ValueError("another format")
-        scores = content.pop("scores")
-        return MethodsReport(
-            **content
-            | {
-                "seeds": tuple(content["seeds"]),
-                "methods": tuple(_method(row) for row in content["methods"]),
-                "findings": tuple(Finding(**row) for row in content["findings"]),
-            },
-            scores=MethodScores(**tuples_of(scores)),
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise EvaluationError(f"{os.fspath(path)!r} is not a comparison of lorakit's: {error}.") from error
+    return read_signed(path, MethodsReport, _report)
+
+
+def _report(content: dict[str, Any]) -> MethodsReport:
+    methods = tuple(_method(row) for row in content["methods"])
+    return MethodsReport(**content | {"methods": methods, "scores": MethodScores(**content["scores"])})
 
 
 def _method(row: dict[str, Any]) -> ComparedMethod:
@@ -258,6 +222,12 @@ def _method(row: dict[str, Any]) -> ComparedMethod:
             "tasks": tuple(MethodTask(**tuples_of(task)) for task in row["tasks"]),
         }
     )
+
+
+def _drawn(method: ComparedMethod, task: MethodTask) -> DrawnDifference:
+    difference, lower, upper = (number or 0.0 for number in (task.difference, task.lower, task.upper))
+    color = _COLORS[task.outcome or "not shown"]
+    return DrawnDifference(method.name, color, difference, lower, upper, task.seed_differences or ())
 
 
 def _listed(names: list[str]) -> str:

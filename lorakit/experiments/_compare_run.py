@@ -13,32 +13,17 @@ from typing import Any
 from lorakit.errors import EvaluationError, Finding
 from lorakit.evaluation._digests import data_digest
 from lorakit.experiments import _compare_trials as trials
-from lorakit.experiments._compare_kinds import loaded
 from lorakit.experiments._compare_probes import probed_values, with_values
 from lorakit.experiments._compare_report import ComparedMethod, MethodsReport, TriedRate
 from lorakit.experiments._compare_settings import Method, MethodsSettings
 from lorakit.experiments._compare_verdicts import MethodScores, compared, overall, verdicts
 from lorakit.experiments._methods import prepared
 from lorakit.experiments._plan import Shard, Trial
-from lorakit.experiments._stages import MissingTrialsError, UnfinishedBench, run_stage
+from lorakit.experiments._stages import run_stage
 from lorakit.experiments._training import plain_config
 
 Results = Mapping[str, dict[str, Any]]
 _DATA = "training data"
-
-
-def finished(
-    settings: MethodsSettings, *, executor: Executor | None, shard: Shard | None, progress: bool
-) -> MethodsReport | UnfinishedBench:
-    """Run every stage and write the report; or say what other shards have not recorded yet."""
-    try:
-        report = MethodsRun(settings, executor=executor, shard=shard, progress=progress).run()
-    except MissingTrialsError as waiting:
-        return waiting.report
-    finally:
-        loaded.cache_clear()
-    report.save(settings.directory)
-    return report
 
 
 class MethodsRun:

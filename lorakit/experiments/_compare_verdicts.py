@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lorakit.evaluation._scores import interval_of, mean_of
+from lorakit.experiments._bench_verdicts import best_of
 from lorakit.statistics import Interval, Verdict, compare_candidates, holm
 
 Outcome = Literal["better", "worse", "not shown"]
@@ -64,7 +65,7 @@ def compared(scores: MethodScores, reference: str, alpha: float) -> dict[str, tu
     others = [name for name in scores.methods if name != reference]
     found: dict[str, list[MethodTask]] = {name: [] for name in scores.methods}
     for task in scores.documents:
-        intervals = {name: _interval(scores, reference, name, task, alpha) for name in others}
+        intervals = {name: interval_between(scores, reference, name, task, alpha) for name in others}
         better = _adjusted([one.p_value(0.0) for one in intervals.values()])
         worse = _adjusted([one.p_value(0.0, alternative="less") for one in intervals.values()])
         found[reference].append(_of(scores, reference, task))
@@ -78,7 +79,7 @@ def verdicts(
 ) -> dict[str, MethodVerdict]:
     """Every other method's verdict at these margins. Raises: as `lorakit.statistics.compare_candidates`."""
     intervals = {
-        name: {task: _interval(scores, reference, name, task, alpha) for task in margins}
+        name: {task: interval_between(scores, reference, name, task, alpha) for task in margins}
         for name in scores.methods
         if name != reference
     }
@@ -93,14 +94,11 @@ def verdicts(
 
 def overall(found: Sequence[Verdict]) -> Verdict | None:
     """PASS where a method PASSes, FAIL where all of them FAIL, else INCONCLUSIVE; None without verdicts."""
-    if not found:
-        return None
-    if "PASS" in found:
-        return "PASS"
-    return "FAIL" if set(found) == {"FAIL"} else "INCONCLUSIVE"
+    return best_of(found) if found else None
 
 
-def _interval(scores: MethodScores, reference: str, name: str, task: str, alpha: float) -> Interval:
+def interval_between(scores: MethodScores, reference: str, name: str, task: str, alpha: float) -> Interval:
+    """name − reference on a task, paired by seed and document."""
     first, second = scores.methods[reference][task], scores.methods[name][task]
     return interval_of(first, second, alpha, metric=scores.metrics[task], labels=scores.labels[task])
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lorakit._report import Report
 from lorakit.experiments._plan import Shard, Trial, read_shard, run_plan
+from lorakit.experiments._signed_report import SignedReport
+
+AnyReport = TypeVar("AnyReport", bound=SignedReport)
 
 
 @dataclass(frozen=True, repr=False)
@@ -76,6 +79,20 @@ def run_stage(
             )
         )
     return results
+
+
+def finished(
+    run: Callable[[], AnyReport], directory: Path, *, release: Callable[[], None]
+) -> AnyReport | UnfinishedBench:
+    """Run every stage and write the report; or say what other shards have not recorded yet. `release` ends it."""
+    try:
+        report = run()
+    except MissingTrialsError as waiting:
+        return waiting.report
+    finally:
+        release()
+    report.save(directory)
+    return report
 
 
 def _shards(plan: Sequence[Trial], missing: Sequence[str], shard: Shard) -> tuple[str, ...]:
