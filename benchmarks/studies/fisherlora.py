@@ -163,7 +163,14 @@ class Cell:
 
     def trained(self, rate: float, seed: int) -> dict[str, Any]:
         """The record of a training."""
-        settings = {"arm": self.arm, "data": self.data, "steps": self.steps, "learning_rate": rate, "seed": seed}
+        settings = {
+            "arm": self.arm,
+            "data": self.data,
+            "steps": self.steps,
+            "learning_rate": rate,
+            "seed": seed,
+            "group_by_length": True,
+        }
         return tools.recorded(STUDY, self.title(rate, seed), self.train, settings, rate=rate, seed=seed)
 
     def scored(self, rate: float, seed: int) -> dict[str, Any]:
@@ -173,7 +180,7 @@ class Cell:
             return tools.score(self.out, self.adapter(rate, seed))
 
         title = self.title(rate, seed)
-        return tools.recorded(STUDY, f"scores of {title}", score, {"adapter": title})
+        return tools.recorded(STUDY, f"scores of {title}", score, {"adapter": title, "dtype": tools.DTYPE})
 
     def rate(self) -> float:
         """The learning rate of the grid with the lowest validation loss."""
@@ -209,7 +216,7 @@ def main() -> None:
     for stage in options.stage:
         arm, _, part = stage.rpartition("_")
         if stage == "base":
-            tools.recorded(STUDY, "scores of the base model", tools.score, {"adapter": None}, out=out, adapter=None)
+            tools.recorded(STUDY, "scores of the base model", tools.score, {"adapter": None, "dtype": tools.DTYPE}, out=out, adapter=None)
         elif stage == "ratios":
             ratios(out)
         elif part in FRACTIONS:
