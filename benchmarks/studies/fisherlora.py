@@ -216,7 +216,8 @@ def main() -> None:
     for stage in options.stage:
         arm, _, part = stage.rpartition("_")
         if stage == "base":
-            tools.recorded(STUDY, "scores of the base model", tools.score, {"adapter": None, "dtype": tools.DTYPE}, out=out, adapter=None)
+            settings = {"adapter": None, "dtype": tools.DTYPE}
+            tools.recorded(STUDY, "scores of the base model", tools.score, settings, out=out, adapter=None)
         elif stage == "ratios":
             ratios(out)
         elif part in FRACTIONS:
