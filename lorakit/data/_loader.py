@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 from tqdm.auto import tqdm
 
 from lorakit._checks import check_integer
@@ -71,6 +71,13 @@ class ExampleLoader(DataLoader[Batch]):
     def __init__(self, examples: Sequence[Batch], batch_size: int, pad_token_id: int, report: DataReport) -> None:
         super().__init__(examples, batch_size=batch_size, collate_fn=_Padding(pad_token_id))  # type: ignore[arg-type]
         self.report = report
+
+    def by_length(self) -> tuple[DataLoader[Batch], list[int]]:
+        """The same examples, the longest first, which saves padding; and the place of each in this loader's order."""
+        examples: Any = self.dataset
+        places = sorted(range(len(examples)), key=lambda i: -len(examples[i]["input_ids"]))
+        batches = BatchSampler(places, self.batch_size or 1, drop_last=False)
+        return DataLoader(examples, batch_sampler=batches, collate_fn=self.collate_fn), places
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from lorakit.calibration.losses import IGNORED_LABEL
-from lorakit.data import loader
+from lorakit.data import ExampleLoader, loader
 from lorakit.errors import EvaluationError
 from lorakit.evaluation._digests import data_digest, digest, document_digests, document_hashes, file_digest
 from lorakit.evaluation._harness import run_task
@@ -190,9 +190,20 @@ class FunctionTask:
         return numbers
 
 
+def document_losses(model: Any, batches: Any) -> Iterable[tuple[str, float]]:
+    """Each document's hash and mean loss, over its labelled tokens; documents without one are left out.
+
+    What `lorakit.data.loader` reads runs in order of length, and comes in the order of the source.
+    """
+    if not isinstance(batches, ExampleLoader):
+        return _losses_of(model, batches)
+    grouped, places = batches.by_length()
+    found = dict(zip(places, _losses_of(model, grouped), strict=True))  # no example is without a label
+    return [found[i] for i in range(len(places))]
+
+
 @torch.no_grad()
-def document_losses(model: Any, batches: Any) -> Iterator[tuple[str, float]]:
-    """Each document's hash and mean loss, over its labelled tokens; documents without one are left out."""
+def _losses_of(model: Any, batches: Any) -> Iterator[tuple[str, float]]:
     device = model.get_input_embeddings().weight.device
     for batch in batches:
         inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}

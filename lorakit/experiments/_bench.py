@@ -50,6 +50,7 @@ def bench(
     weight_decay: float = 0.0,
     warmup_steps: int | None = None,
     schedule: Schedule = "cosine",
+    group_by_length: bool = False,
     seeds: Sequence[int] = (0, 1, 2),
     policies: Sequence[Policy] = ("global_median", "global_p90", "per_module", "knee"),
     retrain: bool = True,
@@ -86,6 +87,7 @@ def bench(
         directory: holds records, adapters and the report.
         steps, learning_rate, batch_size, weight_decay, warmup_steps, schedule: of every training, as in
             `lorakit.experiments.rank_sweep`.
+        group_by_length: whether batches are of documents of similar length, which saves padding.
         seeds: at least three.
         policies: of "global_median", "global_p90", "per_module", "knee" and "entropy", as in `lorakit.lens.audit`; an
             integer is one rank for all modules.
@@ -116,7 +118,9 @@ def bench(
         options=options or LoadOptions(),
         data=check_train(train),
         probe=fields,
-        training=check_training(steps, batch_size, learning_rate, weight_decay, warmup_steps, schedule),
+        training=check_training(
+            steps, batch_size, learning_rate, weight_decay, warmup_steps, schedule, group_by_length
+        ),
         seeds=check_seeds(seeds),
         policies=check_policies(policies, fields["r"]),
         retrain=bool(retrain),

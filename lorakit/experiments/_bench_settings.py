@@ -154,13 +154,14 @@ def check_seeds(seeds: Any) -> tuple[int, ...]:
 def check_training(*values: Any) -> dict[str, Any]:
     """The arguments of a training by name, with the warm-up steps that are the default. Raises: ValueError.
 
-    `values` are steps, batch_size, learning_rate, weight_decay, warmup_steps and schedule.
+    `values` are steps, batch_size, learning_rate, weight_decay, warmup_steps, schedule and group_by_length.
     """
-    names = ("steps", "batch_size", "learning_rate", "weight_decay", "warmup_steps", "schedule")
+    names = ("steps", "batch_size", "learning_rate", "weight_decay", "warmup_steps", "schedule", "group_by_length")
     given = dict(zip(names, values, strict=True))
     check_integer("batch_size", given["batch_size"])
     for name in ("learning_rate", "weight_decay"):
         given[name] = check_number(name, given[name])
+    given["group_by_length"] = bool(given["group_by_length"])
     settings = TrainSettings(**given, collate_fn=None, train=None)
     return {**given, "warmup_steps": settings.warmup}
 

@@ -11,9 +11,10 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorakit import evaluation
+from lorakit.data import loader
 from lorakit.errors import EvaluationError
 from lorakit.evaluation._digests import digest
 from lorakit.evaluation._scores import interval_of
@@ -218,6 +219,38 @@ def test_the_batch_size_changes_a_loss_by_less_than_is_stated(home, tmp_path):
     interval = evaluation.compare(*found)
     assert max(abs(a - b) for a, b in zip(found[0].scores, found[1].scores, strict=True)) < 1e-4
     assert interval.verdict(1e-4) == "PASS"
+
+
+def test_documents_of_similar_length_run_together_and_come_in_the_order_of_the_file(home, tmp_path):
+    rows = [{"text": f"document {i} " + "and more " * (7 * i % 11)} for i in range(20)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    model = AutoModelForCausalLM.from_pretrained(home / "base")
+    tokenizer = AutoTokenizer.from_pretrained(home / "base")
+    padding = []
+    model.register_forward_pre_hook(
+        lambda module, args, inputs: padding.append(int((inputs["attention_mask"] == 0).sum())), with_kwargs=True
+    )
+    task = evaluation.loss(tmp_path / "texts.jsonl", batch_size=4)
+    found = evaluation.evaluate(model, task, tokenizer=tokenizer, progress=False)["texts"]
+    grouped, in_file_order = sum(padding), 0
+    for start in range(0, 20, 4):
+        lengths = [len(tokenizer(row["text"])["input_ids"]) for row in rows[start : start + 4]]
+        in_file_order += sum(max(lengths) - length for length in lengths)
+    assert grouped < in_file_order / 4
+    alone = evaluation.evaluate(
+        model,
+        [
+            evaluation.loss(batch, name=str(i))
+            for i, batch in enumerate(one_by_one(tmp_path / "texts.jsonl", tokenizer))
+        ],
+        progress=False,
+    )
+    assert [alone[str(i)].documents[0] for i in range(20)] == list(found.documents)
+    assert [alone[str(i)].scores[0] for i in range(20)] == pytest.approx(list(found.scores), abs=1e-4)
+
+
+def one_by_one(path, tokenizer):
+    return [[batch] for batch in loader(path, tokenizer, batch_size=1, progress=False)]
 
 
 def test_groups_are_kept_in_the_certificate(home, texts):

@@ -175,6 +175,17 @@ def test_the_same_call_runs_nothing_again(finished, arguments, monkeypatch):
     assert again.gate == report.gate
 
 
+def test_batches_can_be_grouped_by_length(arguments, tmp_path, monkeypatch):
+    seen = []
+    original = _bench_trials.batches_of
+    monkeypatch.setattr(
+        _bench_trials, "batches_of", lambda *given: (seen.append(given[1].group_by_length), original(*given))[1]
+    )
+    report = experiments.bench(**{**arguments, "steps": 2, "group_by_length": True}, directory=tmp_path)
+    assert seen == [True] * 3  # the probes; they do not pass the gate
+    assert report.settings["group_by_length"] is True
+
+
 def test_other_settings_are_refused(finished, arguments):
     with pytest.raises(PlanError, match="has other settings: training.steps 60, now 61"):
         experiments.bench(**{**arguments, "steps": 61}, directory=finished[1])
