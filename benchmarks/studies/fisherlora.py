@@ -1,4 +1,4 @@
-"""Study 2, FisherLoRA: where should the ranks be? Trained on ARC-Easy and OpenBookQA, tested on both.
+"""Study 2, FisherLoRA: where should the ranks be? And study 1's SpecLoRA on the same. ARC-Easy and OpenBookQA.
 
     python benchmarks/studies/fisherlora.py ARM... --data DIR --out DIR
 
@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
-from lorakit import FisherLoRAConfig, evaluation, fisher
+from lorakit import FisherLoRAConfig, SpecLoRAConfig, evaluation, fisher
 from lorakit.allocation.masks import shuffled
 from lorakit.data import loader
 
@@ -34,7 +34,8 @@ REDUCED = {"r": RANK, "task_type": "CAUSAL_LM"}
 PROBED = 64  # examples of the Fisher probe, after 50 steps of training as in the paper
 FRACTIONS = {"half": (0.5, 60), "tenth": (0.1, 12)}
 REDUCED_ARMS = ("uniform_reduced", "fisherlora", "fisher", "spectral", "shuffled", "adalora", "eva")
-ARMS = ("all_linear", "uniform", *REDUCED_ARMS)
+SPECLORA_ARMS = {"speclora": "hadamard", "speclora_bottom": "hadamard_bottom"}  # 0.9 % more parameters than all_linear
+ARMS = ("all_linear", "uniform", *REDUCED_ARMS, *SPECLORA_ARMS)
 FRACTION_ARMS = ("uniform", "uniform_reduced", "fisherlora")
 STAGES = (
     *ARMS,
@@ -74,6 +75,15 @@ def config_of(arm: str, out: Path, seed: int) -> PeftConfig:
     plain = functools.partial(LoraConfig, lora_alpha=2 * RANK, task_type="CAUSAL_LM")
     if arm == "all_linear":
         return plain(r=RANK, target_modules="all-linear")
+    if arm in SPECLORA_ARMS:
+        return SpecLoRAConfig(
+            r=RANK,
+            lora_alpha=2 * RANK,
+            k=200,
+            mode=SPECLORA_ARMS[arm],
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
     if arm == "uniform":
         return plain(r=RANK, target_modules=["q_proj", "v_proj"])
     if arm == "adalora":

@@ -9,7 +9,6 @@ from pages import Claim, Row
 
 from lorakit.experiments import MethodsReport, read_methods
 from lorakit.experiments._compare_verdicts import interval_between
-from lorakit.statistics import Interval
 
 REPORTS = {"cola": "speclora_cola_minilm", "rte": "speclora_rte_minilm"}
 # What the papers' tables say of DeBERTaV3-base on CoLA, in points of Matthews' correlation.
@@ -122,7 +121,7 @@ def section(name: str, report: MethodsReport, rows: list[Row]) -> str:
                 pages.shown(row["loss"]),
                 by_score(row),
                 pages.better(row["loss"]),
-                needed(row["score"]),
+                pages.needed(row["score"], 0.01),
             )
             for row in rows
         ],
@@ -145,7 +144,7 @@ def claim(name: str, report: MethodsReport, row: Row) -> Claim:
         claim=f"{row['claim']} ({'CoLA' if name == 'cola' else 'RTE'})",
         paper=in_paper(row) if name == "cola" else "–",
         ours=f"{pages.shown(row['score'], 100)} ({metric}); −loss {pages.shown(row['loss'])}",
-        verdict=both(by_score(row), pages.better(row["loss"])),
+        verdict=pages.both(by_score(row), pages.better(row["loss"])),
         documents=str(report.methods[0].tasks[0].documents),
         seeds=str(len(report.seeds)),
         link="[SpecLoRA](speclora.md)",
@@ -161,14 +160,3 @@ def by_score(row: Row) -> str:
     word = pages.better(row["score"])
     excluded = row["paper"] is not None and 100 * row["score"].upper < row["paper"]
     return f"{word}; less than the paper's" if excluded and word != "not held" else word
-
-
-def needed(found: Interval) -> str:
-    """What it would take to tell a difference of one point from none."""
-    documents = found.documents_needed(0.01)
-    return "more seeds" if documents is None else f"{documents:,} documents"
-
-
-def both(score: str, loss: str) -> str:
-    """A verdict by score, and by loss where that says something else."""
-    return score if score == loss else f"{score} by score, {loss} by loss"

@@ -9,13 +9,14 @@ where a certificate would say PASS, FAIL or INCONCLUSIVE. All bounds are one-sid
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorakit._figures import new_figure
-from lorakit.statistics import Interval
+from lorakit.statistics import Interval, seeds_interval
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parents[1] / "docs" / "studies"
@@ -36,6 +37,36 @@ class Claim:
     link: str
 
 
+def records(study: str) -> dict[str, Row]:
+    """The results of a study's trials by their keys; none where it has not been run."""
+    found = (json.loads(file.read_text(encoding="utf-8")) for file in sorted((HERE / "records" / study).glob("*.json")))
+    return {row["key"]: row["result"] for row in found if "result" in row}
+
+
+def scores_of(record: Row, tasks: Iterable[str]) -> dict[str, float]:
+    """One adapter's scores on some tasks, by document."""
+    return {
+        f"{task} {document}": score
+        for task in tasks
+        for document, score in zip(record[task]["documents"], record[task]["scores"], strict=True)
+    }
+
+
+def difference(reference: Sequence[Row], candidate: Sequence[Row], tasks: Sequence[str]) -> Interval:
+    """Candidate − reference over the documents of some tasks, paired by seed and document."""
+    sides = [[scores_of(record, tasks) for record in side] for side in (reference, candidate)]
+    documents = list(sides[0][0])
+    values = [[[scores[document] for document in documents] for scores in side] for side in sides]
+    return seeds_interval(*values)
+
+
+def best_rate(found: Mapping[str, Row], titles: Mapping[float, str]) -> float | None:
+    """The learning rate whose training has the lowest validation loss; None where one is missing."""
+    if not titles.values() <= found.keys():
+        return None
+    return min(titles, key=lambda rate: sum(found[titles[rate]]["validation"]))
+
+
 def better(found: Interval) -> str:
     """Whether the candidate is better than the reference."""
     return "held" if found.lower > 0 else "not held" if found.upper < 0 else "not decided"
@@ -46,6 +77,17 @@ def shown(found: Interval, scale: float = 1.0, unit: str = "") -> str:
     difference, lower, upper = (scale * value for value in (found.difference, found.lower, found.upper))
     digits = 1 if scale > 1 else 4
     return f"{difference:+.{digits}f}{unit} [{lower:+.{digits}f}, {upper:+.{digits}f}]"
+
+
+def needed(found: Interval, margin: float) -> str:
+    """What it would take to tell a difference as large as the margin from none."""
+    documents = found.documents_needed(margin)
+    return "more seeds" if documents is None else f"{documents:,} documents"
+
+
+def both(score: str, loss: str) -> str:
+    """A verdict by score, and by loss where that says something else."""
+    return score if score == loss else f"{score} by score, {loss} by loss"
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
