@@ -28,9 +28,10 @@ LAYER_RANK = 1  # what one layer's modules are cut to, the others whole
 MARGIN = 0.02
 DATA = "arc_easy_alone.jsonl"
 BENCH = {
-    "policies": ["global_median", "global_p90", "per_module", RANK // 2],
+    "policies": ["global_median", RANK // 2],
     "batch_size": tools.BATCH_SIZE,
     "schedule": "linear",
+    "group_by_length": True,
     "seeds": list(tools.SEEDS),
 }
 
@@ -43,6 +44,7 @@ def tune(out: Path) -> float:
         title = f"tune lr {rate:g}"
         train = functools.partial(tools.train, out, config, out / "adapters" / title.replace(" ", "-"))
         settings = {"data": DATA, "steps": STEPS, "learning_rate": rate, "seed": tools.SEEDS[0], "r": RANK}
+        settings["group_by_length"] = True
         found = tools.recorded(
             STUDY, title, train, settings, seed=tools.SEEDS[0], learning_rate=rate, steps=STEPS, data=DATA
         )
@@ -64,6 +66,7 @@ def bench(out: Path) -> experiments.BenchReport:
         directory=out / "bench",
         steps=STEPS,
         learning_rate=tune(out),
+        options=evaluation.LoadOptions(dtype=tools.DTYPE),
         **BENCH,
     )
     report.save(tools.RECORDS / STUDY / "bench")
@@ -77,7 +80,7 @@ def scored(out: Path, adapter: Path, ranks: Any, cut: Path, *, choices: bool) ->
     tasks = [evaluation.choices(out / "arc_easy_test.jsonl", name="arc_easy")] if choices else []
     tasks.append(evaluation.loss(str(out / "arc_easy_loss.jsonl"), length=tools.LENGTH, batch_size=tools.BATCH_SIZE))
     tokenizer = AutoTokenizer.from_pretrained(base)
-    model = evaluation.load_adapted(base, str(cut))
+    model = evaluation.load_adapted(base, str(cut), evaluation.LoadOptions(dtype=tools.DTYPE))
     found = evaluation.evaluate(model, tasks, tokenizer=tokenizer, progress=False)
     scores = {name: {"documents": list(s.documents), "scores": list(s.scores)} for name, s in found.items()}
     return {"energy_kept": report.energy_kept, "parameters": report.parameters, **scores}
@@ -98,7 +101,7 @@ def ladder(out: Path) -> None:
                 STUDY,
                 title,
                 scored,
-                {"rank": rank, "seed": seed},
+                {"rank": rank, "seed": seed, "dtype": tools.DTYPE},
                 out=out,
                 adapter=adapter,
                 ranks=rank,
@@ -119,7 +122,7 @@ def layers(out: Path) -> None:
                 STUDY,
                 title,
                 scored,
-                {"layer": layer, "rank": LAYER_RANK, "seed": seed},
+                {"layer": layer, "rank": LAYER_RANK, "seed": seed, "dtype": tools.DTYPE},
                 out=out,
                 adapter=adapter,
                 ranks=ranks,

@@ -39,7 +39,7 @@ def trained(out: Path, rank: int, rate: float, seed: int) -> tuple[str, Path, di
     """One training of the sweep: its title, its adapter, and its record."""
     title = f"rank {rank} lr {rate:g} seed {seed}"
     adapter = out / "adapters" / f"ranks-{title.replace(' ', '-')}"
-    settings = {"data": DATA, "steps": STEPS, "learning_rate": rate, "seed": seed, "r": rank}
+    settings = {"data": DATA, "steps": STEPS, "learning_rate": rate, "seed": seed, "r": rank, "group_by_length": True}
     train = functools.partial(tools.train, out, lora(rank), adapter)
     given = {"seed": seed, "learning_rate": rate, "steps": STEPS, "data": DATA}
     return title, adapter, tools.recorded(STUDY, title, train, settings, **given)
@@ -57,7 +57,8 @@ def sweep(out: Path) -> None:
     for seed in tools.SEEDS:
         for rank in RANKS:
             title, adapter, _ = trained(out, rank, rate, seed)
-            tools.recorded(STUDY, f"scores of {title}", tools.score, {"adapter": title}, out=out, adapter=adapter)
+            settings = {"adapter": title, "dtype": tools.DTYPE}
+            tools.recorded(STUDY, f"scores of {title}", tools.score, settings, out=out, adapter=adapter)
 
 
 def examples(out: Path, name: str, **options: Any) -> Any:
@@ -69,7 +70,8 @@ def examples(out: Path, name: str, **options: Any) -> Any:
 def layers(out: Path) -> None:
     """What each layer alone gains, at rank 8 and few steps, and the Fisher information of each layer before."""
     tools.recorded(STUDY, "probe", probed, {"examples": 64}, out=out)
-    tools.recorded(STUDY, "layer gains", gains, {"steps": LAYER_STEPS, "r": 8, "learning_rate": rate_of(out)}, out=out)
+    settings = {"steps": LAYER_STEPS, "r": 8, "learning_rate": rate_of(out), "group_by_length": True}
+    tools.recorded(STUDY, "layer gains", gains, settings, out=out)
 
 
 def probed(out: Path) -> dict[str, Any]:
@@ -97,6 +99,7 @@ def gains(out: Path) -> dict[str, Any]:
         batch_size=tools.BATCH_SIZE,
         learning_rate=rate_of(out),
         schedule="linear",
+        group_by_length=True,
         collate_fn=data.collate_fn,
         records=out / "layer-gains",
     )
@@ -127,6 +130,7 @@ def select(out: Path) -> None:
         batch_size=tools.BATCH_SIZE,
         learning_rate=rate_of(out),
         schedule="linear",
+        group_by_length=True,
         records=out / "select",
     )
     text = json.dumps(report.to_dict(), indent=1)
@@ -150,6 +154,7 @@ def full_spectra(out: Path) -> dict[str, Any]:
         data.dataset,
         batch_size=tools.BATCH_SIZE,
         collate_fn=data.collate_fn,
+        group_by_length=True,
         progress=False,
         **PILOT,
     )

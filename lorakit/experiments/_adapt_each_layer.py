@@ -131,6 +131,7 @@ def adapt_each_layer(
     weight_decay: float = ...,
     warmup_steps: int | None = ...,
     schedule: Schedule = ...,
+    group_by_length: bool = ...,
     collate_fn: Callable[[list[Any]], Any] | None = ...,
     train: Train | None = ...,
     records: str | os.PathLike[str] | None = ...,
@@ -155,6 +156,7 @@ def adapt_each_layer(
     weight_decay: float = ...,
     warmup_steps: int | None = ...,
     schedule: Schedule = ...,
+    group_by_length: bool = ...,
     collate_fn: Callable[[list[Any]], Any] | None = ...,
     train: Train | None = ...,
     records: str | os.PathLike[str] | None = ...,
@@ -178,6 +180,7 @@ def adapt_each_layer(
     weight_decay: float = 0.0,
     warmup_steps: int | None = None,
     schedule: Schedule = "cosine",
+    group_by_length: bool = False,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     train: Train | None = None,
     records: str | os.PathLike[str] | None = None,
@@ -205,7 +208,9 @@ def adapt_each_layer(
         raise ValueError(f"`by` must be one of {', '.join(get_args(By))}; got {by!r}.")
     check_source(model, evaluate)
     check_data(train_data)
-    settings = TrainSettings(steps, batch_size, learning_rate, weight_decay, warmup_steps, schedule, collate_fn, train)
+    settings = TrainSettings(
+        steps, batch_size, learning_rate, weight_decay, warmup_steps, schedule, collate_fn, train, group_by_length
+    )
     where = RunSettings(seeds, records, executor, shard, progress)
     built = model_of(model)
     groups = _groups(built, config, by)

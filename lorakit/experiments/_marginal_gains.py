@@ -123,6 +123,7 @@ def marginal_gains(
     weight_decay: float = 0.0,
     warmup_steps: int | None = None,
     schedule: Schedule = "cosine",
+    group_by_length: bool = False,
     stop_every: int | None = None,
     patience: int = 2,
     collate_fn: Callable[[list[Any]], Any] | None = None,
@@ -150,6 +151,7 @@ def marginal_gains(
     training = {
         "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "weight_decay": weight_decay,
         "warmup_steps": warmup_steps, "schedule": schedule, "collate_fn": collate_fn,
+        "group_by_length": group_by_length,
     }  # fmt: skip
     options = SetOptions(tasks, shifted, tokenizer, stop_every, patience)
     where = RunSettings(seeds, records, executor, shard, progress)

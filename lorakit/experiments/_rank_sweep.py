@@ -208,6 +208,7 @@ def rank_sweep(
     weight_decay: float = ...,
     warmup_steps: int | None = ...,
     schedule: Schedule = ...,
+    group_by_length: bool = ...,
     collate_fn: Callable[[list[Any]], Any] | None = ...,
     train: Train | None = ...,
     records: str | os.PathLike[str] | None = ...,
@@ -233,6 +234,7 @@ def rank_sweep(
     weight_decay: float = ...,
     warmup_steps: int | None = ...,
     schedule: Schedule = ...,
+    group_by_length: bool = ...,
     collate_fn: Callable[[list[Any]], Any] | None = ...,
     train: Train | None = ...,
     records: str | os.PathLike[str] | None = ...,
@@ -257,6 +259,7 @@ def rank_sweep(
     weight_decay: float = 0.0,
     warmup_steps: int | None = None,
     schedule: Schedule = "cosine",
+    group_by_length: bool = False,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     train: Train | None = None,
     records: str | os.PathLike[str] | None = None,
@@ -284,6 +287,7 @@ def rank_sweep(
         weight_decay: of AdamW. Gradients are clipped to norm 1.
         warmup_steps, schedule: the learning rate's linear warm-up, by default a twentieth of `steps`, and what follows:
             a decay to 0 by half a cosine ("cosine") or a line ("linear"), or none ("constant").
+        group_by_length: whether batches are of examples of similar length (of their `input_ids`), which saves padding.
         collate_fn: as in torch's DataLoader, whose default is used if it is None.
         train: ``train(model, batches, seed)`` replaces the training loop; `batches` is an iterator over `steps`
             batches. `learning_rate` and the like are then only recorded.
@@ -331,7 +335,9 @@ def rank_sweep(
     """
     check_source(model, evaluate)
     wanted = named_configs(configs, RANKS if ranks is None and not isinstance(configs, Mapping) else ranks)
-    settings = TrainSettings(steps, batch_size, learning_rate, weight_decay, warmup_steps, schedule, collate_fn, train)
+    settings = TrainSettings(
+        steps, batch_size, learning_rate, weight_decay, warmup_steps, schedule, collate_fn, train, group_by_length
+    )
     where = RunSettings(seeds, records, executor, shard, progress)
     if reference is not None and str(reference) not in wanted:
         raise ValueError(f"`reference` must be one of {', '.join(wanted)}; got {reference!r}.")

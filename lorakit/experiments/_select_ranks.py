@@ -62,6 +62,7 @@ def select_ranks(
     weight_decay: float = 0.0,
     warmup_steps: int | None = None,
     schedule: Schedule = "cosine",
+    group_by_length: bool = False,
     stop_every: int | None = None,
     patience: int = 2,
     collate_fn: Callable[[list[Any]], Any] | None = None,
@@ -102,7 +103,8 @@ def select_ranks(
         stop_every, patience: compare each training on the shifted sets after so many steps, end it after `patience`
             comparisons without a better one, and keep its best parameters. None: no early stopping.
         tokenizer: of tasks and `train`; None: the one beside `base`.
-        steps, batch_size, learning_rate, weight_decay, warmup_steps, schedule, collate_fn: as in `rank_sweep`.
+        steps, batch_size, learning_rate, weight_decay, warmup_steps, schedule, group_by_length, collate_fn: as in
+            `rank_sweep`.
         records, executor, shard, progress: as in `rank_sweep`. With `shard`, returns a `PlanResults` where other shards
             have not finished; call each shard again until a `RankSelection` comes back.
 
@@ -124,6 +126,7 @@ def select_ranks(
     training = {
         "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "weight_decay": weight_decay,
         "warmup_steps": warmup_steps, "schedule": schedule, "collate_fn": collate_fn,
+        "group_by_length": group_by_length,
     }  # fmt: skip
     options = SetOptions(tasks, shifted, tokenizer, stop_every, patience)
     where = RunSettings(seeds, records, executor, shard, progress)

@@ -22,7 +22,8 @@ MAX_GRAD_NORM = 1.0
 class TrainSettings:
     """The arguments of a training that `rank_sweep` and `adapt_each_layer` share; see `rank_sweep` for their meaning.
 
-    `group_by_length`: batches are of examples of similar length, as transformers' Trainer groups them.
+    `group_by_length`: batches are of examples of similar length (of their `input_ids`), as transformers' Trainer groups
+    them.
     `micro_batch_size`: how many examples of a batch run at a time; the gradient is that of the whole batch.
     Raises: ValueError, naming the argument, for values that are not allowed.
     """
@@ -49,6 +50,8 @@ class TrainSettings:
             check_integer("warmup_steps", self.warmup_steps, least=0)
         if self.schedule not in get_args(Schedule):
             raise ValueError(f"`schedule` must be one of {', '.join(get_args(Schedule))}; got {self.schedule!r}.")
+        if self.group_by_length and self.batch_size is None:
+            raise ValueError("`group_by_length` needs a `batch_size`: without one, the data are batches already.")
 
     @property
     def warmup(self) -> int:
@@ -67,6 +70,7 @@ class TrainSettings:
             "schedule": self.schedule,
             "max_grad_norm": MAX_GRAD_NORM,
             "train": None if self.train is None else getattr(self.train, "__qualname__", type(self.train).__name__),
+            **({"group_by_length": True} if self.group_by_length else {}),
         }
 
 

@@ -162,7 +162,13 @@ def batches_of(data: Any, settings: TrainSettings, seed: int, bar: Any) -> Itera
 
 def _grouped(data: Any, size: int, steps: int, generator: torch.Generator) -> list[list[int]]:
     """The places of each batch's examples, of similar length; epoch after epoch, in random order."""
-    lengths = [len(example["input_ids"]) for example in data]
+    try:
+        lengths = [len(example["input_ids"]) for example in data]
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(
+            "`group_by_length` needs examples that are mappings with `input_ids`, whose length counts; leave it out "
+            "for other data."
+        ) from error
     batches: list[list[int]] = []
     while len(batches) < steps:
         places = get_length_grouped_indices(lengths, size, generator=generator)

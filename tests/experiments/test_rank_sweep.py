@@ -43,6 +43,29 @@ class Watched:
             torch.rand(config.r)  # dropout draws numbers, too, as many as the rank needs
 
 
+def test_batches_of_similar_length_are_the_same_for_all_ranks_and_need_lengths(tiny_llama, evaluate, data):
+    short_and_long = [{"input_ids": torch.arange(2 + 20 * (i % 2)) % 7, "labels": torch.zeros(1)} for i in range(40)]
+    settings = SETTINGS | {"steps": 10, "batch_size": 4, "ranks": (2, 4), "seeds": (0,)}
+
+    def padded(examples):
+        return {"input_ids": nn.utils.rnn.pad_sequence([e["input_ids"] for e in examples], True, -1)}
+
+    def padding(group_by_length):
+        watched = Watched()
+        given = {"train": watched, "collate_fn": padded, "group_by_length": group_by_length}
+        experiments.rank_sweep(tiny_llama(), LORA, short_and_long, evaluate, **settings, **given)
+        assert watched.batches[2, 0] == watched.batches[4, 0]
+        return sum(token == -1 for batch in watched.batches[2, 0] for row in batch for token in row)
+
+    assert padding(True) < 0.6 * padding(False)
+    settings["group_by_length"] = True
+    with pytest.raises(ValueError, match="`group_by_length` needs a `batch_size`"):
+        experiments.rank_sweep(tiny_llama(), LORA, data, evaluate, **settings | {"batch_size": None})
+    with pytest.raises(TrialError, match="needs examples that are mappings with `input_ids`") as failed:
+        experiments.rank_sweep(tiny_llama(), LORA, [(1, 2)] * 8, evaluate, **settings)
+    assert isinstance(failed.value.__cause__, ValueError)
+
+
 def test_all_ranks_see_the_same_batches_and_random_numbers(tiny_llama, data, evaluate):
     def masking(examples):  # as a masked language model needs
         ids = torch.stack([example["input_ids"] for example in examples])

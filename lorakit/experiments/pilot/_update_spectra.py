@@ -144,6 +144,7 @@ def update_spectra(
     weight_decay: float = 0.0,
     warmup_steps: int | None = None,
     schedule: Schedule = "cosine",
+    group_by_length: bool = False,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -168,7 +169,9 @@ def update_spectra(
     check_data(train_data)
     check_seed("seed", seed)
     check_integer("rank", rank)
-    settings = TrainSettings(steps, batch_size, learning_rate, weight_decay, warmup_steps, schedule, collate_fn, None)
+    settings = TrainSettings(
+        steps, batch_size, learning_rate, weight_decay, warmup_steps, schedule, collate_fn, None, group_by_length
+    )
     narrow = [name for name, p in model.named_parameters() if p.dtype not in (torch.float32, torch.float64)]
     if narrow:
         raise UnsupportedModelError(
