@@ -12,12 +12,7 @@ from pages import Claim, Row
 from lorakit._figures import new_figure
 from lorakit.statistics import control_p_value
 
-POLICIES = {
-    "grad_direction": "grad_direction",
-    "smooth_abs": "smooth_abs",
-    "abs_select": "abs_select",
-    "random_index": "random_index (one draw)",
-}
+POLICIES = ("grad_direction", "smooth_abs", "abs_select", "double_smooth", "z_score", "robust_z")
 LINK = "[Spectral Surgery](surgery.md)"
 
 
@@ -90,11 +85,11 @@ def centre_section(centre: Sequence[Row]) -> str:
     """Every policy on every adapter, and the controls."""
     guards = centre[0]["guards"]
     rows = []
-    for policy, label in POLICIES.items():
+    for policy in POLICIES:
         edits = [edits_of(report, policy)[0] for report in centre]
         gain, p = summed(centre, policy)
         changes = [sum(edit["guard_changes"][guard] for edit in edits) / len(edits) for guard in guards]
-        rows.append((label, *map(bounds, edits), f"{gain:+.4f}", f"{p:.2f}", *(f"{c:+.4f}" for c in changes)))
+        rows.append((policy, *map(bounds, edits), f"{gain:+.4f}", f"{p:.2f}", *(f"{c:+.4f}" for c in changes)))
     controls = [[c["gain"] for c in report["controls"]] for report in centre]
     everything = [c for report in centre for c in report["controls"]]
     rows.append(
@@ -180,7 +175,7 @@ def accuracy_section(report: Row) -> str:
     (guard,) = report["guards"]
     rows = [
         (
-            POLICIES[edit["policy"]],
+            edit["policy"],
             f"{100 * edit['gain']:+.1f} [{100 * edit['lower']:+.1f}, {100 * edit['upper']:+.1f}]",
             f"{control_p_value(edit['gain'], [c['gain'] for c in controls_of(report, edit)]):.2f}",
             f"{100 * edit['guard_changes'][guard]:+.1f}",

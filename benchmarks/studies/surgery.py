@@ -4,7 +4,7 @@
 
 The adapters are the arm `all_linear` of the FisherLoRA study, one a seed. ARC-Easy is the aligned
 task: its training questions calibrate, its test questions score; OpenBookQA and Python's documentation are the guards.
-Stages: `centre` (all adapters: every policy, 20 random controls, residual-writing modules, 128 examples, l1),
+Stages: `centre` (all adapters: every policy, 20 draws of `random_index`, residual-writing modules, 128 examples, l1),
 `accuracy` (the same edits of the first adapter, by accuracy), `sizes`, `modules`, `energies` (one factor at a time,
 first adapter), `refine` (what `lorakit.surgery.refine` decides on each adapter). `study` keeps every score in
 `--out`/surgery, so that each stage is resumable; reports are in `records/surgery`.
@@ -26,7 +26,7 @@ from lorakit import evaluation, surgery
 from lorakit.data import loader
 
 STUDY = "surgery"
-POLICIES = ("smooth_abs", "abs_select", "grad_direction", "random_index")
+POLICIES = ("grad_direction", "smooth_abs", "abs_select", "double_smooth", "z_score", "robust_z")
 SIZES = (32, 64, 128, 256)
 CENTRE_SIZE, CENTRE_ENERGY = 128, "l1"
 MODULE_SETS = {
@@ -36,6 +36,7 @@ MODULE_SETS = {
 }
 ENERGIES = ("l1", "l2", "none")
 CONTROLS = 20
+OPTIONS = evaluation.LoadOptions(dtype=tools.DTYPE)
 
 
 def adapters(out: Path) -> list[Path]:
@@ -73,6 +74,7 @@ def run(out: Path, name: str, adapter: Path, **chosen: Any) -> None:
         str(adapter),
         calibration(out, "arc_easy_calibration.jsonl"),
         base=str(out / "base"),
+        options=OPTIONS,
         tokenizer=AutoTokenizer.from_pretrained(out / "base"),
         records=out / "surgery" / f"{adapter.name} {name if name == 'accuracy' else 'loss'}",
         **given,
@@ -126,6 +128,7 @@ def refine(out: Path) -> None:
             margin=0.02,
             num_examples=CENTRE_SIZE,
             base=str(out / "base"),
+            options=OPTIONS,
             tokenizer=AutoTokenizer.from_pretrained(out / "base"),
         )
         keep(f"refine {adapter.name.rpartition('-')[2]}", report)
