@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import pages
 import tools
 from compression import LADDER, MARGIN, RANK
 from pages import Claim, Row
-from scipy.stats import bootstrap, spearmanr
 
 from lorakit._figures import new_figure
 from lorakit.experiments import BenchReport, read_bench
@@ -155,33 +153,17 @@ def probe_scores(report: BenchReport, task: str) -> list[Row]:
 
 
 def correlations(found: dict[str, Row]) -> list[tuple[str, float, float, float]]:
-    """Spearman's correlation of each number with the loss that the layer's cut costs, over layers and seeds.
-
-    The bounds are of a percentile bootstrap over layers, each drawn with its seeds.
-    """
+    """Spearman's correlation of each number with the loss that the layer's cut costs, over layers and seeds."""
     seeds = [seed for seed in tools.SEEDS if f"audit seed {seed}" in found]
     audits = {seed: by_layer(found[f"audit seed {seed}"]["modules"]) for seed in seeds}
     layers = sorted(audits[seeds[0]], key=int)
-    losses = np.array(
-        [[-_mean(found[f"layer {layer} seed {seed}"]["arc_easy_loss"]["scores"]) for layer in layers] for seed in seeds]
-    )
-    rows = []
-    for name, number in NUMBERS.items():
-        values = np.array([[number(audits[seed][layer]) for layer in layers] for seed in seeds])
-
-        def rho(index: np.ndarray, values: np.ndarray = values) -> float:
-            """The mean over seeds, since a seed's losses have a level of their own."""
-            chosen = index.astype(int)
-            return _mean(
-                [float(spearmanr(v[chosen], x[chosen]).statistic) for v, x in zip(values, losses, strict=True)]
-            )
-
-        found_bounds = bootstrap(
-            (np.arange(len(layers)),), rho, vectorized=False, n_resamples=2000, confidence_level=0.9,
-            method="percentile", rng=np.random.default_rng(0),
-        ).confidence_interval  # fmt: skip
-        rows.append((name, rho(np.arange(len(layers))), float(found_bounds.low), float(found_bounds.high)))
-    return rows
+    losses = [
+        [-_mean(found[f"layer {layer} seed {seed}"]["arc_easy_loss"]["scores"]) for layer in layers] for seed in seeds
+    ]
+    return [
+        (name, *pages.rank_correlation([[number(audits[seed][layer]) for layer in layers] for seed in seeds], losses))
+        for name, number in NUMBERS.items()
+    ]
 
 
 def by_layer(modules: Sequence[Row]) -> dict[str, list[Row]]:

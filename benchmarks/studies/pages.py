@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from scipy.stats import bootstrap, spearmanr
+
 from lorakit._figures import new_figure
 from lorakit.statistics import Interval, seeds_interval
 
@@ -65,6 +68,30 @@ def best_rate(found: Mapping[str, Row], titles: Mapping[float, str]) -> float | 
     if not titles.values() <= found.keys():
         return None
     return min(titles, key=lambda rate: sum(found[titles[rate]]["validation"]))
+
+
+def rank_correlation(numbers: Any, outcomes: Any) -> tuple[float, float, float]:
+    """Spearman's correlation over the columns of two (seeds, n), and its 90 % interval.
+
+    It is the mean over seeds, since each seed may have a level of its own; the interval is of a percentile bootstrap
+    over columns, each drawn with all its seeds.
+    """
+    pairs = np.stack([np.asarray(numbers, float), np.asarray(outcomes, float)], axis=1)
+
+    def rho(chosen: Any) -> float:
+        return float(np.mean([spearmanr(*pair[:, chosen.astype(int)]).statistic for pair in pairs]))
+
+    columns = np.arange(pairs.shape[2])
+    bounds = bootstrap(
+        (columns,),
+        rho,
+        vectorized=False,
+        n_resamples=2000,
+        confidence_level=0.9,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return rho(columns), float(bounds.low), float(bounds.high)
 
 
 def better(found: Interval) -> str:
