@@ -186,7 +186,10 @@ def pilot_part(found: Mapping[str, Row], rate: float) -> tuple[str, Claim]:
         seeds=str(len(adapters)),
         link=LINK,
     )
-    section = f"## Pilots\n\nEffective ranks of {len(names)} modules: of ΔW after a pilot, and of adapters of rank 64. {shown}."
+    section = (
+        f"## Pilots\n\nEffective ranks of {len(names)} modules: of ΔW after a pilot, and of adapters of rank 64. "
+        f"{shown}."
+    )
     return section, claim
 
 
