@@ -60,15 +60,16 @@ def numbers(report: MethodsReport) -> dict[str, str]:
     used = [
         row
         for name, row in masks.items()
-        for method in ("SpecLoRA", "hadamard_bottom")
-        if name.startswith(f"{method}-learning-rate-{rates[method]:g}-")
+        for method in report.methods
+        if method.peft_type == "SPECLORA"
+        and name.startswith(f"{method.name.replace(' ', '-')}-learning-rate-{method.learning_rate:g}-")
     ]
     edge = [method for method in report.methods if method.at_edge]
     rate = rates["SpecLoRA"]
     return {
-        "count": str(len(report.methods)),
+        "count": {9: "Nine"}.get(len(report.methods), str(len(report.methods))),
         "seeds": str(len(report.seeds)),
-        "edge": f"The chosen learning rate is at the edge of its grid for {len(edge)} of the methods." if edge else "",
+        "edge": f"For {len(edge)} of them the chosen learning rate is at the edge of the grid." if edge else "",
         "moved": f"{sum(row['mean'] for row in used) / len(used):.3f}",
         "largest": f"{max(row['largest'] for row in used):.2f}",
         "steps": str(report.data["steps"]),

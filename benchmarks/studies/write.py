@@ -7,7 +7,7 @@ import page_index
 import page_speclora
 
 LEFT = [
-    "SpecLoRA on RTE, and the sweeps of k and of r; SpecLoRA on ARC-Easy and OpenBookQA with SmolLM2",
+    "SpecLoRA on CoLA with seeds 3 and 4; on RTE; the sweeps of k and of r; on ARC-Easy and OpenBookQA with SmolLM2",
     "FisherLoRA on ARC-Easy and OpenBookQA: uniform, reduced, opposite and shuffled ranks, AdaLoRA, EVA",
     "Spectral Surgery: policies beside 20 random controls, calibration sizes, modules, energies",
     "compression: retrained and cut adapters of rank 64 with certificates; which number of an audit foretells the loss",
