@@ -2,8 +2,8 @@
 
     python benchmarks/studies/masks.py BENCH_DIRECTORY NAME
 
-BENCH_DIRECTORY holds the `adapters` of `lorakit bench`; the record is `records/speclora/NAME_masks.json`, which keeps the
-rows of adapters that are no longer there.
+BENCH_DIRECTORY holds the `adapters` of `lorakit bench`; the record is `records/speclora/NAME_masks.json`, which keeps
+the rows of adapters that are no longer there.
 """
 
 from __future__ import annotations
