@@ -64,15 +64,14 @@ def numbers(report: MethodsReport) -> dict[str, str]:
         if method.peft_type == "SPECLORA"
         and name.startswith(f"{method.name.replace(' ', '-')}-learning-rate-{method.learning_rate:g}-")
     ]
+    losses = [-method.tasks[1].mean for method in report.methods]
     edge = [method for method in report.methods if method.at_edge]
     rate = rates["SpecLoRA"]
     return {
         "count": {9: "Nine"}.get(len(report.methods), str(len(report.methods))),
         "seeds": str(len(report.seeds)),
-        "edge": f"For {len(edge)} of them the chosen learning rate is at the edge of the grid: a better one may lie outside."
-        if edge
-        else "",
-        "spread": f"{max(abs(method.tasks[1].mean - report.methods[0].tasks[1].mean) for method in report.methods):.4f}",
+        "edge": f"For {len(edge)} of them the chosen learning rate is at the edge of the grid." if edge else "",
+        "spread": f"{max(abs(loss - losses[0]) for loss in losses):.4f}",
         "moved": f"{sum(row['mean'] for row in used) / len(used):.3f}",
         "largest": f"{max(row['largest'] for row in used):.2f}",
         "steps": str(report.data["steps"]),
