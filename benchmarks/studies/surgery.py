@@ -39,11 +39,10 @@ CONTROLS = 20
 OPTIONS = evaluation.LoadOptions(dtype=tools.DTYPE)
 
 
-def adapters(out: Path) -> list[Path]:
-    """The LoRAs of the arm `all_linear`, one a seed, trained where they are missing."""
+def adapter_of(out: Path, seed: int) -> Path:
+    """A seed's LoRA of the arm `all_linear`, trained where it is missing."""
     cell = Cell(out, "all_linear", "all_linear")
-    rate = cell.rate()
-    return [cell.adapter(rate, seed) for seed in tools.SEEDS]
+    return cell.adapter(cell.rate(), seed)
 
 
 def loss(out: Path, name: str) -> Any:
@@ -59,8 +58,8 @@ def calibration(out: Path, *files: str) -> Any:
     return [batch for name in files for batch in read(out / name)]
 
 
-def run(out: Path, name: str, adapter: Path, **chosen: Any) -> None:
-    """One call of `lorakit.surgery.study`; its report becomes a record."""
+def run(out: Path, name: str, seed: int = tools.SEEDS[0], **chosen: Any) -> None:
+    """One call of `lorakit.surgery.study` on a seed's adapter; its report becomes a record."""
     given = {
         "task": loss(out, "arc_easy"),
         "guards": [loss(out, "openbookqa"), loss(out, "documentation")],
@@ -70,68 +69,78 @@ def run(out: Path, name: str, adapter: Path, **chosen: Any) -> None:
         "energies": (CENTRE_ENERGY,),
         "controls": CONTROLS,
     } | chosen
-    report = surgery.study(
-        str(adapter),
-        calibration(out, "arc_easy_calibration.jsonl"),
-        base=str(out / "base"),
-        options=OPTIONS,
-        tokenizer=AutoTokenizer.from_pretrained(out / "base"),
-        records=out / "surgery" / f"{adapter.name} {name if name == 'accuracy' else 'loss'}",
-        **given,
-    )
-    keep(f"{name} {adapter.name.rpartition('-')[2]}", report)
+
+    def report() -> Any:
+        adapter = adapter_of(out, seed)
+        return surgery.study(
+            str(adapter),
+            calibration(out, "arc_easy_calibration.jsonl"),
+            base=str(out / "base"),
+            options=OPTIONS,
+            tokenizer=AutoTokenizer.from_pretrained(out / "base"),
+            records=out / "surgery" / f"{adapter.name} {name if name == 'accuracy' else 'loss'}",
+            **given,
+        )
+
+    keep(f"{name} {seed}", report)
 
 
-def keep(name: str, report: Any) -> None:
-    """A report as JSON in the records."""
+def keep(name: str, report: Callable[[], Any]) -> None:
+    """A report as JSON in the records; what is there is not made again."""
     file = tools.RECORDS / STUDY / f"{name.replace(' ', '-')}.json"
+    if file.exists():
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(report().to_dict(), indent=1) + "\n", encoding="utf-8")
 
 
 def centre(out: Path) -> None:
     """Every policy beside its random controls, on every adapter."""
-    for adapter in adapters(out):
-        run(out, "centre", adapter)
+    for seed in tools.SEEDS:
+        run(out, "centre", seed)
 
 
 def accuracy(out: Path) -> None:
     """The centre's edits of the first adapter, by accuracy."""
     task = evaluation.choices(out / "arc_easy_test.jsonl", name="arc_easy")
     guard = evaluation.choices(out / "openbookqa_test.jsonl", name="openbookqa")
-    run(out, "accuracy", adapters(out)[0], task=task, guards=[guard])
+    run(out, "accuracy", task=task, guards=[guard])
 
 
 def sizes(out: Path) -> None:
     """Calibration sizes, three draws of the smaller ones."""
-    run(out, "sizes", adapters(out)[0], sizes=SIZES, seeds=tools.SEEDS, policies=("smooth_abs", "grad_direction"))
+    run(out, "sizes", sizes=SIZES, seeds=tools.SEEDS, policies=("smooth_abs", "grad_direction"))
 
 
 def modules(out: Path) -> None:
     """Which modules are edited."""
-    run(out, "modules", adapters(out)[0], module_sets=MODULE_SETS)
+    run(out, "modules", module_sets=MODULE_SETS)
 
 
 def energies(out: Path) -> None:
     """What is preserved."""
-    run(out, "energies", adapters(out)[0], energies=ENERGIES)
+    run(out, "energies", energies=ENERGIES)
 
 
 def refine(out: Path) -> None:
     """What `refine` decides on every adapter, by loss."""
-    for adapter in adapters(out):
-        report = surgery.refine(
-            str(adapter),
-            calibration(out, "arc_easy_calibration.jsonl", "arc_easy_selection.jsonl"),
-            task=loss(out, "arc_easy"),
-            guards=[loss(out, "openbookqa"), loss(out, "documentation")],
-            margin=0.02,
-            num_examples=CENTRE_SIZE,
-            base=str(out / "base"),
-            options=OPTIONS,
-            tokenizer=AutoTokenizer.from_pretrained(out / "base"),
-        )
-        keep(f"refine {adapter.name.rpartition('-')[2]}", report)
+    for seed in tools.SEEDS:
+        keep(f"refine {seed}", functools.partial(refined, out, seed))
+
+
+def refined(out: Path, seed: int) -> Any:
+    """`lorakit.surgery.refine` on a seed's adapter."""
+    return surgery.refine(
+        str(adapter_of(out, seed)),
+        calibration(out, "arc_easy_calibration.jsonl", "arc_easy_selection.jsonl"),
+        task=loss(out, "arc_easy"),
+        guards=[loss(out, "openbookqa"), loss(out, "documentation")],
+        margin=0.02,
+        num_examples=CENTRE_SIZE,
+        base=str(out / "base"),
+        options=OPTIONS,
+        tokenizer=AutoTokenizer.from_pretrained(out / "base"),
+    )
 
 
 def main() -> None:
