@@ -26,6 +26,7 @@ from transformers import AutoTokenizer
 from lorakit import FisherLoRAConfig, SpecLoRAConfig, evaluation, fisher
 from lorakit.allocation.masks import shuffled
 from lorakit.data import loader
+from lorakit.naming.patterns import values_of
 
 STUDY = "fisherlora"
 STEPS = 120  # one epoch of 960 questions, 8 a step
@@ -33,10 +34,11 @@ RANK = 16
 REDUCED = {"r": RANK, "task_type": "CAUSAL_LM"}
 PROBED = 64  # examples of the Fisher probe, after 50 steps of training as in the paper
 FRACTIONS = {"half": (0.5, 60), "tenth": (0.1, 12)}
-REDUCED_ARMS = ("uniform_reduced", "fisherlora", "fisher", "spectral", "shuffled", "adalora", "eva")
+# `uniform_reduced` has rank 8, 9 % below the budget; `uniform_equal` has 9, and 8 in every third layer's queries.
+REDUCED_ARMS = ("uniform_reduced", "uniform_equal", "fisherlora", "fisher", "spectral", "shuffled", "adalora", "eva")
 SPECLORA_ARMS = {"speclora": "hadamard", "speclora_bottom": "hadamard_bottom"}  # 0.9 % more parameters than all_linear
 ARMS = ("all_linear", "uniform", *REDUCED_ARMS, *SPECLORA_ARMS)
-FRACTION_ARMS = ("uniform", "uniform_reduced", "fisherlora")
+FRACTION_ARMS = ("uniform", "uniform_equal", "fisherlora")
 STAGES = (
     *ARMS,
     *(f"{arm}_{part}" for part in FRACTIONS for arm in FRACTION_ARMS),
@@ -114,11 +116,15 @@ def reduced(arm: str, out: Path, seed: int) -> PeftConfig:
     costs = {row.module_name: row.d_out + row.d_in for row in report.modules}
     roles = {row.module_name: row.role for row in report.modules}
     budget = sum(cost * (4 if roles[name] == "query" else 16) for name, cost in costs.items())
+    if arm == "uniform_equal":
+        smaller = [name for name in costs if roles[name] == "query" and int(name.split(".")[2]) % 3 == 0]
+        ranks = dict.fromkeys(costs, 9) | dict.fromkeys(smaller, 8)
+        assert sum(costs[name] * rank for name, rank in ranks.items()) == budget
+        return FisherLoRAConfig(rank_pattern=ranks, target_modules=list(ranks), **REDUCED)
     config = FisherLoRAConfig.from_probe(report, rule=rule, params=budget, **REDUCED)
     if arm != "shuffled":
         return config
-    ranks = {name: config.rank_pattern[name] for name in costs}
-    moved = shuffled(ranks, costs=costs, seed=seed)
+    moved = shuffled(values_of(config.rank_pattern, dict.fromkeys(costs, RANK)), costs=costs, seed=seed)
     return FisherLoRAConfig(rank_pattern=moved, target_modules=list(moved), **REDUCED)
 
 
