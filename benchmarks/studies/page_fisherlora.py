@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pages
 import tools
-from fisherlora import STEPS
+from fisherlora import FRACTIONS, STEPS
 from pages import Claim, Row
 
 from lorakit.statistics import Interval
@@ -108,7 +108,7 @@ def build() -> list[Claim]:
         for claim, candidate, reference, paper, kept in PAIRS
         if {candidate, reference} <= arms.keys()
     ]
-    if not rows:
+    if not {"uniform", "fisherlora"} <= arms.keys():
         return []
     pages.forest(
         pages.DOCS / "fisherlora" / "loss.png",
@@ -120,6 +120,11 @@ def build() -> list[Claim]:
         ("arms", arms_table(arms, found.get("scores of the base model"))),
         ("claims", claims_table(rows)),
         ("ratios", ratios_table(found, arms)),
+        ("left", left_out(found, arms)),
+        ("steps", str(STEPS)),
+        ("grid", ", ".join(f"{rate:g}" for rate in tools.GRID)),
+        ("seeds", ", ".join(map(str, tools.SEEDS))),
+        ("fewer", f"{100 * (1 - arms['fisherlora'].parameters / arms['uniform'].parameters):.0f}"),
     ):
         text = text.replace(f"<{name}>", value)
     pages.save("fisherlora", text)
@@ -140,6 +145,15 @@ def arms_table(arms: Mapping[str, Arm], base: Row | None) -> str:
             for name, parameters, rate, means in everything
         ],
     )
+
+
+def left_out(found: Mapping[str, Row], arms: Mapping[str, Arm]) -> str:
+    """What has no record yet."""
+    missing = [f"the arm *{label}*" for name, label in ARMS.items() if name not in arms]
+    missing += [f"{share} of the data" for share in FRACTIONS if f"{title(f'uniform_{share}', 1e-3, 0)}" not in found]
+    if "probe at the start" not in found:
+        missing.append("V/Q at the start and after the training")
+    return "\n".join(f"* {line}" for line in missing) or "Nothing."
 
 
 def verdict(found: Interval, kept: bool, margin: float) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pages
+import tools
 from pages import Claim, Row
 
 from lorakit._figures import new_figure
@@ -40,7 +41,7 @@ def build() -> list[Claim]:
     if not centre:
         return []
     sections = [centre_section(centre)]
-    claims = centre_claims(centre)
+    claims = centre_claims(centre) if len(centre) == len(tools.SEEDS) else []  # fewer adapters make no claim
     for stage, write in (
         ("accuracy", accuracy_section),
         ("modules", factor_section("modules", "Which modules are edited", ("smooth_abs", "grad_direction"))),
@@ -55,8 +56,31 @@ def build() -> list[Claim]:
         sections.append(refine_section(decided))
         claims.append(refine_claim(decided))
     plot(centre)
-    pages.save("surgery", pages.template("surgery").replace("<sections>", "\n\n".join(sections)))
+    text = pages.template("surgery")
+    for name, value in (
+        ("sections", "\n\n".join(sections)),
+        ("gain", f"{summed(centre, 'grad_direction')[0]:.3f}"),
+        ("seeds", ", ".join(str(seed) for seed, _ in zip(tools.SEEDS, centre, strict=False))),
+        ("left", left_out(len(centre))),
+    ):
+        text = text.replace(f"<{name}>", value)
+    pages.save("surgery", text)
     return claims
+
+
+def left_out(adapters: int) -> str:
+    """What has no record yet."""
+    named = {
+        "accuracy": "the same edits by accuracy",
+        "sizes": "32 to 256 calibration examples",
+        "modules": "the attention's inputs, and all modules",
+        "energies": "other constraints on the energy",
+        "refine": "what `refine` decides",
+    }
+    lines = [line for stage, line in named.items() if not reports(stage)]
+    missing = len(tools.SEEDS) - adapters
+    lines = [f"{missing} more adapters"] * (missing > 0) + lines
+    return "\n".join(f"* {line}" for line in lines) or "Nothing."
 
 
 def summed(centre: Sequence[Row], policy: str) -> tuple[float, float]:
@@ -89,7 +113,7 @@ def centre_section(centre: Sequence[Row]) -> str:
         edits = [edits_of(report, policy)[0] for report in centre]
         gain, p = summed(centre, policy)
         changes = [sum(edit["guard_changes"][guard] for edit in edits) / len(edits) for guard in guards]
-        rows.append((policy, *map(bounds, edits), f"{gain:+.4f}", f"{p:.2f}", *(f"{c:+.4f}" for c in changes)))
+        rows.append((policy, *map(bounds, edits), f"{gain:+.4f}", f"{p:.3f}", *(f"{c:+.4f}" for c in changes)))
     controls = [[c["gain"] for c in report["controls"]] for report in centre]
     everything = [c for report in centre for c in report["controls"]]
     rows.append(

@@ -65,7 +65,7 @@ def difference(reference: Sequence[Row], candidate: Sequence[Row], tasks: Sequen
 
 def best_rate(found: Mapping[str, Row], titles: Mapping[float, str]) -> float | None:
     """The learning rate whose training has the lowest validation loss; None where one is missing."""
-    if not titles.values() <= found.keys():
+    if not set(titles.values()) <= found.keys():
         return None
     return min(titles, key=lambda rate: sum(found[titles[rate]]["validation"]))
 
