@@ -149,9 +149,8 @@ def marginal_gains(
     check_integer("r", r)
     check_integer("delta", delta)
     training = {
-        "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "weight_decay": weight_decay,
-        "warmup_steps": warmup_steps, "schedule": schedule, "collate_fn": collate_fn,
-        "group_by_length": group_by_length,
+        "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "group_by_length": group_by_length,
+        "weight_decay": weight_decay, "warmup_steps": warmup_steps, "schedule": schedule, "collate_fn": collate_fn,
     }  # fmt: skip
     options = SetOptions(tasks, shifted, tokenizer, stop_every, patience)
     where = RunSettings(seeds, records, executor, shard, progress)
