@@ -143,7 +143,7 @@ def forest(path: Path, rows: Sequence[tuple[str, Interval]], label: str, scale: 
         axes.plot(scale * found.difference, y, "o", color="tab:blue")
     axes.axvline(0, color="0.6", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel(label)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
