@@ -39,17 +39,14 @@ BENCH = {
 def tune(out: Path) -> float:
     """The rate of the grid with the lowest validation loss."""
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    losses = {}
+    found = {}
     for rate in tools.GRID:
         title = f"tune lr {rate:g}"
         train = functools.partial(tools.train, out, config, out / "adapters" / title.replace(" ", "-"))
-        settings = {"data": DATA, "steps": STEPS, "learning_rate": rate, "seed": tools.SEEDS[0], "r": RANK}
-        settings["group_by_length"] = True
-        found = tools.recorded(
-            STUDY, title, train, settings, seed=tools.SEEDS[0], learning_rate=rate, steps=STEPS, data=DATA
-        )
-        losses[rate] = sum(found["validation"])
-    return min(losses, key=losses.__getitem__)
+        given = {"data": DATA, "steps": STEPS, "learning_rate": rate, "seed": tools.SEEDS[0]}
+        settings = {**given, "r": RANK, "group_by_length": True}
+        found[rate] = tools.recorded(STUDY, title, train, settings, **given)
+    return tools.best_rate(found)
 
 
 def bench(out: Path) -> experiments.BenchReport:

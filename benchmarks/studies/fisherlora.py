@@ -200,8 +200,7 @@ class Cell:
 
     def rate(self) -> float:
         """The learning rate of the grid with the lowest validation loss."""
-        losses = {rate: sum(self.trained(rate, tools.SEEDS[0])["validation"]) for rate in tools.GRID}
-        return min(losses, key=losses.__getitem__)
+        return tools.best_rate({rate: self.trained(rate, tools.SEEDS[0]) for rate in tools.GRID})
 
     def run(self) -> None:
         """Choose the learning rate, train all seeds, score them."""

@@ -50,7 +50,7 @@ def bench_section(report: BenchReport) -> str:
             row["name"],
             f"{row['parameters']:,}",
             row["task"],
-            f"{row['difference']:+.4f} [{row['lower']:+.4f}, {row['upper']:+.4f}]",
+            pages.bounds(row["difference"], row["lower"], row["upper"]),
             ", ".join(f"{value:+.4f}" for value in row["seed_differences"]),
             pages.WORDS[row["task_verdict"]],
             "yes" if row["within_tolerance"] else "no",
@@ -83,14 +83,16 @@ def bench_claims(report: BenchReport) -> list[Claim]:
         if not rows:
             continue
         accuracy, loss = rows["arc_easy"], rows["arc_easy_loss"]
-        points = [f"{100 * accuracy[key]:+.1f}" for key in ("difference", "lower", "upper")]
-        nats = [f"{loss[key]:+.4f}" for key in ("difference", "lower", "upper")]
+        points, nats = (
+            pages.bounds(row["difference"], row["lower"], row["upper"], scale)
+            for row, scale in ((accuracy, 100), (loss, 1))
+        )
         verdicts = [pages.WORDS[row["task_verdict"]] for row in (accuracy, loss)]
         claims.append(
             Claim(
                 claim=claim,
                 paper=paper,
-                ours=f"{points[0]} [{points[1]}, {points[2]}] points; −loss {nats[0]} [{nats[1]}, {nats[2]}]",
+                ours=f"{points} points; −loss {nats}",
                 verdict=pages.both(*verdicts),
                 documents=str(accuracy["documents"]),
                 seeds=str(len(report.seeds)),

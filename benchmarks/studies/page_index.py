@@ -89,7 +89,7 @@ def _gradience() -> list[Claim]:
         ("retrained", "retrained at that rank, it loses nothing, or is better"),
     ):
         row = rows[f"global_median, {kind}"]
-        bounds = f"{row['difference']:+.4f} [{row['lower']:+.4f}, {row['upper']:+.4f}]"
+        bounds = pages.bounds(row["difference"], row["lower"], row["upper"])
         claims.append(
             Claim(
                 claim=claim,

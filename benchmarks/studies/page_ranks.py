@@ -200,7 +200,7 @@ def select_section(selected: Row) -> str:
             arm["name"],
             arm["reference"],
             name,
-            f"{bounds['difference']:+.4f} [{bounds['lower']:+.4f}, {bounds['upper']:+.4f}]",
+            pages.bounds(bounds["difference"], bounds["lower"], bounds["upper"]),
             arm["verdict"],
         )
         for arm in selected["confirmation"]
@@ -215,7 +215,7 @@ def select_section(selected: Row) -> str:
 def select_claim(selected: Row) -> Claim:
     """Do measured ranks beat uniform and shuffled ones?"""
     differences = [
-        f"{arm['name']} {bounds['difference']:+.4f} [{bounds['lower']:+.4f}, {bounds['upper']:+.4f}]"
+        f"{arm['name']} {pages.bounds(bounds['difference'], bounds['lower'], bounds['upper'])}"
         for arm in selected["confirmation"]
         for name, bounds in arm["against"].items()
         if name == "arc_easy"

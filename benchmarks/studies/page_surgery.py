@@ -100,9 +100,9 @@ def verdict_of(centre: Sequence[Row], policy: str) -> str:
     return "not held" if all(edit["upper"] < 0 for edit in edits) else "not decided"
 
 
-def bounds(edit: Row) -> str:
+def bounds(edit: Row, scale: float = 1.0) -> str:
     """A gain with its bounds."""
-    return f"{edit['gain']:+.4f} [{edit['lower']:+.4f}, {edit['upper']:+.4f}]"
+    return pages.bounds(edit["gain"], edit["lower"], edit["upper"], scale)
 
 
 def centre_section(centre: Sequence[Row]) -> str:
@@ -200,7 +200,7 @@ def accuracy_section(report: Row) -> str:
     rows = [
         (
             edit["policy"],
-            f"{100 * edit['gain']:+.1f} [{100 * edit['lower']:+.1f}, {100 * edit['upper']:+.1f}]",
+            bounds(edit, 100),
             f"{control_p_value(edit['gain'], [c['gain'] for c in controls_of(report, edit)]):.2f}",
             f"{100 * edit['guard_changes'][guard]:+.1f}",
         )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tools
 from scipy.stats import bootstrap, spearmanr
 
 from lorakit._figures import new_figure
@@ -67,7 +68,7 @@ def best_rate(found: Mapping[str, Row], titles: Mapping[float, str]) -> float | 
     """The learning rate whose training has the lowest validation loss; None where one is missing."""
     if not set(titles.values()) <= found.keys():
         return None
-    return min(titles, key=lambda rate: sum(found[titles[rate]]["validation"]))
+    return tools.best_rate({rate: found[title] for rate, title in titles.items()})
 
 
 def rank_correlation(numbers: Any, outcomes: Any) -> tuple[float, float, float]:
@@ -99,11 +100,16 @@ def better(found: Interval) -> str:
     return "held" if found.lower > 0 else "not held" if found.upper < 0 else "not decided"
 
 
-def shown(found: Interval, scale: float = 1.0, unit: str = "") -> str:
+def shown(found: Interval, scale: float = 1.0) -> str:
     """A difference with its bounds."""
-    difference, lower, upper = (scale * value for value in (found.difference, found.lower, found.upper))
+    return bounds(found.difference, found.lower, found.upper, scale)
+
+
+def bounds(difference: float, lower: float, upper: float, scale: float = 1.0) -> str:
+    """Three numbers as a difference with its bounds."""
     digits = 1 if scale > 1 else 4
-    return f"{difference:+.{digits}f}{unit} [{lower:+.{digits}f}, {upper:+.{digits}f}]"
+    difference, lower, upper = scale * difference, scale * lower, scale * upper
+    return f"{difference:+.{digits}f} [{lower:+.{digits}f}, {upper:+.{digits}f}]"
 
 
 def needed(found: Interval, margin: float) -> str:

@@ -47,8 +47,7 @@ def trained(out: Path, rank: int, rate: float, seed: int) -> tuple[str, Path, di
 
 def rate_of(out: Path) -> float:
     """The rate of the grid that is best for rank 16."""
-    losses = {rate: sum(trained(out, 16, rate, tools.SEEDS[0])[2]["validation"]) for rate in tools.GRID}
-    return min(losses, key=losses.__getitem__)
+    return tools.best_rate({rate: trained(out, 16, rate, tools.SEEDS[0])[2] for rate in tools.GRID})
 
 
 def sweep(out: Path) -> None:

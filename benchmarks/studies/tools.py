@@ -84,8 +84,7 @@ def completion(document: Mapping[str, Any]) -> dict[str, str]:
 def prepare(data: Path, out: Path) -> None:
     """Check the splits against `splits.json`, and write them and the base model to `out`.
 
-    The training data of a fraction is the first documents of each set, so that a tenth is part of the half. Documents
-    that are only scored stand in order of length, which saves half of the padding.
+    The training data of a fraction is the first documents of each set, so that a tenth is part of the half.
     """
     found = splits(data)
     if digests(found) != json.loads((HERE / "splits.json").read_text(encoding="utf-8")):
@@ -99,20 +98,15 @@ def prepare(data: Path, out: Path) -> None:
         _write(out / f"{name}_test.jsonl", found[f"{name}_test"])
         for part in TRAIN_PARTS:
             _write(out / f"{name}_{part}.jsonl", map(completion, found[f"{name}_{part}"]))
-        _write(out / f"{name}_loss.jsonl", sorted(map(completion, found[f"{name}_test"]), key=_characters))
+        _write(out / f"{name}_loss.jsonl", map(completion, found[f"{name}_test"]))
     for part in TRAIN_PARTS:
         for share in (1.0, 0.5, 0.1) if part == "train" else (1.0,):
             rows = [found[f"{name}_{part}"][: round(share * TRAIN_PARTS[part])] for name in SETS]
             file = f"{part}.jsonl" if share == 1 else f"{part}_{share}.jsonl"
-            mixed = [completion(row) for pair in zip(*rows, strict=True) for row in pair]
-            _write(out / file, sorted(mixed, key=_characters) if part == "validation" else mixed)
+            _write(out / file, map(completion, (row for pair in zip(*rows, strict=True) for row in pair)))
     alone = found["arc_easy_train"] + found["arc_easy_more"]  # where OpenBookQA is the shifted set
     _write(out / "arc_easy_alone.jsonl", map(completion, alone))
-    _write(out / "documentation.jsonl", sorted(found["documentation"], key=_characters))
-
-
-def _characters(document: Mapping[str, str]) -> int:
-    return sum(map(len, document.values()))
+    _write(out / "documentation.jsonl", found["documentation"])
 
 
 def _write(path: Path, rows: Any) -> None:
@@ -196,6 +190,11 @@ def recorded(
     """The record of one trial of a study, which is run if there is none yet."""
     trial = Trial(key, function, given, settings)
     return run_plan([trial], RECORDS / study, progress=False)[key]
+
+
+def best_rate(trainings: Mapping[float, Mapping[str, Any]]) -> float:
+    """The learning rate whose training, a record of `train`, has the lowest validation loss."""
+    return min(trainings, key=lambda rate: sum(trainings[rate]["validation"]))
 
 
 def arguments(description: str | None, stages: Sequence[str]) -> argparse.Namespace:
