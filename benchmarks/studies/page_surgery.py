@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,8 +18,8 @@ LINK = "[Spectral Surgery](surgery.md)"
 
 def reports(stage: str) -> list[Row]:
     """The reports of one stage, an adapter each."""
-    files = sorted((pages.HERE / "records" / "surgery").glob(f"{stage}-*.json"))
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    found = pages.records("surgery")
+    return [found[f"{stage} {seed}"] for seed in tools.SEEDS if f"{stage} {seed}" in found]
 
 
 def edits_of(report: Row, policy: str, **where: Any) -> list[Row]:

@@ -13,7 +13,6 @@ first adapter), `refine` (what `lorakit.surgery.refine` decides on each adapter)
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ MODULE_SETS = {
 }
 ENERGIES = ("l1", "l2", "none")
 CONTROLS = 20
+MARGIN = 0.02  # nats: how much worse `refine` lets a guard be
 OPTIONS = evaluation.LoadOptions(dtype=tools.DTYPE)
 
 
@@ -70,9 +70,9 @@ def run(out: Path, name: str, seed: int = tools.SEEDS[0], **chosen: Any) -> None
         "controls": CONTROLS,
     } | chosen
 
-    def report() -> Any:
+    def report() -> dict[str, Any]:
         adapter = adapter_of(out, seed)
-        return surgery.study(
+        found = surgery.study(
             str(adapter),
             calibration(out, "arc_easy_calibration.jsonl"),
             base=str(out / "base"),
@@ -81,17 +81,10 @@ def run(out: Path, name: str, seed: int = tools.SEEDS[0], **chosen: Any) -> None
             records=out / "surgery" / f"{adapter.name} {name if name == 'accuracy' else 'loss'}",
             **given,
         )
+        return found.to_dict()
 
-    keep(f"{name} {seed}", report)
-
-
-def keep(name: str, report: Callable[[], Any]) -> None:
-    """A report as JSON in the records; what is there is not made again."""
-    file = tools.RECORDS / STUDY / f"{name.replace(' ', '-')}.json"
-    if file.exists():
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(report().to_dict(), indent=1) + "\n", encoding="utf-8")
+    settings = {key: given[key] for key in ("policies", "sizes", "module_sets", "energies", "controls")}
+    tools.recorded(STUDY, f"{name} {seed}", report, {**settings, "seed": seed, "dtype": tools.DTYPE})
 
 
 def centre(out: Path) -> None:
@@ -125,22 +118,24 @@ def energies(out: Path) -> None:
 def refine(out: Path) -> None:
     """What `refine` decides on every adapter, by loss."""
     for seed in tools.SEEDS:
-        keep(f"refine {seed}", functools.partial(refined, out, seed))
+        settings = {"examples": CENTRE_SIZE, "margin": MARGIN, "seed": seed, "dtype": tools.DTYPE}
+        tools.recorded(STUDY, f"refine {seed}", refined, settings, out=out, seed=seed)
 
 
-def refined(out: Path, seed: int) -> Any:
+def refined(out: Path, seed: int) -> dict[str, Any]:
     """`lorakit.surgery.refine` on a seed's adapter."""
-    return surgery.refine(
+    found = surgery.refine(
         str(adapter_of(out, seed)),
         calibration(out, "arc_easy_calibration.jsonl", "arc_easy_selection.jsonl"),
         task=loss(out, "arc_easy"),
         guards=[loss(out, "openbookqa"), loss(out, "documentation")],
-        margin=0.02,
+        margin=MARGIN,
         num_examples=CENTRE_SIZE,
         base=str(out / "base"),
         options=OPTIONS,
         tokenizer=AutoTokenizer.from_pretrained(out / "base"),
     )
+    return found.to_dict()
 
 
 def main() -> None:
